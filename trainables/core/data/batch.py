@@ -1,0 +1,92 @@
+"""What training sees: pairs of a labelled source batch and an unlabelled target batch.
+
+Target labels live in `LabelledImages` handed to evaluation alone; training receives `TargetImages`, a type without labels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = 255
+"""Label of pixels that belong to no trained class; left out of losses, statistics and metrics."""
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """Names and display colours of the trained classes, in order of their index."""
+
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class LabelledImages(Protocol):
+    """Images with labels: the source domain, or any domain's evaluation set."""
+
+    ids: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Tensor:
+        """Return an RGB image, (3, H, W) uint8."""
+
+    def label(self, index: int) -> Tensor:
+        """Return its class indices, (H, W) uint8, 255 = ignore."""
+
+
+class TargetImages(Protocol):
+    """Unlabelled target images. There is no way from here to a label."""
+
+    ids: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Tensor:
+        """Return an RGB image, (3, H, W) uint8."""
+
+
+@dataclass(frozen=True)
+class DomainData:
+    """What training may use: a labelled source, an unlabelled target, the classes and the content fingerprint."""
+
+    source: LabelledImages
+    target: TargetImages
+    classes: ClassList
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """What evaluation alone may use: labelled validation images of both domains."""
+
+    source: LabelledImages
+    target: LabelledImages
+    classes: ClassList
+
+
+@dataclass(frozen=True)
+class DomainBatch:
+    """One step's images. B source and B target images of this worker; the two domains may differ in size.
+
+    Images are normalised floats once the trainer has moved the batch to its device.
+    """
+
+    source_images: Tensor  # (B, 3, H, W)
+    source_labels: Tensor  # (B, H, W) int64, 255 = ignore
+    target_images: Tensor | None  # (B, 3, H', W'); None in stages that train on the source alone
+    target_indices: Tensor | None = None  # (B,) int64, positions in the target set
+    target_pseudo_labels: Tensor | None = None  # (B, H', W') int64, 255 = ignore; in stages that have them
+
+    def to(self, device: torch.device) -> "DomainBatch":
+        """Return the batch on `device`, copied asynchronously where memory is pinned."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)

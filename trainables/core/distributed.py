@@ -1,0 +1,66 @@
+"""Sums over data-parallel workers, so that two workers compute what one would on the joined batch.
+
+Every function is the identity when `torch.distributed` is not initialised.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of data-parallel workers."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this worker's index, 0 for the first."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait for all workers."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_workers(value: Tensor) -> Tensor:
+    """Return the sum of `value` over all workers, without gradient."""
+    if world_size() == 1:
+        return value.detach()
+    total = value.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+def gather_over_workers(value: Tensor) -> Tensor:
+    """Concatenate `value` of all workers along its first dimension in rank order, without gradient.
+
+    The first dimension may differ between workers, the others must agree.
+    """
+    if world_size() == 1:
+        return value.detach()
+    lengths = torch.zeros(world_size(), dtype=torch.int64, device=value.device)
+    lengths[rank()] = value.shape[0]
+    sizes = sum_over_workers(lengths).tolist()
+    padded = value.new_zeros((max(sizes), *value.shape[1:]))
+    padded[: value.shape[0]] = value.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def global_mean(total: Tensor, count: Tensor) -> Tensor:
+    """Divide a local sum by the mean count per worker: data parallelism averages the result into the global mean.
+
+    Args:
+        total: This worker's sum, scalar, with gradient.
+        count: This worker's number of summands, scalar.
+
+    Returns:
+        Scalar. Its average over the workers is `sum(totals) / sum(counts)`; zero, with zero gradient, when nothing
+        was counted anywhere.
+    """
+    everywhere = sum_over_workers(count.to(torch.float64))
+    scale = torch.where(everywhere > 0, world_size() / everywhere.clamp(min=1), 0.0)
+    return total * scale.to(total.dtype)

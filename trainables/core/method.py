@@ -1,0 +1,150 @@
+"""The method contract: what an adaptation method owns. The trainer owns the rest."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from segadapt.trainables.core.data.batch import DomainBatch, TargetImages
+from segadapt.trainables.core.losses.segmentation import lovasz_softmax, segmentation_cross_entropy
+from segadapt.trainables.core.networks import Segmenter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One part of a method's training, walked by the trainer.
+
+    A stage first lets the method prepare (`Method.prepare_stage`), then takes its steps. Shared stages depend on no
+    searched setting: they are computed once and loaded by every other trial.
+    """
+
+    name: str
+    share: float = 1.0
+    """Share of `trainer.steps` this stage takes; 0 for a stage that only prepares."""
+    domains: tuple[str, ...] = ("source", "target")
+    """Domains whose images a step receives."""
+    trains: tuple[str, ...] | None = None
+    """Sub-modules that are trained, the others are frozen; None trains everything that requires gradients."""
+    pseudo_labels: bool = False
+    """Whether batches carry the pseudo labels that `prepare_stage` wrote."""
+    shared: bool = False
+
+
+SOURCE_ONLY = Stage(name="source_only", domains=("source",), trains=("segmenter",), shared=True)
+"""The warm-up on labelled source images that all methods start from; takes `warmup.steps`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupConfig:
+    """The source-only warm-up, shared by all methods and trials that agree on it."""
+
+    steps: int = 300
+    """Optimiser steps of the warm-up."""
+    lr_factor: float = 2.0
+    """Multiplies `optimizer.lr` in the warm-up. Paper (SDCA): 5e-4 against 2.5e-4."""
+    lovasz_weight: float = 0.75
+    """Weight of the Lovász-Softmax term beside cross entropy. Paper (SDCA): 0.75."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate."""
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    fresh: bool = False
+    """Randomly initialised: learns at `optimizer.head_lr_factor` times the base rate."""
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a method may look at before a stage: both domains un-augmented, and a folder for what it writes."""
+
+    folder: Path
+    source_batches: "Iterable[tuple[Tensor, Tensor]]"
+    """This worker's share of the source set, one pass: images (B, 3, H, W) normalised, labels (B, H, W) int64."""
+    target_batches: "Iterable[tuple[Tensor, Tensor]]"
+    """This worker's share of the target set, one pass: images (B, 3, H, W) normalised, indices (B,) int64."""
+    target: TargetImages
+
+
+class Method(nn.Module, ABC):
+    """One adaptation method: what each step optimises and the state that needs.
+
+    Sub-modules, parameters and buffers are the whole state: `state_dict()` saves it and resuming is exact.
+    """
+
+    name: ClassVar[str]
+    stages: ClassVar[tuple[Stage, ...]]
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Settings of the method; subclasses document theirs."""
+
+    def __init__(self, segmenter: Segmenter, config: Any, warmup: WarmupConfig) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+        self.config = config
+        self.warmup = warmup
+
+    @classmethod
+    def plan(cls, config: Any) -> tuple[Stage, ...]:
+        """Return the stages of a trial with this method's `config`."""
+        return cls.stages
+
+    @abstractmethod
+    def forward(self, batch: DomainBatch, step: int) -> dict[str, Tensor]:
+        """Return the weighted scalar terms of one step; the trainer minimises their sum and logs each.
+
+        Args:
+            batch: Normalised images on this method's device; `target_images` is None in the source-only stage.
+            step: Steps taken in this stage so far, from 0.
+        """
+
+    def prepare_stage(self, stage: Stage, data: StageData) -> None:
+        """Before the stage's first step, without gradient: fill buffers or write pseudo labels. Default: nothing."""
+
+    def after_step(self, step: int) -> None:
+        """Follow the optimiser: move a teacher, anneal a threshold. Default: nothing."""
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Name the trained parameters; a parameter belongs to one group. Default: the segmenter's two parts."""
+        return [
+            ParameterGroup("backbone", tuple(self.segmenter.backbone.parameters())),
+            ParameterGroup("head", tuple(self.segmenter.head.parameters()), fresh=True),
+        ]
+
+    @property
+    def deployed(self) -> Segmenter:
+        """The network that is evaluated and exported."""
+        return self.segmenter
+
+    def supervised_terms(self, logits: Tensor, labels: Tensor, lovasz_weight: float) -> dict[str, Tensor]:
+        """Cross entropy plus weighted Lovász-Softmax of up-sampled logits against source labels (SDCA §5.3).
+
+        Args:
+            logits: At feature resolution, (B, C, h, w).
+            labels: (B, H, W) int64, 255 = ignore.
+            lovasz_weight: 0 leaves the term out.
+        """
+        upsampled = self.segmenter.upsample(logits, (labels.shape[-2], labels.shape[-1]))
+        terms = {"cross_entropy": segmentation_cross_entropy(upsampled, labels)}
+        if lovasz_weight > 0:
+            terms["lovasz"] = lovasz_weight * lovasz_softmax(upsampled, labels)
+        return terms
+
+    def source_only_terms(self, batch: DomainBatch) -> dict[str, Tensor]:
+        """The terms of the source-only stage, the same for all methods."""
+        return self.supervised_terms(
+            self.segmenter(batch.source_images).logits, batch.source_labels, self.warmup.lovasz_weight
+        )
+
+
+def trained_parameters(method: Method, stage: Stage) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the names and parameters that `stage` trains."""
+    for name, parameter in method.named_parameters():
+        if stage.trains is None or name.split(".", 1)[0] in stage.trains:
+            yield name, parameter
