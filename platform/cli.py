@@ -1,0 +1,389 @@
+"""The command line: each command is one call of `segadapt.platform.api`."""
+
+import dataclasses
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from segadapt.platform.api import FinishResult, Leaderboard
+    from segadapt.platform.experiments import Options, Outcome, Record
+
+app = typer.Typer(
+    name="segadapt",
+    help="Search, track and finish unsupervised domain-adaptive semantic segmentation on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="Exit status: 0 finished, 1 a trial failed, 2 wrong usage, 130 interrupted.",
+)
+data_app = typer.Typer(name="data", help="The streets benchmark, and folders of own data.", no_args_is_help=True)
+app.add_typer(data_app)
+
+Assignments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings; `segadapt describe METHOD` lists keys, defaults, ranges."),
+]
+Storage = Annotated[str, typer.Option(help="Folder that keeps everything; all nodes must see it.")]
+TrackingUri = Annotated[str | None, typer.Option(help="MLflow server; default: a database in the storage folder.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join, e.g. auto; default: start Ray here.")]
+LauncherName = Annotated[
+    str, typer.Option(help="auto, train (Ray Train's TorchTrainer) or inprocess (the trial's own process).")
+]
+Workers = Annotated[int, typer.Option("--workers-per-trial", help="Data-parallel workers of each trial.")]
+Gpus = Annotated[float | None, typer.Option("--gpus-per-trial", help="GPUs of each worker; default: 1 if any.")]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML experiment file; KEY=VALUE overrides it.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what workers print.")]
+
+
+def main() -> None:
+    """Run the command line; see `app` for the exit status."""
+    try:
+        app()
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> None:
+    from rich.console import Console
+    from segadapt.platform.errors import UsageError
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if isinstance(error, UsageError):
+        console.print(f"error: {error}", markup=False)
+        sys.exit(2)
+    console.print(f"error: {type(error).__name__}: {error}", markup=False)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    console.print(f"(raised at {where.filename}:{where.lineno}; --debug shows the whole traceback)", markup=False)
+    sys.exit(1)
+
+
+@app.command("list")
+def list_command() -> None:
+    """List the methods."""
+    from segadapt.platform import api
+
+    for name, description in api.list_methods():
+        print(f"{name:16} {description}")
+
+
+@app.command()
+def describe(method: Annotated[str, typer.Argument(help="A name shown by `segadapt list`.")]) -> None:
+    """List a method's settings: type, default, searched range, published value."""
+    from rich.table import Table
+    from segadapt.platform import api
+
+    table = Table(title=f"{method}: KEY=VALUE settings", box=None)
+    for column in ("key", "type", "default", "searched", "paper", "meaning"):
+        table.add_column(column, overflow="fold")
+    for key, searched, paper in api.describe(method):
+        table.add_row(key.name, key.type, str(key.default), searched, paper, key.doc)
+    _console().print(table)
+
+
+@app.command()
+def search(
+    method: Annotated[
+        str | None, typer.Argument(help="A name shown by `segadapt list`; left out with --resume.")
+    ] = None,
+    settings: Assignments = None,
+    trials: Annotated[int, typer.Option(help="Trials to run, those stopped early included.")] = 20,
+    time_budget: Annotated[float | None, typer.Option(help="Stop the search after this many seconds.")] = None,
+    concurrent: Annotated[int | None, typer.Option(help="Trials at a time; default: as many as fit.")] = None,
+    objective: Annotated[str, typer.Option(help="Metric to maximise: target_val/miou or source_val/miou.")] = (
+        "target_val/miou"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the sampler; `seed=N` as a setting seeds the training.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Of the search; default: METHOD-DATA, numbered.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this search.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; touch nothing.")] = False,
+    config: ConfigFile = None,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    address: Address = None,
+    launcher: LauncherName = "auto",
+    workers: Workers = 1,
+    gpus: Gpus = None,
+    debug: Debug = False,
+) -> None:
+    """Search a method's space with Optuna under ASHA; every trial is tracked in MLflow.
+
+    The published setting is tried first, and all trials start from one source-only warm-up.
+
+    Example: segadapt search sdca --trials 4 trainer.steps=120
+    """
+    from segadapt.platform import api
+    from segadapt.platform.errors import UsageError
+    from segadapt.platform.experiments import Record
+    from segadapt.platform.storage import open_storage
+
+    options = _options(storage, tracking_uri, address, launcher, workers, gpus, debug)
+    if resume is not None:
+        if method is not None or settings:
+            raise UsageError(
+                f"--resume takes method and settings from the search {resume!r}, but got {method} as well. Leave them out."
+            )
+        record = Record.load(open_storage(storage), resume)
+        outcome = api.resume(resume, options)
+    else:
+        if method is None:
+            raise UsageError("METHOD must be given, or --resume NAME. `segadapt list` shows the methods.")
+        record = api.plan_search(
+            method,
+            _values(config, settings),
+            trials=trials,
+            time_budget_s=time_budget,
+            concurrent=concurrent,
+            objective=objective,
+            seed=seed,
+            name=name,
+            storage=storage,
+        )
+        if dry_run:
+            _show_plan(record)
+            return
+        outcome = api.search(record, options)
+    _conclude(record.name, outcome, options, advise=True)
+
+
+@app.command()
+def train(
+    method: Annotated[
+        str | None, typer.Argument(help="A name shown by `segadapt list`; left out with --resume.")
+    ] = None,
+    settings: Assignments = None,
+    name: Annotated[str | None, typer.Option(help="Of the run; default: train-METHOD-DATA, numbered.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this run.")] = None,
+    config: ConfigFile = None,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    address: Address = None,
+    launcher: LauncherName = "auto",
+    workers: Workers = 1,
+    gpus: Gpus = None,
+    debug: Debug = False,
+) -> None:
+    """Run one trial of a method, tracked like the trials of a search.
+
+    Example: segadapt train sdca seed=1 method.temperature=1
+    """
+    from segadapt.platform import api
+    from segadapt.platform.errors import UsageError
+
+    options = _options(storage, tracking_uri, address, launcher, workers, gpus, debug)
+    if resume is not None:
+        outcome = api.resume(resume, options)
+        name = resume
+    else:
+        if method is None:
+            raise UsageError("METHOD must be given, or --resume NAME. `segadapt list` shows the methods.")
+        name, outcome = api.train(method, _values(config, settings), options, name=name)
+    _conclude(name, outcome, options, advise=False)
+
+
+@app.command()
+def runs(
+    search_name: Annotated[str, typer.Argument(metavar="SEARCH", help="Name of a search or single run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Show the leaderboard of a search."""
+    from segadapt.platform import api
+
+    board = api.runs(search_name, storage=storage, tracking_uri=tracking_uri)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(board), default=dict, indent=1))
+    else:
+        _show_leaderboard(board)
+
+
+@app.command()
+def ui(
+    storage: Storage = "runs", port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000
+) -> None:
+    """Serve MLflow in the browser on this storage, bound to 127.0.0.1."""
+    from segadapt.platform import api
+
+    sys.exit(api.ui(storage=storage, port=port))
+
+
+@app.command()
+def finish(
+    run: Annotated[str, typer.Argument(help="`best`, or the name or id of a run in the search.")],
+    search_name: Annotated[str, typer.Option("--search", help="The search that holds the run.")],
+    settings: Assignments = None,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    address: Address = None,
+    launcher: LauncherName = "auto",
+    workers: Workers = 1,
+    gpus: Gpus = None,
+    debug: Debug = False,
+) -> None:
+    """Self-train the best trial: evaluate, label the target, retrain on both domains, evaluate.
+
+    Example: segadapt finish best --search sdca-streets method.quantile=0.6
+    """
+    from segadapt.platform import api
+
+    options = _options(storage, tracking_uri, address, launcher, workers, gpus, debug)
+    result, outcome = api.finish(run, _values(None, settings), options, search_name=search_name)
+    if result is not None and result.after:
+        _show_finish(result)
+    sys.exit(_status(outcome))
+
+
+@data_app.command("make")
+def data_make(
+    folder: Annotated[str, typer.Argument(help="A new or empty folder.")], settings: Assignments = None
+) -> None:
+    """Write the streets benchmark as a folder of PNGs: the layout for own data (data.name=folder data.root=FOLDER)."""
+    from segadapt.platform import api
+
+    print(f"Wrote {api.data_make(folder, _values(None, settings))}")
+
+
+@data_app.command("show")
+def data_show(
+    path: Annotated[str, typer.Argument(help="The PNG to write.")] = "streets.png", settings: Assignments = None
+) -> None:
+    """Write a contact sheet of both domains with labels in Cityscapes colours."""
+    from segadapt.platform import api
+
+    print(f"Wrote {api.data_show(path, _values(None, settings))}")
+
+
+def _options(
+    storage: str,
+    tracking_uri: str | None,
+    address: str | None,
+    launcher: str,
+    workers: int,
+    gpus: float | None,
+    debug: bool,
+) -> "Options":
+    from segadapt.platform.errors import UsageError
+    from segadapt.platform.experiments import Options
+
+    if launcher not in ("auto", "train", "inprocess"):
+        raise UsageError(f"--launcher must be auto, train or inprocess, but got {launcher!r}.")
+    return Options(
+        storage=storage,
+        tracking_uri=tracking_uri,
+        address=address,
+        launcher=launcher,  # type: ignore[arg-type]
+        workers=workers,
+        gpus=gpus,
+        debug=debug,
+        say=lambda text: _console().print(text, highlight=False),
+    )
+
+
+def _values(config: str | None, settings: list[str] | None) -> dict[str, Any]:
+    from pathlib import Path
+
+    from segadapt.platform.config import parse_assignments, read_experiment
+
+    file_values = read_experiment(Path(config)) if config else {}
+    return {**file_values, **parse_assignments(settings or [])}
+
+
+def _conclude(name: str, outcome: "Outcome", options: "Options", *, advise: bool) -> None:
+    """Show what came out and what to do next, and exit."""
+    from segadapt.platform import api
+
+    board = api.runs(name, storage=options.storage, tracking_uri=options.tracking_uri)
+    _show_leaderboard(board)
+    say: Callable[[str], None] = options.say
+    where = "" if options.storage == "runs" else f" --storage {options.storage}"
+    say(f"\n{name} took {outcome.seconds:.0f} s. Next:")
+    if options.tracking_uri is None:
+        say(f"  segadapt ui{where}    then open experiment {name} at http://127.0.0.1:5000")
+    if outcome.interrupted:
+        command = "search" if advise else "train"
+        say(f"  segadapt {command} --resume {name}{where}    goes on where it stopped")
+    elif any(row.checkpoint for row in board.rows):
+        say(f"  segadapt finish best --search {name}{where}    self-trains the best trial")
+    sys.exit(_status(outcome))
+
+
+def _status(outcome: "Outcome") -> int:
+    if outcome.interrupted:
+        return 130
+    return 1 if outcome.failed else 0
+
+
+def _show_plan(record: "Record") -> None:
+    import yaml
+    from segadapt.platform.api import _range
+
+    console = _console()
+    console.print(f"search {record.name}: {record.trials} trials, maximise {record.objective}", highlight=False)
+    console.print("\nconfiguration of the first trial (the published setting):")
+    console.print(yaml.safe_dump(record.config().as_dict(), sort_keys=False), highlight=False)
+    console.print("searched:")
+    for key, distribution in record.space.items():
+        console.print(f"  {key:32} {_range(distribution):24} first {record.first[key]}", highlight=False)
+
+
+def _show_leaderboard(board: "Leaderboard") -> None:
+    from rich.table import Table
+
+    varied = sorted({key for row in board.rows if row.kind == "trial" for key in row.params})
+    table = Table(title=f"{board.search}: {board.objective}", box=None)
+    for column in ("run", "state", "best", "at step", "last", *varied):
+        table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
+    for row in board.rows:
+        values = [_short(row.params.get(key, "")) if row.kind == "trial" else "" for key in varied]
+        best, last = _number(row.best), _number(row.last)
+        table.add_row(row.name, row.state, best, str(row.best_step or "-"), last, *values)
+    console = _console()
+    console.print(table)
+    if board.baseline is not None:
+        console.print(f"start (source-only): {board.objective} {board.baseline:.3f}", highlight=False)
+    for row in board.rows:
+        if row.failure:
+            console.print(f"{row.name} failed: {row.failure}", highlight=False, markup=False)
+
+
+def _show_finish(result: "FinishResult") -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{result.name}: self-training of {result.from_run}", box=None)
+    for column in ("metric", "before", "after", "change"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for metric in sorted(result.after, key=lambda text: ("/iou/" in text, text)):
+        before, after = result.before[metric], result.after[metric]
+        table.add_row(metric, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    console = _console()
+    console.print(table)
+    if result.checkpoint:
+        console.print(f"checkpoint: {result.checkpoint}", highlight=False, soft_wrap=True)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _short(text: str) -> str:
+    try:
+        return f"{float(text):.3g}"
+    except ValueError:
+        return text
+
+
+if __name__ == "__main__":
+    main()

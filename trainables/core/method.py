@@ -1,16 +1,16 @@
 """The method contract: what an adaptation method owns. The trainer owns the rest."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
-
-from segadapt.trainables.core.data.batch import DomainBatch, TargetImages
+from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.losses.segmentation import lovasz_softmax, segmentation_cross_entropy
 from segadapt.trainables.core.networks import Segmenter
+from segadapt.trainables.core.validation import check
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,10 @@ class Stage:
     """Domains whose images a step receives."""
     trains: tuple[str, ...] | None = None
     """Sub-modules that are trained, the others are frozen; None trains everything that requires gradients."""
+    colored: tuple[str, ...] = ()
+    """Domains whose training images get colour augmentation."""
+    flipped: bool = False
+    """Whether training images are flipped at random."""
     pseudo_labels: bool = False
     """Whether batches carry the pseudo labels that `prepare_stage` wrote."""
     shared: bool = False
@@ -48,6 +52,11 @@ class WarmupConfig:
     lovasz_weight: float = 0.75
     """Weight of the Lovász-Softmax term beside cross entropy. Paper (SDCA): 0.75."""
 
+    def __post_init__(self) -> None:
+        check(self.steps >= 1, "warmup.steps must be at least 1", self.steps)
+        check(self.lr_factor > 0, "warmup.lr_factor must be positive", self.lr_factor)
+        check(self.lovasz_weight >= 0, "warmup.lovasz_weight must not be negative", self.lovasz_weight)
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -64,11 +73,11 @@ class StageData:
     """What a method may look at before a stage: both domains un-augmented, and a folder for what it writes."""
 
     folder: Path
-    source_batches: "Iterable[tuple[Tensor, Tensor]]"
-    """This worker's share of the source set, one pass: images (B, 3, H, W) normalised, labels (B, H, W) int64."""
-    target_batches: "Iterable[tuple[Tensor, Tensor]]"
-    """This worker's share of the target set, one pass: images (B, 3, H, W) normalised, indices (B,) int64."""
-    target: TargetImages
+    target_ids: Sequence[str]
+    source_batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    """Starts a pass over this worker's share of the source set: images (B, 3, H, W) normalised, labels (B, H, W)."""
+    target_batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    """Starts a pass over this worker's share of the target set: images (B, 3, H, W) normalised, indices (B,)."""
 
 
 class Method(nn.Module, ABC):

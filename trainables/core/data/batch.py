@@ -1,6 +1,7 @@
 """What training sees: pairs of a labelled source batch and an unlabelled target batch.
 
-Target labels live in `LabelledImages` handed to evaluation alone; training receives `TargetImages`, a type without labels.
+Target labels live in `LabelledImages` handed to evaluation alone; training receives `TargetImages`, a type without
+labels.
 """
 
 from collections.abc import Sequence
@@ -85,8 +86,6 @@ class DomainBatch:
     def to(self, device: torch.device) -> "DomainBatch":
         """Return the batch on `device`, copied asynchronously where memory is pinned."""
         moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)

@@ -1,0 +1,414 @@
+"""What segadapt does: one function per command, of the same name."""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from segadapt import search_spaces
+from segadapt.platform import tracking
+from segadapt.platform.config import Key, TrialConfig, Values, keys, resolve
+from segadapt.platform.errors import UsageError
+from segadapt.platform.experiments import Options, Outcome, Record, run
+from segadapt.platform.storage import Storage, open_storage
+from segadapt.platform.trial import CONFIG
+from segadapt.trainables import METHODS
+
+OBJECTIVES = ("target_val/miou", "source_val/miou")
+"""What a search may maximise."""
+
+_INHERITED = ("data.", "network.", "augmentation.", "trainer.batch_size", "trainer.accumulate", "trainer.precision")
+"""Settings that a finish takes over from its trial; the others act on the adaptation alone."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial in a leaderboard."""
+
+    name: str
+    kind: str
+    state: str
+    best: float | None
+    """Objective at the checkpoint that was kept."""
+    best_step: int | None
+    last: float | None
+    params: Mapping[str, str]
+    run_id: str
+    checkpoint: str | None
+    failure: str | None
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """The trials of a search, best first."""
+
+    search: str
+    objective: str
+    rows: Sequence[Row]
+    baseline: float | None
+    """Objective of the source-only network that the trials started from."""
+
+
+@dataclass(frozen=True)
+class FinishResult:
+    """A model before and after self-training."""
+
+    name: str
+    from_run: str
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    checkpoint: str | None
+
+
+def list_methods() -> list[tuple[str, str]]:
+    """Return name and one-line description of every method."""
+    return [(method.name, (method.__doc__ or "").strip().splitlines()[0]) for method in METHODS]
+
+
+def describe(method: str) -> list[tuple[Key, str, str]]:
+    """Return every setting of a method with its searched range and published value, as text."""
+    resolve(method, {})
+    try:
+        space, paper = search_spaces.load(method)
+    except ValueError:
+        space, paper = {}, {}
+    return [
+        (key, _range(space[key.name]) if key.name in space else "", str(paper.get(key.name, "")))
+        for key in keys(method).values()
+    ]
+
+
+def _range(distribution: Any) -> str:
+    if hasattr(distribution, "choices"):
+        return "{" + ", ".join(str(choice) for choice in distribution.choices) + "}"
+    return f"{distribution.low:g} to {distribution.high:g}" + (" (log)" if distribution.log else "")
+
+
+def plan_search(
+    method: str,
+    values: Values,
+    *,
+    trials: int = 20,
+    time_budget_s: float | None = None,
+    concurrent: int | None = None,
+    objective: str = OBJECTIVES[0],
+    seed: int = 0,
+    name: str | None = None,
+    storage: str = "runs",
+) -> Record:
+    """Check a search and return what it would do; touches nothing.
+
+    Raises:
+        UsageError: If a setting, a range or a number is not as it must be.
+    """
+    if trials < 1 or (concurrent is not None and concurrent < 1) or (time_budget_s is not None and time_budget_s <= 0):
+        raise UsageError(
+            "--trials, --concurrent and --time-budget must be positive, but got "
+            f"{trials}, {concurrent} and {time_budget_s}."
+        )
+    if objective not in OBJECTIVES:
+        raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}, but got {objective!r}.")
+    config = _checked(method, values)
+    try:
+        space, paper = search_spaces.load(method)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    space = {key: distribution for key, distribution in space.items() if key not in values}
+    if not space:
+        raise UsageError(f"A search must vary something, but KEY=VALUE fixes all of {', '.join(paper)}. Free one.")
+    first = {key: paper[key] for key in space}
+    return Record(
+        kind="search",
+        name=_free_name(Storage(Path(storage).expanduser().absolute()), name, f"{method}-{config.data.name}"),
+        method=method,
+        values=dict(values),
+        objective=objective,
+        seed=seed,
+        space=space,
+        first=first,
+        trials=trials,
+        concurrent=concurrent,
+        time_budget_s=time_budget_s,
+    )
+
+
+def search(record: Record, options: Options) -> Outcome:
+    """Run a planned search, or go on with it if it was begun."""
+    record.save(open_storage(options.storage))
+    return run(record, options)
+
+
+def resume(name: str, options: Options) -> Outcome:
+    """Go on with a search, single run or finish after its driver was killed; finished trials are not run again."""
+    return run(Record.load(open_storage(options.storage), name), options)
+
+
+def train(method: str, values: Values, options: Options, *, name: str | None = None) -> tuple[str, Outcome]:
+    """Run one trial of a method; returns the name of the experiment that holds it."""
+    config = _checked(method, values)
+    storage = open_storage(options.storage)
+    record = Record(
+        kind="train",
+        name=_free_name(storage, name, f"train-{method}-{config.data.name}"),
+        method=method,
+        values=dict(values),
+        objective=OBJECTIVES[0],
+    )
+    record.save(storage)
+    return record.name, run(record, options)
+
+
+def finish(run_name: str, values: Values, options: Options, *, search_name: str) -> tuple[FinishResult | None, Outcome]:
+    """Self-train from the kept checkpoint of a trial: evaluate, label the target, retrain on both domains, evaluate.
+
+    Asked for again with the same settings, it goes on where it was interrupted.
+
+    Args:
+        run_name: Name of a run in the search, or `best`.
+        values: Settings of the method `self_training` that differ from its defaults, by dotted key.
+        options: Where it runs.
+        search_name: The search (or single run) that holds the trial.
+
+    Raises:
+        UsageError: If there is no such trial, or it left no checkpoint.
+    """
+    storage = open_storage(options.storage)
+    board = runs(search_name, storage=options.storage, tracking_uri=options.tracking_uri)
+    row = _pick(board, run_name)
+    assert row.checkpoint is not None
+    start = Path(row.checkpoint)
+    try:
+        trained = _flat(json.loads((start / CONFIG).read_text()))
+    except OSError as error:
+        raise UsageError(
+            f"The checkpoint of {row.name} must lie in {start}, but cannot be read: {error.strerror}. "
+            "Finish another run, or run the trial again."
+        ) from error
+    inherited = {key: value for key, value in trained.items() if key.startswith(_INHERITED)}
+    settings = {**inherited, "seed": trained["seed"], "trainer.evaluate_start": True, **values}
+    _checked("self_training", settings)
+    digest = hashlib.sha256(json.dumps([row.checkpoint, settings], sort_keys=True).encode()).hexdigest()[:8]
+    record = Record(
+        kind="finish",
+        name=f"{search_name}.finish-{row.name}-{digest}",
+        method="self_training",
+        values=settings,
+        objective=board.objective,
+        search=search_name,
+        start=str(start),
+        from_key=_key_of(row, options),
+        from_name=row.name,
+    )
+    record.save(storage)
+    outcome = run(record, options)
+    return _finish_result(record, row, options), outcome
+
+
+def runs(search_name: str, *, storage: str = "runs", tracking_uri: str | None = None) -> Leaderboard:
+    """Return the leaderboard of a search or single run, read from MLflow.
+
+    Raises:
+        UsageError: If MLflow knows no search of that name; lists those it knows.
+    """
+    client = _client(storage, tracking_uri)
+    experiment = client.get_experiment_by_name(search_name)
+    if experiment is None:
+        known = ", ".join(sorted(found.name for found in client.search_experiments() if found.name != "Default"))
+        raise UsageError(f"There must be a search {search_name!r}, but there is not. Known: {known or 'none'}.")
+    found = client.search_runs([experiment.experiment_id], max_results=50_000)
+    parents = [entry for entry in found if entry.data.tags.get(tracking.KIND_TAG) in ("search", "train")]
+    objective = parents[0].data.params.get("objective", OBJECTIVES[0]) if parents else OBJECTIVES[0]
+    rows = [_row(entry, objective) for entry in found if entry.data.tags.get(tracking.KIND_TAG) in ("trial", "finish")]
+    rows.sort(key=lambda row: (row.best is None, -(row.best or 0.0), row.name))
+    baseline = parents[0].data.metrics.get(f"start/{objective}") if parents else None
+    return Leaderboard(search_name, objective, rows, baseline)
+
+
+def data_make(folder: str, values: Values) -> Path:
+    """Write the streets benchmark as a dataset folder, the layout for own data.
+
+    Raises:
+        UsageError: If the folder holds something already, or a setting is not known.
+    """
+    from segadapt.trainables.core.data.folder import write_folder
+    from segadapt.trainables.core.data.streets import load_streets
+
+    config = _streets(values)
+    root = Path(folder)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UsageError(f"The folder to write must be new or empty, but {root} is not. Choose another.")
+    data, evaluation = load_streets(config.data.streets)
+    oracle, _ = load_streets(config.data.streets, oracle=True)
+    write_folder(root, data, evaluation, oracle.source)
+    return root
+
+
+def data_show(path: str, values: Values) -> Path:
+    """Write a contact sheet of both domains with labels in Cityscapes colours."""
+    from segadapt.trainables.core.data.streets import contact_sheet
+
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise UsageError(f"The folder of the picture must exist, but {target.parent} does not. Make it first.")
+    contact_sheet(_streets(values).data.streets, target)
+    return target
+
+
+def ui(*, storage: str = "runs", port: int = 5000) -> int:
+    """Serve MLflow's pages for a storage folder on 127.0.0.1 until interrupted; returns the server's exit status.
+
+    Raises:
+        UsageError: If there is nothing to show, or the port is taken.
+    """
+    opened = Storage(Path(storage).expanduser().absolute())
+    if not opened.mlflow_database.is_file():
+        raise UsageError(
+            f"--storage must hold runs, but {opened.root} has none yet. `segadapt search sdca` makes some."
+        )
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UsageError(f"--port must be free, but {port} is in use. Choose another, e.g. --port {port + 1}.")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", tracking.tracking_uri(opened, None)]
+    command += ["--artifacts-destination", str(opened.mlflow_artifacts)]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_for_health(f"http://127.0.0.1:{port}", server)
+        print(f"MLflow shows {opened.root} at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+        server.communicate()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+    return 0
+
+
+def _wait_for_health(address: str, server: "subprocess.Popen[str]", timeout_s: float = 90.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            message = server.stderr.read() if server.stderr else ""
+            raise UsageError(f"The MLflow server must start, but ended: {message.strip()[-2000:]}")
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise UsageError(f"The MLflow server must answer within {timeout_s:.0f} s, but did not. Is the machine busy?")
+
+
+def _client(storage: str, uri: str | None) -> Any:
+    opened = Storage(Path(storage).expanduser().absolute())
+    if uri is None and not opened.mlflow_database.is_file():
+        raise UsageError(
+            f"--storage must hold runs, but {opened.root} has none yet. `segadapt search sdca` makes some."
+        )
+    return tracking.client(tracking.tracking_uri(opened, uri))
+
+
+def _checked(method: str, values: Values) -> TrialConfig:
+    """Return the configuration, having looked at everything that can be wrong before a process is started."""
+    from segadapt.trainables.core.data.datasets import load_data
+
+    config = resolve(method, values)
+    if config.data.name != "streets":  # generated, nothing can be missing
+        try:
+            load_data(config.data)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    return config
+
+
+def _streets(values: Values) -> TrialConfig:
+    return resolve("source_only", values)
+
+
+def _free_name(storage: Storage, name: str | None, default: str) -> str:
+    if name is not None:
+        if storage.experiment(name).exists():
+            raise UsageError(
+                f"--name must be new, but {name!r} exists in {storage.root}. "
+                f"Go on with it by `--resume {name}`, or choose another."
+            )
+        return name
+    taken = 1
+    candidate = default
+    while storage.experiment(candidate).exists():
+        taken += 1
+        candidate = f"{default}-{taken}"
+    return candidate
+
+
+def _pick(board: Leaderboard, name: str) -> Row:
+    candidates = [row for row in board.rows if row.kind == "trial" and row.checkpoint is not None]
+    if name == "best" and candidates:
+        return candidates[0]
+    for row in candidates:
+        if name in (row.name, row.run_id):
+            return row
+    known = ", ".join(row.name for row in candidates) or "none"
+    raise UsageError(
+        f"The run to finish must be `best` or a trial of {board.search!r} with a checkpoint, but got {name!r}. "
+        f"Those are: {known}."
+    )
+
+
+def _key_of(row: Row, options: Options) -> str:
+    entry = _client(options.storage, options.tracking_uri).get_run(row.run_id)
+    return str(entry.data.tags[tracking.KEY_TAG])
+
+
+def _row(entry: Any, objective: str) -> Row:
+    tags, metrics = entry.data.tags, entry.data.metrics
+    best = metrics.get(f"best/{objective}")
+    checkpoint = tags.get(tracking.CHECKPOINT_TAG)
+    return Row(
+        name=entry.info.run_name,
+        kind=tags[tracking.KIND_TAG],
+        state=tags.get(tracking.STATE_TAG, entry.info.status.lower()),
+        best=best,
+        best_step=int(tags["segadapt.best_step"]) if "segadapt.best_step" in tags else None,
+        last=metrics.get(objective),
+        params=entry.data.params,
+        run_id=entry.info.run_id,
+        checkpoint=checkpoint,
+        failure=tags.get(tracking.FAILURE_TAG),
+    )
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _finish_result(record: Record, row: Row, options: Options) -> FinishResult | None:
+    client = _client(options.storage, options.tracking_uri)
+    experiment = client.get_experiment_by_name(record.search)
+    found = client.search_runs(
+        [experiment.experiment_id], f"tags.`segadapt.experiment` = '{record.name}'", max_results=1
+    )
+    if not found:
+        return None
+    run_id = found[0].info.run_id
+    before, after = {}, {}
+    for name in found[0].data.metrics:
+        if name.startswith(("target_val/", "source_val/")):
+            history = sorted(client.get_metric_history(run_id, name), key=lambda entry: entry.step)
+            before[name], after[name] = history[0].value, history[-1].value
+    checkpoint = found[0].data.tags.get(tracking.CHECKPOINT_TAG)
+    return FinishResult(found[0].info.run_name, row.name, before, after, checkpoint)

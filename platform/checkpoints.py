@@ -1,0 +1,34 @@
+"""The checkpoints that trials left on storage."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from segadapt.trainables.core.checkpoint import MANIFEST
+
+TRAIN_FOLDER = "train"
+"""Sub-folder of an experiment in which Ray Train keeps the trials it runs; in-process trials lie beside it."""
+
+
+@dataclass(frozen=True)
+class TrialCheckpoint:
+    """One evaluation of a trial with the checkpoint it left."""
+
+    path: Path
+    metrics: dict[str, Any]
+
+
+def checkpoints(experiment: Path, trial_id: str) -> Iterator[TrialCheckpoint]:
+    """Yield what is kept of a trial, oldest first; folders that are not whole are passed over."""
+    for parent in (experiment / trial_id, experiment / TRAIN_FOLDER / trial_id):
+        for folder in sorted(parent.glob("checkpoint_*")):
+            if (folder / MANIFEST).is_file() and (folder / "evaluation.json").is_file():
+                yield TrialCheckpoint(folder, json.loads((folder / "evaluation.json").read_text())["metrics"])
+
+
+def best_checkpoint(experiment: Path, trial_id: str, objective: str) -> TrialCheckpoint | None:
+    """Return the kept checkpoint with the highest objective, the later one of equals."""
+    kept = [found for found in checkpoints(experiment, trial_id) if objective in found.metrics]
+    return max(kept, key=lambda found: (found.metrics[objective], found.metrics["step"]), default=None)

@@ -1,0 +1,64 @@
+"""Ray: started locally or joined, and what it offers."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from segadapt.platform.errors import UsageError
+
+_DEFAULTS = {
+    "RAY_AUTH_MODE": "disabled",  # decided here: Ray's own default depends on what ran before on the machine
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment instead of building one each
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_MAX_PENDING_TRIALS_PG": "16",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the cluster has in all."""
+
+    cpus: int
+    gpus: int
+
+
+@contextlib.contextmanager
+def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> Iterator[Capacity]:
+    """Start Ray on this machine, or join a cluster; leave it as it was found.
+
+    Args:
+        address: Of a running cluster, or None for a local one that ends with this command.
+        dashboard: Run the dashboard process (on 127.0.0.1): Ray Train's clean-up needs it.
+        verbose: Show what the workers print.
+
+    Raises:
+        UsageError: If the cluster cannot be reached.
+    """
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
+    local = {} if address else {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+    try:
+        ray.init(address=address, log_to_driver=verbose, logging_level=logging.ERROR, **local)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"--address must name a running Ray cluster, but {address!r} did not answer: {error}. "
+            "Start one with `ray start --head`, or leave --address out."
+        ) from error
+    try:
+        resources = ray.cluster_resources()
+        yield Capacity(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+    finally:
+        ray.shutdown()

@@ -1,0 +1,163 @@
+"""Tune's events on their way to tracking and to the screen. Lives in the driver."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from segadapt.platform.checkpoints import best_checkpoint
+from segadapt.platform.progress import Progress
+from segadapt.platform.tracking import (
+    CHECKPOINT_TAG,
+    FAILURE_TAG,
+    KIND_TAG,
+    METHOD_TAG,
+    STATE_TAG,
+    RunInfo,
+    Tracker,
+)
+from segadapt.platform.trial import TrialSpec
+
+METRIC_PREFIXES = ("target_val/", "source_val/", "score/", "loss/", "time/", "lr")
+"""Reported numbers that are tracked; Tune adds bookkeeping of its own."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How the runs of an experiment are called and found."""
+
+    experiment: str
+    """MLflow experiment."""
+    kind: str
+    """What the trials are: trial, stage or finish."""
+    prefix: str
+    """Run names are `prefix-001`, `prefix-002`, ... or the prefix alone for a single run."""
+    single: bool
+    tags: Mapping[str, str]
+    parent_key: str | None
+
+
+class Events(tune.Callback):
+    """Write trials to the tracker and show them.
+
+    Saved with the experiment's state, so that a resumed search continues the same names and runs.
+    """
+
+    def __init__(self, spec: TrialSpec, labels: Labels, steps: int) -> None:
+        self._spec = spec
+        self._labels = labels
+        self._steps = steps
+        self._names: dict[str, str] = {}
+        self._failures: dict[str, str] = {}
+        self._ended: set[str] = set()
+        self._started: set[str] = set()
+        self._tracker: Tracker | None = None
+        self._progress: Progress | None = None
+
+    def attach(self, tracker: Tracker, progress: Progress) -> None:
+        """Connect to this session's tracker and screen, which are not saved."""
+        self._tracker = tracker
+        self._progress = progress
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tracker": None, "_progress": None}
+
+    def get_state(self) -> dict[str, Any]:
+        """Return what a resumed search must know."""
+        return {"names": self._names, "failures": self._failures, "ended": self._ended}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take over what an earlier session knew."""
+        self._names, self._failures, self._ended = state["names"], state["failures"], state["ended"]
+
+    def key(self, trial_id: str) -> str:
+        """Return the key of a trial's run."""
+        return f"{self._spec.experiment}/{trial_id}"
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Open the run of a trial, or continue it."""
+        assert self._tracker is not None
+        assert self._progress is not None
+        trial_id = trial.trial_id
+        if trial_id in self._started:
+            return
+        self._started.add(trial_id)
+        number = len(self._names) + 1
+        prefix = self._labels.prefix
+        name = self._names.setdefault(trial_id, prefix if self._labels.single else f"{prefix}-{number:03d}")
+        config = self._spec.config(trial.config)
+        tags = {
+            KIND_TAG: self._labels.kind,
+            METHOD_TAG: config.method_name,
+            STATE_TAG: "running",
+            "segadapt.trial_id": trial_id,
+            "segadapt.experiment": self._spec.experiment,
+            "segadapt.seed": str(config.seed),
+            "segadapt.objective": self._spec.objective,
+            **self._labels.tags,
+        }
+        run = RunInfo(
+            key=self.key(trial_id),
+            experiment=self._labels.experiment,
+            name=name,
+            tags=tags,
+            params=trial.config or self._spec.values,
+            parent_key=self._labels.parent_key,
+        )
+        self._tracker.start(run)
+        self._tracker.log_json(run.key, config.as_dict(), "config.yaml")
+        self._progress.started(trial_id, name, int((trial.last_result or {}).get("step", 0)))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Pass on an evaluation, or remember why the trial is about to fail."""
+        assert self._tracker is not None
+        assert self._progress is not None
+        trial_id = trial.trial_id
+        if "failure" in result:
+            self._failures[trial_id] = result["failure"]
+            trial.max_failures = 0  # the code or its settings failed, not a machine: trying again would fail again
+            return
+        metrics = {name: value for name, value in result.items() if name.startswith(METRIC_PREFIXES)}
+        self._tracker.log_metrics(self.key(trial_id), metrics, int(result["step"]))
+        if "fingerprint" in result:
+            self._tracker.set_tags(self.key(trial_id), {"segadapt.data": result["fingerprint"]})
+        self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Close the run of a trial that ended or was stopped early."""
+        finished = int((trial.last_result or {}).get("step", 0)) >= self._steps
+        self._end(trial.trial_id, "finished" if finished else "stopped early")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Close the run of a trial that failed."""
+        self._end(trial.trial_id, "failed")
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Close the runs of trials that an interruption left unfinished."""
+        for trial in trials:
+            if trial.trial_id in self._started:
+                self._end(trial.trial_id, "interrupted")
+
+    def _end(self, trial_id: str, state: str) -> None:
+        assert self._tracker is not None
+        assert self._progress is not None
+        if trial_id in self._ended:
+            return
+        if state != "interrupted":
+            self._ended.add(trial_id)
+        key = self.key(trial_id)
+        tags = {STATE_TAG: state}
+        best = best_checkpoint(self._spec.folder, trial_id, self._spec.objective)
+        if best is not None:
+            tags[CHECKPOINT_TAG] = str(best.path)
+            tags["segadapt.best_step"] = str(best.metrics["step"])
+            value = best.metrics[self._spec.objective]
+            self._tracker.log_summary(key, {f"best/{self._spec.objective}": value}, best.metrics["step"])
+            self._tracker.log_evaluation(key, best.path)
+        if state == "failed":
+            tags[FAILURE_TAG] = self._failures.get(trial_id, "a process or node died too often; see Ray's error file")
+        self._tracker.set_tags(key, tags)
+        self._tracker.end(key, {"failed": "FAILED", "interrupted": "KILLED"}.get(state, "FINISHED"))  # type: ignore[arg-type]
+        self._progress.ended(trial_id, state)

@@ -1,0 +1,126 @@
+"""What a person sees while an experiment runs: a live table in a terminal, a line per event elsewhere."""
+
+import time
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_SHOWN_TRIALS = 12
+
+
+@dataclass
+class TrialView:
+    """The last that was heard of a trial."""
+
+    name: str
+    state: str = "starting"
+    step: int = 0
+    value: float | None = None
+    best: float | None = None
+
+
+@dataclass
+class Progress:
+    """Collects events of an experiment and shows them.
+
+    Args:
+        title: What runs.
+        objective: The metric shown.
+        trials: Trials asked for.
+        steps: Steps of a full trial.
+    """
+
+    title: str
+    objective: str
+    trials: int
+    steps: int
+    console: Console = field(default_factory=Console)
+
+    def __post_init__(self) -> None:
+        self._views: dict[str, TrialView] = {}
+        self._started = time.monotonic()
+        self._skipped_steps = 0  # done before this session; not part of its speed
+        self._live: Live | None = None
+        if self.console.is_terminal:
+            self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2)
+            self._live.start()
+        else:
+            self.console.print(f"{self.title}: {self._count()}, {self.steps} steps each")
+
+    def started(self, key: str, name: str, step: int = 0) -> None:
+        """A trial was handed to a process, for the first time or again; `step` steps were done earlier."""
+        self._views.setdefault(key, TrialView(name, step=step))
+        self._skipped_steps += step
+
+    def result(self, key: str, step: int, value: float | None) -> None:
+        """A trial was evaluated."""
+        view = self._views[key]
+        view.state, view.step, view.value = "running", step, value
+        if value is not None and (view.best is None or value > view.best):
+            view.best = value
+        self._say(f"{view.name} step {step}/{self.steps} {self.objective} {_number(value)}")
+
+    def ended(self, key: str, state: str) -> None:
+        """A trial ended; `state` says how."""
+        view = self._views[key]
+        view.state = state
+        self._say(f"{view.name} {state}")
+
+    def close(self) -> None:
+        """Leave the last picture standing."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _say(self, event: str) -> None:
+        if self._live is None:
+            best = self._best()
+            shown = f"best {_number(best.best)} ({best.name})" if best else "no result yet"
+            self.console.print(f"{event} · {shown} · {self._count()} · {self._time_left()}", highlight=False)
+
+    def _best(self) -> TrialView | None:
+        seen = [view for view in self._views.values() if view.best is not None]
+        return max(seen, key=lambda view: view.best or 0.0, default=None)
+
+    def _ended(self) -> int:
+        return sum(view.state not in ("starting", "running") for view in self._views.values())
+
+    def _count(self) -> str:
+        return f"{self._ended()}/{self.trials} trials done"
+
+    def _time_left(self) -> str:
+        """Judge the time left from the steps per second of this session; stopped trials leave no steps to do."""
+        missing = (self.trials - len(self._views)) * self.steps
+        taken = -self._skipped_steps
+        for view in self._views.values():
+            taken += view.step
+            if view.state in ("starting", "running"):
+                missing += self.steps - view.step
+        if taken <= 0:
+            return "time left unknown"
+        seconds = (time.monotonic() - self._started) / taken * missing
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+
+    def _render(self) -> Group:
+        table = Table(box=None, pad_edge=False)
+        for column in ("trial", "state", "step", self.objective, "best"):
+            table.add_column(column, justify="left" if column in ("trial", "state") else "right")
+        views = list(self._views.values())
+        for view in views[-_SHOWN_TRIALS:]:
+            step = f"{view.step}/{self.steps}"
+            table.add_row(view.name, view.state, step, _number(view.value), _number(view.best))
+        best = self._best()
+        line = f"{self._count()} · {self._time_left()}"
+        if best is not None:
+            line += f" · best {self.objective} {_number(best.best)} ({best.name})"
+        done = sum(self.steps if view.state not in ("starting", "running") else view.step for view in views)
+        bar = ProgressBar(total=max(1, self.trials * self.steps), completed=done, width=60)
+        return Group(Text(self.title, style="bold"), table, bar, Text(line))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,217 @@
+"""Experiments: one trial, or a search in which Optuna proposes, Tune runs and ASHA stops."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from segadapt.platform.events import Events, Labels
+from segadapt.platform.progress import Progress
+from segadapt.platform.tracking import Tracker
+from segadapt.platform.trial import WORKER_RETRIES, TrialSpec, run_in_process, run_with_ray_train
+
+STEP = "step"
+"""Reported time axis of schedulers: training steps, never Tune's count of reports, which restarts with a trial."""
+REDUCTION_FACTOR = 2
+"""ASHA keeps the better 1/REDUCTION_FACTOR of the trials that reached a rung."""
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search tries, and for how long."""
+
+    space: Mapping[str, BaseDistribution]
+    first: Mapping[str, Any]
+    """The published setting, tried first."""
+    trials: int
+    concurrent: int
+    seed: int
+    steps: int
+    """Steps of a full trial."""
+    grace_steps: int
+    """Steps before a trial may be stopped: the first rung."""
+    time_budget_s: float | None = None
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial of an experiment ended."""
+
+    trial_id: str
+    error: str | None
+    ended: bool
+    """False if an interruption left it unfinished."""
+
+
+def rungs(plan: SearchPlan) -> list[int]:
+    """Return the steps at which a search compares its trials."""
+    levels = [plan.grace_steps]
+    while levels[-1] * REDUCTION_FACTOR < plan.steps:
+        levels.append(levels[-1] * REDUCTION_FACTOR)
+    return [level for level in levels if level < plan.steps]
+
+
+def run_experiment(
+    spec: TrialSpec,
+    labels: Labels,
+    steps: int,
+    tracker: Tracker,
+    title: str,
+    plan: SearchPlan | None = None,
+) -> list[TrialResult]:
+    """Run one trial, or with a `plan` a search; what was begun before is continued.
+
+    Args:
+        spec: What the trials share.
+        labels: Names of their runs.
+        steps: Steps of a full trial.
+        tracker: Receives runs and metrics.
+        title: Shown on the screen.
+        plan: The search; None runs a single trial.
+    """
+    from ray import tune
+
+    trainable = _trainable(spec)
+    begun = (spec.folder / "tuner.pkl").is_file()
+    if begun:
+        tuner = tune.Tuner.restore(str(spec.folder), trainable=trainable, resume_unfinished=True)
+        if plan is not None:
+            _close_lost_proposals(spec)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=_tune_config(spec, plan),
+            run_config=tune.RunConfig(
+                name=spec.experiment,
+                storage_path=str(spec.storage.experiments),
+                verbose=0,
+                callbacks=[Events(spec, labels, steps)],
+                failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+                checkpoint_config=tune.CheckpointConfig(
+                    num_to_keep=1, checkpoint_score_attribute=spec.objective, checkpoint_score_order="max"
+                ),
+            ),
+        )
+    progress = Progress(title, spec.objective, plan.trials if plan else 1, steps)
+    _events(tuner).attach(tracker, progress)
+    try:
+        results = tuner.fit()
+    finally:
+        progress.close()
+    trials = results._experiment_analysis.trials
+    return [
+        TrialResult(
+            trial.trial_id,
+            _last_line(trial) if trial.status == "ERROR" else None,
+            trial.status in ("TERMINATED", "ERROR"),
+        )
+        for trial in trials
+    ]
+
+
+def _last_line(trial: Any) -> str:
+    """Return the last line of a trial's error file, which names the error."""
+    try:
+        return Path(trial.error_file).read_text().strip().splitlines()[-1]
+    except (OSError, IndexError, TypeError):
+        return "unknown; see the trial's folder"
+
+
+def _events(tuner: Any) -> Events:
+    callbacks = tuner._local_tuner.get_run_config().callbacks
+    found: Events = next(callback for callback in callbacks if isinstance(callback, Events))
+    return found
+
+
+def _trainable(spec: TrialSpec) -> Any:
+    from ray import tune
+
+    resources = spec.resources
+    if resources.uses_train:
+        # The driver of a nested run holds no CPU, or concurrent drivers would starve the workers they wait for.
+        return tune.with_resources(
+            tune.with_parameters(run_with_ray_train, spec=spec), {"node:__internal_head__": 0.001}
+        )
+    needs = {"cpu": resources.cpus} | ({"gpu": resources.gpus} if resources.gpus else {})
+    return tune.with_resources(tune.with_parameters(run_in_process, spec=spec), needs)
+
+
+def _tune_config(spec: TrialSpec, plan: SearchPlan | None) -> Any:
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    def folder_name(trial: Any) -> str:
+        return str(trial.trial_id)
+
+    if plan is None:
+        return tune.TuneConfig(
+            metric=spec.objective, mode="max", num_samples=1, trial_dirname_creator=folder_name, reuse_actors=False
+        )
+    return tune.TuneConfig(
+        metric=spec.objective,
+        mode="max",
+        search_alg=searcher(spec, plan),
+        scheduler=ASHAScheduler(
+            time_attr=STEP,
+            max_t=plan.steps,
+            grace_period=plan.grace_steps,
+            reduction_factor=REDUCTION_FACTOR,
+        ),
+        num_samples=plan.trials,
+        max_concurrent_trials=plan.concurrent,
+        time_budget_s=plan.time_budget_s,
+        reuse_actors=not spec.resources.uses_train,
+        trial_dirname_creator=folder_name,
+    )
+
+
+def searcher(spec: TrialSpec, plan: SearchPlan) -> Any:
+    """Return the Optuna searcher of a search; its study lives in the storage folder under the search's name."""
+    import optuna
+    from segadapt.platform.optuna_search import StudySearch
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return StudySearch(
+        space=dict(plan.space),
+        metric=spec.objective,
+        mode="max",
+        points_to_evaluate=[dict(plan.first)] if plan.first else None,
+        sampler=optuna.samplers.TPESampler(seed=plan.seed, multivariate=True, constant_liar=plan.concurrent > 1),
+        study_name=spec.experiment,
+        storage=study_storage(spec),
+        budget=plan.steps,
+    )
+
+
+def study_storage(spec: TrialSpec) -> Any:
+    """Return the Optuna storage of the searches in a storage folder."""
+    import optuna
+
+    return optuna.storages.RDBStorage(f"sqlite:///{spec.storage.study_database}")
+
+
+def load_study(spec: TrialSpec) -> Any:
+    """Return the study of a search."""
+    import optuna
+
+    return optuna.load_study(study_name=spec.experiment, storage=study_storage(spec))
+
+
+def _close_lost_proposals(spec: TrialSpec) -> None:
+    """Mark proposals as failed that the killed driver had asked for but not yet saved: nobody will run them."""
+    import pickle
+
+    from optuna.trial import TrialState
+
+    saved = sorted(spec.folder.glob("searcher-state-*.pkl"), key=os.path.getmtime)
+    known: set[int] = set()
+    if saved:
+        with saved[-1].open("rb") as file:  # written by our own driver, as Ray's restore reads it too
+            state = pickle.load(file)
+        known = {trial.number for trial in state.get("_ot_trials", {}).values()} if isinstance(state, dict) else set()
+    study = load_study(spec)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial.number not in known:
+            study.tell(trial.number, state=TrialState.FAIL)

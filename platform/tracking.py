@@ -1,0 +1,241 @@
+"""MLflow, written from the driver through a queue: a slow or absent server delays records, never a trial.
+
+Runs are addressed by a key of ours (`experiment/trial id`), kept as a tag; a run that exists is continued. Only
+explicit run ids are used, never MLflow's process-wide active run.
+"""
+
+import json
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from segadapt.platform.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+KEY_TAG = "segadapt.key"
+KIND_TAG = "segadapt.kind"
+STATE_TAG = "segadapt.state"
+FAILURE_TAG = "segadapt.failure"
+CHECKPOINT_TAG = "segadapt.checkpoint"
+METHOD_TAG = "segadapt.method"
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+_ACTION_ATTEMPTS_PAUSE_S = (0.5, 1, 2, 5, 10)
+
+
+def tracking_uri(storage: Storage, uri: str | None) -> str:
+    """Return the tracking server's address: `uri`, or the SQLite database in the storage folder."""
+    return uri or f"sqlite:///{storage.mlflow_database}"
+
+
+def client(uri: str) -> Any:
+    """Return an `MlflowClient` that gives up on an absent server within seconds."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What identifies a run and is known at its start."""
+
+    key: str
+    experiment: str
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, Any]
+    parent_key: str | None = None
+
+
+class Tracker:
+    """Write runs from a queue in one thread, in order.
+
+    Args:
+        storage: Where local artifacts go.
+        uri: The tracking server's address; None takes the storage's SQLite database.
+    """
+
+    def __init__(self, storage: Storage, uri: str | None) -> None:
+        self._storage = storage
+        self._local = uri is None
+        self._uri = tracking_uri(storage, uri)
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._run_ids: dict[str, str] = {}
+        self._last_step: dict[str, int] = {}
+        self._client: Any = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="segadapt-tracking", daemon=True)
+        self._thread.start()
+
+    def start(self, info: RunInfo) -> None:
+        """Create the run, or continue the one that has its key."""
+        self._queue.put(lambda: self._start(info))
+
+    def log_metrics(self, key: str, metrics: Mapping[str, Any], step: int) -> None:
+        """Log finite numbers at a training step; steps at or before the last logged one are repeats and left out."""
+        numbers = {
+            name: float(value)
+            for name, value in metrics.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        }
+        now = int(time.time() * 1000)
+        self._queue.put(lambda: self._log_metrics(key, numbers, step, now))
+
+    def log_summary(self, key: str, metrics: Mapping[str, float], step: int) -> None:
+        """Log numbers that sum a run up; may repeat."""
+        now = int(time.time() * 1000)
+        self._queue.put(lambda: self._log_batch(key, metrics, step, now))
+
+    def set_tags(self, key: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run."""
+        self._queue.put(lambda: self._set_tags(key, tags))
+
+    def log_json(self, key: str, content: Any, name: str) -> None:
+        """Store `content` as a JSON or YAML artifact, by the ending of `name`."""
+        self._queue.put(lambda: self._client.log_dict(self._run_ids[key], content, name))
+
+    def log_file(self, key: str, path: Path, folder: str | None = None) -> None:
+        """Copy a file or folder into the run's artifacts."""
+        log = "log_artifacts" if path.is_dir() else "log_artifact"
+        self._queue.put(lambda: getattr(self._client, log)(self._run_ids[key], str(path), folder))
+
+    def log_evaluation(self, key: str, checkpoint: Path) -> None:
+        """Store the gallery, the confusion matrix and the per-class table that lie in a checkpoint folder."""
+        self._queue.put(lambda: self._log_evaluation(key, checkpoint))
+
+    def log_figure(self, key: str, make: Callable[[], Any], name: str) -> None:
+        """Store the figure that `make` returns (plotly for .html, matplotlib for .png)."""
+        self._queue.put(lambda: self._client.log_figure(self._run_ids[key], make(), name))
+
+    def end(self, key: str, status: Status) -> None:
+        """Close a run."""
+        self._queue.put(lambda: self._client.set_terminated(self._run_ids[key], status))
+
+    def close(self, timeout_s: float = 120.0) -> None:
+        """Write what is queued and stop; after `timeout_s` seconds say what was lost and give up."""
+        self._closing.set()
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            logger.error(
+                "The tracking server %s did not take %d records within %.0f s; they are lost.",
+                self._uri,
+                self._queue.qsize(),
+                timeout_s,
+            )
+
+    def _write(self) -> None:
+        action: Callable[[], None] | None = self._connect
+        while action is not None:
+            self._perform(action)
+            action = self._queue.get()
+
+    def _perform(self, action: Callable[[], None]) -> None:
+        """Do one action until it succeeds: later ones build on it. What the server refuses for good is dropped."""
+        for pause in _pauses():
+            try:
+                return action()
+            except Exception as error:
+                if not _is_transient(error):
+                    logger.exception("The tracking server refused a record; it is left out.")
+                    return None
+                logger.warning("Tracking at %s failed (%s), trying again in %.0f s.", self._uri, error, pause)
+                time.sleep(pause)
+        return None
+
+    def _connect(self) -> None:
+        self._client = client(self._uri)
+        self._client.search_experiments(max_results=1)  # creates and migrates a fresh database, from one process alone
+
+    def _experiment_id(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        location = (self._storage.mlflow_artifacts / name).as_uri() if self._local else None
+        return str(self._client.create_experiment(name, artifact_location=location))
+
+    def _start(self, info: RunInfo) -> None:
+        experiment = self._experiment_id(info.experiment)
+        found = self._find(experiment, info.key)
+        tags = {**info.tags, KEY_TAG: info.key, "mlflow.user": os.environ.get("USER", "segadapt")}
+        if info.parent_key is not None:
+            tags["mlflow.parentRunId"] = self._run_id(experiment, info.parent_key)
+        if found is not None:
+            run_id = found.info.run_id
+            self._client.update_run(run_id, status="RUNNING")
+            history = self._client.get_metric_history(run_id, "time/evaluation")
+            self._last_step[info.key] = max((entry.step for entry in history), default=-1)
+        else:
+            run_id = self._client.create_run(experiment, tags=tags, run_name=info.name).info.run_id
+            for name, value in info.params.items():
+                self._client.log_param(run_id, name, value)
+        self._run_ids[info.key] = run_id
+
+    def _find(self, experiment: str, key: str) -> Any:
+        found = self._client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        return found[0] if found else None
+
+    def _run_id(self, experiment: str, key: str) -> str:
+        """Return the id of a run of this session or, by its key, of an earlier one."""
+        if key not in self._run_ids:
+            self._run_ids[key] = self._find(experiment, key).info.run_id
+        return self._run_ids[key]
+
+    def _log_metrics(self, key: str, numbers: Mapping[str, float], step: int, timestamp: int) -> None:
+        if step > self._last_step.get(key, -1):
+            self._log_batch(key, numbers, step, timestamp)
+            self._last_step[key] = step
+
+    def _log_batch(self, key: str, numbers: Mapping[str, float], step: int, timestamp: int) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, timestamp, step) for name, value in numbers.items()]
+        self._client.log_batch(self._run_ids[key], metrics=metrics)
+
+    def _set_tags(self, key: str, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            self._client.set_tag(self._run_ids[key], name, value)
+
+    def _log_evaluation(self, key: str, checkpoint: Path) -> None:
+        from segadapt.platform.plots import confusion_figure
+
+        run_id = self._run_ids[key]
+        summary = json.loads((checkpoint / "evaluation.json").read_text())
+        for domain in ("target_val", "source_val"):
+            figure = confusion_figure(summary[domain]["confusion"], summary["classes"], domain)
+            self._client.log_figure(run_id, figure, f"confusion/{domain}.png")
+        iou = {name: summary["metrics"].get(f"target_val/iou/{name}") for name in summary["classes"]}
+        table = {"class": list(iou), "target_val_iou": list(iou.values())}
+        self._client.log_table(run_id, data=table, artifact_file="per_class_iou.json")
+        self._client.log_artifact(run_id, str(checkpoint / "gallery.png"))
+
+
+def _pauses() -> Iterator[float]:
+    yield from _ACTION_ATTEMPTS_PAUSE_S
+    while True:
+        yield _ACTION_ATTEMPTS_PAUSE_S[-1]
+
+
+def _is_transient(error: Exception) -> bool:
+    """Return whether trying again may help: the server or its database is away or busy."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, OSError):
+        return True
+    if isinstance(error, MlflowException):
+        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+    return False

@@ -1,0 +1,226 @@
+"""One trial: the same training function in the trial's own process or in Ray Train workers."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from segadapt.platform import stages
+from segadapt.platform.checkpoints import TRAIN_FOLDER
+from segadapt.platform.config import TrialConfig, resolve
+from segadapt.platform.storage import Storage
+from segadapt.trainables import method_class
+from segadapt.trainables.core.data.datasets import load_data
+from segadapt.trainables.core.method import Method
+from segadapt.trainables.core.networks import build_segmenter
+from segadapt.trainables.core.trainer import Report, Trainer, TrainerSettings
+
+Launcher = Literal["auto", "train", "inprocess"]
+
+CONFIG = "config.json"
+"""File in a checkpoint folder with the configuration of its trial."""
+
+WORKER_RETRIES = 2
+"""How often Ray starts a trial or its workers again after a process or node died."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one trial takes from the cluster."""
+
+    workers: int = 1
+    gpus: float = 0.0
+    """GPUs of each worker."""
+    cpus: float = 1.0
+    """CPUs of each worker."""
+    launcher: Launcher = "auto"
+
+    @property
+    def uses_train(self) -> bool:
+        """Whether Ray Train runs the trial: asked for, or by default with several workers or GPUs."""
+        return self.launcher == "train" or (self.launcher == "auto" and (self.workers > 1 or self.gpus > 0))
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """What is common to the trials of an experiment; travels to the trial's processes."""
+
+    storage: Storage
+    experiment: str
+    method: str
+    values: Mapping[str, Any]
+    """Settings that no trial of the experiment changes."""
+    resources: Resources = field(default_factory=Resources)
+    objective: str = "target_val/miou"
+    """Reported metric by which checkpoints are kept and trials compared; higher is better."""
+    start: Path | None = None
+    """Checkpoint folder to begin from; None begins from the shared stages."""
+    shared_stages: bool = False
+    """Compute the method's shared stages instead of its own."""
+
+    def config(self, values: Mapping[str, Any]) -> TrialConfig:
+        """Return the configuration of the trial with these searched values."""
+        return resolve(self.method, {**self.values, **values})
+
+    @property
+    def folder(self) -> Path:
+        """The experiment's folder."""
+        return self.storage.experiment(self.experiment)
+
+
+def build_method(config: TrialConfig, num_classes: int) -> Method:
+    """Build the networks and heads of a trial, equal for equal seeds."""
+    import torch
+
+    torch.manual_seed(config.seed)
+    network = config.network
+    segmenter = build_segmenter(num_classes=num_classes, **vars(network))
+    return method_class(config.method_name)(segmenter, config.method, config.warmup)
+
+
+def train(spec: TrialSpec, trial_id: str, values: Mapping[str, Any], report: Report, resume: Path | None) -> None:
+    """Run one trial in this process (every data-parallel worker calls this).
+
+    Args:
+        spec: What the trial shares with its experiment.
+        trial_id: Names the folder for what stages write.
+        values: The trial's own settings by dotted key.
+        report: Receives every evaluation, and the checkpoint on the first worker.
+        resume: Checkpoint folder of this trial to go on from.
+    """
+    import torch
+
+    torch.set_num_threads(max(1, int(spec.resources.cpus)))
+    config = spec.config(values)
+    data, evaluation = load_data(config.data)
+    report = _describing(report, config, data.fingerprint)
+    method = build_method(config, len(data.classes))
+    keys = stages.stage_keys(config, data.fingerprint)
+    done = stages.longest_prefix(spec.storage, keys)
+    if spec.shared_stages:
+        plan = tuple(key.stage for key in keys[len(done) :])
+        report = stages.publishing(spec.storage, {key.stage.name: key for key in keys}, report)
+    else:
+        plan = stages.split_plan(config)[1]
+    trainer = Trainer(
+        method=method,
+        plan=plan,
+        data=data,
+        evaluation=evaluation,
+        settings=TrainerSettings(
+            trainer=config.trainer, optimizer=config.optimizer, augmentation=config.augmentation, seed=config.seed
+        ),
+        report=report,
+        folder=spec.folder / "artifacts" / trial_id,
+    )
+    if resume is None:
+        start = spec.start or (done[-1] if done else None)
+        if start is None and keys and not spec.shared_stages:
+            raise FileNotFoundError(
+                f"The shared stage '{keys[-1].stage.name}' must have been computed, but {spec.storage.stages} lacks "
+                f"{keys[-1].hash}. Start the search again."
+            )
+        if start is not None:
+            trainer.start_from(start)
+    trainer.run(resume)
+
+
+def _describing(report: Report, config: TrialConfig, fingerprint: str) -> Report:
+    """Return a `report` that adds the data's fingerprint, and the configuration to each checkpoint."""
+
+    def wrapped(metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
+        def write_described(folder: Path) -> None:
+            assert write is not None
+            (folder / CONFIG).write_text(json.dumps(config.as_dict()))
+            write(folder)
+
+        report({**metrics, "fingerprint": fingerprint}, write_described if write is not None else None)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _reporting_failure(report: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Tell the driver why a trial fails before the error ends it; an error of storage or network may be retried."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        report({"failure": _reason(error)})
+        raise
+
+
+def _reason(error: Exception) -> str:
+    """Return one line that names the error, of a Ray Train worker if one caused it."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    summary = lines[-1] if lines else ""
+    return summary if failures else f"{type(error).__name__}: {summary}"
+
+
+def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
+    """Tune's function for a trial that trains in its own, reused process."""
+    from ray import tune
+
+    def report(metrics: dict[str, Any], write: Any) -> None:
+        with tempfile.TemporaryDirectory(prefix="segadapt-") as folder:
+            write(Path(folder))
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    checkpoint = tune.get_checkpoint()
+    with _reporting_failure(tune.report):
+        train(spec, tune.get_context().get_trial_id(), values, report, Path(checkpoint.path) if checkpoint else None)
+
+
+def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
+    """Tune's function for a trial whose workers are Ray Train's; this process only waits for them."""
+    import ray.train
+    from ray import tune
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    trial_id = tune.get_context().get_trial_id()
+    resources = spec.resources
+    per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+    with _reporting_failure(tune.report):
+        result = TorchTrainer(
+            train_worker,
+            train_loop_config={"spec": spec, "trial_id": trial_id, "values": values},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker
+            ),
+            run_config=ray.train.RunConfig(
+                name=trial_id,  # the same name makes every kind of restart go on from the last checkpoint
+                storage_path=str(spec.folder / TRAIN_FOLDER),
+                callbacks=[TuneReportCallback()],
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=1, checkpoint_score_attribute=spec.objective, checkpoint_score_order="max"
+                ),
+                failure_config=ray.train.FailureConfig(max_failures=WORKER_RETRIES),
+            ),
+        ).fit()
+        if result.metrics:  # what Tune missed, if the trial had ended when the driver was killed
+            tune.report(result.metrics)
+
+
+def train_worker(loop: dict[str, Any]) -> None:
+    """Ray Train's function: one data-parallel worker of a trial."""
+    import ray.train
+
+    def report(metrics: dict[str, Any], write: Any) -> None:
+        if write is None:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory(prefix="segadapt-") as folder:
+            write(Path(folder))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    checkpoint = ray.train.get_checkpoint()
+    resume = Path(checkpoint.path) if checkpoint else None
+    train(loop["spec"], loop["trial_id"], loop["values"], report, resume)

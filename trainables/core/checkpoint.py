@@ -1,0 +1,50 @@
+"""Checkpoints on disk: written whole or not at all, hashed, loaded without unpickling code."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATE = "state.pt"
+MANIFEST = "manifest.json"
+
+
+class CorruptCheckpointError(RuntimeError):
+    """A checkpoint folder whose content is not what was written."""
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain values) and the manifest that vouches for it into an existing folder."""
+    torch.save(state, folder / STATE)
+    (folder / MANIFEST).write_text(json.dumps({"sha256": {STATE: file_hash(folder / STATE)}}))
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Load the state of a checkpoint folder to the CPU.
+
+    Raises:
+        CorruptCheckpointError: If a file is missing or differs from its recorded hash.
+    """
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())["sha256"][STATE]
+        actual = file_hash(folder / STATE)
+    except (OSError, ValueError, KeyError) as error:
+        raise CorruptCheckpointError(
+            f"A checkpoint must hold {STATE} and {MANIFEST}, but {folder} is incomplete ({error}). "
+            "Continue from another checkpoint."
+        ) from error
+    if actual != expected:
+        raise CorruptCheckpointError(
+            f"The hash of {folder / STATE} must be {expected}, but is {actual}: it was changed or cut short. "
+            "Continue from another checkpoint."
+        )
+    state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    return state

@@ -1,0 +1,405 @@
+"""The one trainer of all methods: devices, precision, data parallelism, optimisation, stages, checkpoints, reports.
+
+It knows neither Ray nor MLflow: results leave through a `Report` function.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from segadapt.trainables.core import distributed
+from segadapt.trainables.core.checkpoint import load_state, save_state
+from segadapt.trainables.core.data.batch import DomainBatch, DomainData, EvaluationData
+from segadapt.trainables.core.data.loading import BatchSource, one_pass
+from segadapt.trainables.core.data.sampling import derived_seed
+from segadapt.trainables.core.data.transforms import AugmentationConfig
+from segadapt.trainables.core.evaluation import Evaluation, evaluate, save_gallery
+from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, trained_parameters
+from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder
+from segadapt.trainables.core.validation import check
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
+"""Receives the metrics of an evaluation and, on the first worker, a function that writes the checkpoint to a folder."""
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss term became NaN or infinite; the trial cannot recover."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """SGD with momentum and a poly schedule, as the papers use it."""
+
+    lr: float | None = None
+    """Base learning rate of the adaptation stages; null takes the network's recommended one."""
+    lr_factor: float = 1.0
+    """Multiplies `lr`: the searched coordinate, comparable between networks."""
+    head_lr_factor: float | None = None
+    """Learning rate of the head over the base rate; null: 10 beside a pretrained backbone (paper), else 1."""
+    momentum: float = 0.9
+    """SGD momentum. Paper: 0.9."""
+    weight_decay: float = 5e-4
+    """On all trained parameters. Paper: 5e-4."""
+    poly_power: float = 0.9
+    """Learning rate = base * (1 - step / horizon) ** poly_power. Paper: 0.9."""
+    horizon: float = 1.5625
+    """Schedule length over the steps of a stage. Paper (SDCA): 62500 / 40000."""
+    clip_norm: float | None = None
+    """Largest gradient norm; null does not clip."""
+
+    def __post_init__(self) -> None:
+        check(self.lr_factor > 0, "optimizer.lr_factor must be positive", self.lr_factor)
+        for name in ("lr", "head_lr_factor", "clip_norm"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"optimizer.{name} must be positive or null", value)
+        check(0 <= self.momentum < 1, "optimizer.momentum must lie in [0, 1)", self.momentum)
+        check(self.weight_decay >= 0, "optimizer.weight_decay must not be negative", self.weight_decay)
+        check(self.horizon >= 1, "optimizer.horizon must be at least 1", self.horizon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Length and mechanics of a trial."""
+
+    steps: int = 240
+    """Optimiser steps after the warm-up, over all stages of the method."""
+    batch_size: int = 8
+    """Images of each domain per micro-batch, over all workers."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step."""
+    eval_every: int = 60
+    """Steps between evaluations; every evaluation leaves a checkpoint."""
+    eval_batch_size: int = 8
+    """Images per evaluation batch and worker."""
+    evaluate_start: bool = False
+    """Also evaluate before the first step."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the networks; auto is bf16 where a GPU supports it. Losses are always float32."""
+    channels_last: bool = True
+    """Memory format of images and weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batch_size"):
+            check(getattr(self, name) >= 1, f"trainer.{name} must be at least 1", getattr(self, name))
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Everything the trainer needs beside the method and the data."""
+
+    trainer: TrainerConfig
+    optimizer: OptimizerConfig
+    augmentation: AugmentationConfig
+    seed: int
+
+
+def stage_steps(stage: Stage, warmup_steps: int, trainer_steps: int) -> int:
+    """Return the optimiser steps of a stage."""
+    return warmup_steps if stage is SOURCE_ONLY else round(stage.share * trainer_steps)
+
+
+@dataclass
+class _Progress:
+    """Sums since the last report; kept on the device, so that steps need not wait for it."""
+
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    batches: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + value.detach().double()
+        self.batches += 1
+
+    def losses(self) -> dict[str, float]:
+        """Mean of each term over batches and workers."""
+        scale = self.batches * distributed.world_size()
+        return {name: float(distributed.sum_over_workers(total)) / scale for name, total in sorted(self.terms.items())}
+
+
+class Trainer:
+    """Walk a method through its stages.
+
+    Args:
+        method: The method, on the CPU; moved to this worker's device.
+        plan: The stages to do, in order.
+        data: Labelled source and unlabelled target.
+        evaluation: Labelled validation images, never shown to the method.
+        settings: Lengths, optimiser, augmentation, seed.
+        report: Called with each evaluation.
+        folder: For what stages write, such as pseudo labels; shared by the workers and kept over restarts.
+        device: Where to train; default: this worker's GPU if there is one.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        plan: tuple[Stage, ...],
+        data: DomainData,
+        evaluation: EvaluationData,
+        settings: TrainerSettings,
+        report: Report,
+        folder: Path,
+        device: torch.device | None = None,
+    ) -> None:
+        workers = distributed.world_size()
+        batch_size = settings.trainer.batch_size
+        check(batch_size % workers == 0, f"trainer.batch_size must be a multiple of the {workers} workers", batch_size)
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.memory_format = torch.channels_last if settings.trainer.channels_last else torch.contiguous_format
+        self.method = method.to(device=self.device)
+        for module in self.method.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=self.memory_format)
+        self.trainable = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+        self.plan = plan
+        self.data = data
+        self.evaluation = evaluation
+        self.settings = settings
+        self.report = report
+        self.folder = folder
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Begin with what an earlier trial or stage ended with.
+
+        A checkpoint of the same method is taken over whole; of another method, its deployed network is.
+        """
+        state = load_state(checkpoint)
+        if state["method"] == self.method.name and state["stage"] != SOURCE_ONLY.name:
+            self.method.load_state_dict(state["state"])
+            return
+        prefix = state["deployed"] + "."
+        network = {name.removeprefix(prefix): t for name, t in state["state"].items() if name.startswith(prefix)}
+        self.method.segmenter.load_state_dict(network)
+
+    def run(self, resume: Path | None = None) -> None:
+        """Train all planned stages, from the start or from a checkpoint this plan wrote."""
+        state = load_state(resume) if resume is not None else None
+        first = [stage.name for stage in self.plan].index(state["stage"]) if state is not None else 0
+        done = sum(self.steps_of(stage) for stage in self.plan[:first])
+        for stage in self.plan[first:]:
+            self._run_stage(stage, done, state)
+            state = None
+            done += self.steps_of(stage)
+
+    def steps_of(self, stage: Stage) -> int:
+        """Return the optimiser steps of a stage."""
+        return stage_steps(stage, self.method.warmup.steps, self.settings.trainer.steps)
+
+    def _run_stage(self, stage: Stage, done: int, state: dict[str, Any] | None) -> None:
+        """Prepare and train one stage; `done` steps precede it in the trial, `state` resumes in the middle of it."""
+        config, steps = self.settings.trainer, self.steps_of(stage)
+        folder = self.folder / stage.name
+        self._select_trained(stage)
+        optimizer = self._optimizer(stage)
+        if state is not None:
+            self.method.load_state_dict(state["state"])
+            optimizer.load_state_dict(state["optimizer"])
+            start = state["step"]
+        else:
+            start = 0
+            self._seed(stage, 0)
+            self.method.eval()
+            with torch.no_grad():
+                self.method.prepare_stage(stage, self._stage_data(folder))
+            distributed.barrier()
+            if steps == 0 or (config.evaluate_start and done == 0):
+                self._evaluate_and_report(stage, done, 0, optimizer, _Progress())
+        train_step = self._parallel()
+        batches = self._batches(stage, folder)
+        self._seed(stage, start)
+        progress = _Progress()
+        for step in range(start, steps):
+            self.method.train()
+            self._set_learning_rate(stage, optimizer, step, steps)
+            for micro in range(config.accumulate):
+                batch = self._on_device(batches.batch(step * config.accumulate + micro))
+                with self._synchronised(train_step, micro == config.accumulate - 1):
+                    terms = self._terms(train_step, batch, step)
+                    (torch.stack(list(terms.values())).sum() / config.accumulate).backward()
+                progress.add(terms)
+            if self.settings.optimizer.clip_norm is not None:
+                parameters = [p for _, p in trained_parameters(self.method, stage) if p.requires_grad]
+                nn.utils.clip_grad_norm_(parameters, self.settings.optimizer.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self.method.after_step(step)
+            if (done + step + 1) % config.eval_every == 0 or step + 1 == steps:
+                self._evaluate_and_report(stage, done, step + 1, optimizer, progress)
+                self._seed(stage, step + 1)
+                progress = _Progress()
+
+    def _seed(self, stage: Stage, step: int) -> None:
+        """Seed anew at every checkpoint, so that resuming draws what going on would have drawn, on every worker."""
+        torch.manual_seed(derived_seed(self.settings.seed, stage.name, step, distributed.rank()))
+
+    def _select_trained(self, stage: Stage) -> None:
+        trained = {name for name, _ in trained_parameters(self.method, stage)}
+        for name, parameter in self.method.named_parameters():
+            parameter.requires_grad_(name in self.trainable and name in trained)
+
+    def _optimizer(self, stage: Stage) -> torch.optim.Optimizer:
+        config = self.settings.optimizer
+        groups = []
+        for group in self.method.parameter_groups():
+            parameters = [parameter for parameter in group.parameters if parameter.requires_grad]
+            factor = (config.head_lr_factor or 1.0) if group.fresh else 1.0
+            if parameters:
+                groups.append({"params": parameters, "name": group.name, "factor": factor})
+        return torch.optim.SGD(
+            groups,
+            lr=self._base_lr(stage),
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+
+    def _base_lr(self, stage: Stage) -> float:
+        config = self.settings.optimizer
+        if config.lr is None:
+            raise ValueError("optimizer.lr must be set, but got None. Take `base_lr(network)`.")
+        return config.lr * (self.method.warmup.lr_factor if stage is SOURCE_ONLY else config.lr_factor)
+
+    def _set_learning_rate(self, stage: Stage, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+        config = self.settings.optimizer
+        rate = self._base_lr(stage) * (1 - step / (config.horizon * steps)) ** config.poly_power
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+
+    def _parallel(self) -> nn.Module:
+        """Wrap the whole method, so that one forward is one step; statistics and losses reduce themselves."""
+        if distributed.world_size() == 1:
+            return self.method
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.method, device_ids=devices, broadcast_buffers=False)
+
+    @staticmethod
+    def _synchronised(train_step: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Average gradients over workers in the last micro-batch only."""
+        if last or not isinstance(train_step, DistributedDataParallel):
+            return contextlib.nullcontext()
+        skipped: contextlib.AbstractContextManager[None] = train_step.no_sync()
+        return skipped
+
+    def _terms(self, train_step: nn.Module, batch: DomainBatch, step: int) -> dict[str, Tensor]:
+        with self._autocast():
+            terms: dict[str, Tensor] = train_step(batch, step)
+        return terms
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.settings.trainer.precision
+        if precision == "auto":
+            precision = "bf16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def _batches(self, stage: Stage, folder: Path) -> BatchSource:
+        pseudo_labels = PseudoLabelFolder(folder, self.data.target.ids) if stage.pseudo_labels else None
+        return BatchSource(
+            data=self.data,
+            augmentation=self.settings.augmentation,
+            key=(self.settings.seed, stage.name),
+            batch_size=self.settings.trainer.batch_size,
+            domains=stage.domains,
+            colored=stage.colored,
+            flipped=stage.flipped,
+            pseudo_labels=pseudo_labels.read if pseudo_labels is not None else None,
+        )
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return self.method.segmenter.normalise(images.to(self.device, non_blocking=True)).contiguous(
+            memory_format=self.memory_format
+        )
+
+    def _on_device(self, batch: DomainBatch) -> DomainBatch:
+        moved = batch.to(self.device)
+        target = moved.target_images
+        return replace(
+            moved,
+            source_images=self._normalised(moved.source_images),
+            target_images=self._normalised(target) if target is not None else None,
+        )
+
+    def _stage_data(self, folder: Path) -> StageData:
+        def source() -> Iterator[tuple[Tensor, Tensor]]:
+            for images, indices in one_pass(self.data.source, self.settings.trainer.eval_batch_size):
+                labels = torch.stack([self.data.source.label(index) for index in indices])
+                yield self._normalised(images), labels.to(self.device, torch.int64)
+
+        def target() -> Iterator[tuple[Tensor, Tensor]]:
+            for images, indices in one_pass(self.data.target, self.settings.trainer.eval_batch_size):
+                yield self._normalised(images), torch.tensor(indices)
+
+        return StageData(folder=folder, target_ids=self.data.target.ids, source_batches=source, target_batches=target)
+
+    def _evaluate_and_report(
+        self, stage: Stage, done: int, step: int, optimizer: torch.optim.Optimizer, progress: _Progress
+    ) -> None:
+        elapsed = time.perf_counter() - progress.started
+        losses = progress.losses()
+        for name, value in losses.items():
+            if not torch.isfinite(torch.tensor(value)):
+                raise NonFiniteLossError(
+                    f"Loss terms must be finite, but '{name}' became {value} within the last {progress.batches} "
+                    f"batches before step {step} of stage '{stage.name}'. Lower the learning rate or its weight."
+                )
+        self._agree_on_buffers()
+        started = time.perf_counter()
+        evaluation = evaluate(self.method.deployed, self.evaluation, self.device, self.settings.trainer.eval_batch_size)
+        metrics: dict[str, Any] = {
+            "step": done + step,
+            "stage": stage.name,
+            "stage_finished": step == self.steps_of(stage),
+            **evaluation.metrics(),
+            **{f"loss/{name}": value for name, value in losses.items()},
+            "time/evaluation": time.perf_counter() - started,
+        }
+        if progress.batches:
+            metrics["loss/total"] = sum(losses.values())
+            metrics["time/step"] = elapsed * self.settings.trainer.accumulate / progress.batches
+            metrics["lr"] = optimizer.param_groups[0]["lr"]
+
+        def write(folder: Path) -> None:
+            self._write_checkpoint(folder, stage, step, optimizer, metrics, evaluation)
+
+        self.report(metrics, write if distributed.rank() == 0 else None)
+
+    def _agree_on_buffers(self) -> None:
+        """Take the first worker's buffers: running statistics of batch normalisation differ between workers."""
+        if distributed.world_size() > 1:
+            for buffer in self.method.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def _write_checkpoint(
+        self,
+        folder: Path,
+        stage: Stage,
+        step: int,
+        optimizer: torch.optim.Optimizer,
+        metrics: dict[str, Any],
+        evaluation: Evaluation,
+    ) -> None:
+        deployed = next(name for name, module in self.method.named_children() if module is self.method.deployed)
+        state = {
+            "method": self.method.name,
+            "stage": stage.name,
+            "step": step,
+            "deployed": deployed,
+            "state": self.method.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        save_state(folder, state)
+        save_gallery(self.method.deployed, self.evaluation, self.device, folder / "gallery.png")
+        summary = {
+            "metrics": metrics,
+            "classes": evaluation.classes.names,
+            "target_val": {"confusion": evaluation.target_val.confusion.tolist()},
+            "source_val": {"confusion": evaluation.source_val.confusion.tolist()},
+        }
+        (folder / "evaluation.json").write_text(json.dumps(summary))
