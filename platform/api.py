@@ -21,6 +21,7 @@ from segadapt.platform.experiments import Options, Outcome, Record, run
 from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.trial import CONFIG
 from segadapt.trainables import METHODS
+from segadapt.trainables.core.networks import build_segmenter
 
 OBJECTIVES = ("target_val/miou", "source_val/miou")
 """What a search may maximise."""
@@ -321,11 +322,13 @@ def _checked(method: str, values: Values) -> TrialConfig:
     from segadapt.trainables.core.data.datasets import load_data
 
     config = resolve(method, values)
-    if config.data.name != "streets":  # generated, nothing can be missing
-        try:
+    try:
+        if config.data.name != "streets":  # generated, nothing can be missing
             load_data(config.data)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        if config.network.weights is not None:
+            build_segmenter(num_classes=2, **vars(config.network))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return config
 
 

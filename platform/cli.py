@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from segadapt.platform.api import FinishResult, Leaderboard
     from segadapt.platform.experiments import Options, Outcome, Record
 
@@ -51,12 +53,11 @@ def main() -> None:
 
 
 def _fail(error: Exception) -> None:
-    from rich.console import Console
     from segadapt.platform.errors import UsageError
 
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = _console(stderr=True)
     if isinstance(error, UsageError):
-        console.print(f"error: {error}", markup=False)
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(2)
     console.print(f"error: {type(error).__name__}: {error}", markup=False)
     where = traceback.extract_tb(error.__traceback__)[-1]
@@ -77,6 +78,7 @@ def list_command() -> None:
 def describe(method: Annotated[str, typer.Argument(help="A name shown by `segadapt list`.")]) -> None:
     """List a method's settings: type, default, searched range, published value."""
     from rich.table import Table
+
     from segadapt.platform import api
 
     table = Table(title=f"{method}: KEY=VALUE settings", box=None)
@@ -127,7 +129,7 @@ def search(
     if resume is not None:
         if method is not None or settings:
             raise UsageError(
-                f"--resume takes method and settings from the search {resume!r}, but got {method} as well. Leave them out."
+                f"--resume takes method and settings from the search {resume!r}, but got {method}. Leave them out."
             )
         record = Record.load(open_storage(storage), resume)
         outcome = api.resume(resume, options)
@@ -282,7 +284,7 @@ def _options(
         workers=workers,
         gpus=gpus,
         debug=debug,
-        say=lambda text: _console().print(text, highlight=False),
+        say=lambda text: _console().print(text),
     )
 
 
@@ -322,15 +324,16 @@ def _status(outcome: "Outcome") -> int:
 
 def _show_plan(record: "Record") -> None:
     import yaml
+
     from segadapt.platform.api import _range
 
     console = _console()
-    console.print(f"search {record.name}: {record.trials} trials, maximise {record.objective}", highlight=False)
+    console.print(f"search {record.name}: {record.trials} trials, maximise {record.objective}")
     console.print("\nconfiguration of the first trial (the published setting):")
-    console.print(yaml.safe_dump(record.config().as_dict(), sort_keys=False), highlight=False)
+    console.print(yaml.safe_dump(record.config().as_dict(), sort_keys=False))
     console.print("searched:")
     for key, distribution in record.space.items():
-        console.print(f"  {key:32} {_range(distribution):24} first {record.first[key]}", highlight=False)
+        console.print(f"  {key:32} {_range(distribution):24} first {record.first[key]}")
 
 
 def _show_leaderboard(board: "Leaderboard") -> None:
@@ -338,7 +341,7 @@ def _show_leaderboard(board: "Leaderboard") -> None:
 
     varied = sorted({key for row in board.rows if row.kind == "trial" for key in row.params})
     table = Table(title=f"{board.search}: {board.objective}", box=None)
-    for column in ("run", "state", "best", "at step", "last", *varied):
+    for column in ("run", "state", "best", "at step", "last", *(key.rsplit(".", 1)[-1] for key in varied)):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     for row in board.rows:
         values = [_short(row.params.get(key, "")) if row.kind == "trial" else "" for key in varied]
@@ -347,10 +350,10 @@ def _show_leaderboard(board: "Leaderboard") -> None:
     console = _console()
     console.print(table)
     if board.baseline is not None:
-        console.print(f"start (source-only): {board.objective} {board.baseline:.3f}", highlight=False)
+        console.print(f"start (source-only): {board.objective} {board.baseline:.3f}")
     for row in board.rows:
         if row.failure:
-            console.print(f"{row.name} failed: {row.failure}", highlight=False, markup=False)
+            console.print(f"{row.name} failed: {row.failure}", markup=False)
 
 
 def _show_finish(result: "FinishResult") -> None:
@@ -365,13 +368,13 @@ def _show_finish(result: "FinishResult") -> None:
     console = _console()
     console.print(table)
     if result.checkpoint:
-        console.print(f"checkpoint: {result.checkpoint}", highlight=False, soft_wrap=True)
+        console.print(f"checkpoint: {result.checkpoint}", soft_wrap=True)
 
 
-def _console() -> Any:
-    from rich.console import Console
+def _console(*, stderr: bool = False) -> "Console":
+    from segadapt.platform.progress import console
 
-    return Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160)
+    return console(stderr=stderr)
 
 
 def _number(value: float | None) -> str:

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from segadapt.platform.errors import UsageError
 
@@ -15,6 +16,7 @@ _DEFAULTS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # with `verbose=0`: what is shown is ours
     "TUNE_GLOBAL_CHECKPOINT_S": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -49,7 +51,7 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
     import ray
 
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
-    local = {} if address else {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
+    local: dict[str, Any] = {} if address else {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
     try:
         ray.init(address=address, log_to_driver=verbose, logging_level=logging.ERROR, **local)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -58,7 +60,7 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
             "Start one with `ray start --head`, or leave --address out."
         ) from error
     try:
-        resources = ray.cluster_resources()
+        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield Capacity(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
     finally:
         ray.shutdown()

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+
 from segadapt.platform.errors import UsageError
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import DataConfig
@@ -178,9 +179,13 @@ def resolve(method: str, values: Values) -> TrialConfig:
     seed = values.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         faults.append(f"'seed' must be a non-negative integer, but got {seed!r}.")
+    if "optimizer" in parts and "network" in parts:
+        try:
+            parts["optimizer"] = _with_rates(parts["optimizer"], parts["network"])
+        except ValueError as error:
+            faults.append(str(error))
     if faults:
         raise UsageError("\n".join(faults))
-    parts["optimizer"] = _with_rates(parts["optimizer"], parts["network"])
     return TrialConfig(method_name=method, seed=seed, **parts)
 
 

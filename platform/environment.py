@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,9 @@ def git_state(folder: Path) -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def git_tags(environment: Mapping[str, Any]) -> dict[str, str]:
+    """Return the commit as MLflow's own tag, under which its pages show it."""
+    git = environment["git"]
+    return {"mlflow.source.git.commit": git["commit"]} if git else {}

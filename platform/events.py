@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
+
 from segadapt.platform.checkpoints import best_checkpoint
+from segadapt.platform.environment import environment, git_tags
 from segadapt.platform.progress import Progress
 from segadapt.platform.tracking import (
     CHECKPOINT_TAG,
@@ -58,6 +60,7 @@ class Events(tune.Callback):
         """Connect to this session's tracker and screen, which are not saved."""
         self._tracker = tracker
         self._progress = progress
+        self._environment = environment()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tracker": None, "_progress": None}
@@ -94,6 +97,7 @@ class Events(tune.Callback):
             "segadapt.experiment": self._spec.experiment,
             "segadapt.seed": str(config.seed),
             "segadapt.objective": self._spec.objective,
+            **git_tags(self._environment),
             **self._labels.tags,
         }
         run = RunInfo(
@@ -106,6 +110,7 @@ class Events(tune.Callback):
         )
         self._tracker.start(run)
         self._tracker.log_json(run.key, config.as_dict(), "config.yaml")
+        self._tracker.log_json(run.key, self._environment, "environment.json")
         self._progress.started(trial_id, name, int((trial.last_result or {}).get("step", 0)))
 
     def on_trial_result(

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+
 from segadapt.platform import stages
 from segadapt.platform.checkpoints import TrialCheckpoint, best_checkpoint
 from segadapt.platform.cluster import Capacity, connect
 from segadapt.platform.config import TrialConfig, resolve
-from segadapt.platform.environment import environment
+from segadapt.platform.environment import environment, git_tags
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.trial import Launcher, Resources, TrialSpec
@@ -152,6 +153,7 @@ def run(record: Record, options: Options) -> Outcome:
         UsageError: If it cannot run as asked; nothing was started then.
     """
     import torch
+
     from segadapt.platform.tracking import Tracker
 
     started = time.monotonic()
@@ -238,12 +240,12 @@ class _Session:
     def _open_parent(self, config: TrialConfig) -> None:
         from segadapt.platform.tracking import KIND_TAG, METHOD_TAG, STATE_TAG, RunInfo
 
-        record = self.record
-        tags = {KIND_TAG: record.kind, METHOD_TAG: record.method, STATE_TAG: "running"}
+        record, found = self.record, environment()
+        tags = {KIND_TAG: record.kind, METHOD_TAG: record.method, STATE_TAG: "running", **git_tags(found)}
         params = {"method": record.method, "objective": record.objective, "trials": record.trials, "seed": record.seed}
         self.tracker.start(RunInfo(record.name, record.name, record.name, tags, {**params, **record.values}))
         self.tracker.log_json(record.name, config.as_dict(), "config.yaml")
-        self.tracker.log_json(record.name, environment(), "environment.json")
+        self.tracker.log_json(record.name, found, "environment.json")
         space = {key: json.loads(distribution_to_json(value)) for key, value in record.space.items()}
         self.tracker.log_json(record.name, {"space": space, "first": dict(record.first)}, "space.yaml")
 

@@ -1,6 +1,7 @@
 """Pictures of evaluations and studies."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 
@@ -62,9 +63,8 @@ def study_figures(study: Any, objective: str) -> Iterator[tuple[str, Callable[[]
             axes = getattr(drawn, f"plot_{name}")(study, target_name=objective)
         axes = np.ravel(axes)[0]
         axes.figure.set_size_inches(12, 6)
-        axes.figure.tight_layout()
         return axes.figure
 
     for name in names:
-        yield f"plots/{name}.html", lambda name=name: interactive(name)
-        yield f"plots/{name}.png", lambda name=name: picture(name)
+        yield f"plots/{name}.html", partial(interactive, name)
+        yield f"plots/{name}.png", partial(picture, name)

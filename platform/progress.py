@@ -12,6 +12,12 @@ from rich.text import Text
 _SHOWN_TRIALS = 12
 
 
+def console(*, stderr: bool = False) -> Console:
+    """Return a console as wide as the terminal; wide enough for a table where there is none."""
+    found = Console(stderr=stderr, highlight=False)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+
+
 @dataclass
 class TrialView:
     """The last that was heard of a trial."""
@@ -38,7 +44,7 @@ class Progress:
     objective: str
     trials: int
     steps: int
-    console: Console = field(default_factory=Console)
+    console: Console = field(default_factory=console)
 
     def __post_init__(self) -> None:
         self._views: dict[str, TrialView] = {}
@@ -80,7 +86,7 @@ class Progress:
         if self._live is None:
             best = self._best()
             shown = f"best {_number(best.best)} ({best.name})" if best else "no result yet"
-            self.console.print(f"{event} · {shown} · {self._count()} · {self._time_left()}", highlight=False)
+            self.console.print(f"{event} · {shown} · {self._count()} · {self._time_left()}")
 
     def _best(self) -> TrialView | None:
         seen = [view for view in self._views.values() if view.best is not None]

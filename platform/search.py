@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna.distributions import BaseDistribution
+
 from segadapt.platform.events import Events, Labels
 from segadapt.platform.progress import Progress
 from segadapt.platform.tracking import Tracker
@@ -170,6 +171,7 @@ def _tune_config(spec: TrialSpec, plan: SearchPlan | None) -> Any:
 def searcher(spec: TrialSpec, plan: SearchPlan) -> Any:
     """Return the Optuna searcher of a search; its study lives in the storage folder under the search's name."""
     import optuna
+
     from segadapt.platform.optuna_search import StudySearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

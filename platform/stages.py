@@ -57,7 +57,7 @@ def stage_keys(config: TrialConfig, fingerprint: str) -> list[StageKey]:
         "batch": [config.trainer.batch_size, config.trainer.accumulate, config.trainer.precision],
         "seed": config.seed,
     }
-    keys = []
+    keys: list[StageKey] = []
     for stage in split_plan(config)[0]:
         content = {"parent": keys[-1].hash, "method": config.method_name} if keys else content
         content["stage"] = stage.name

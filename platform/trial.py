@@ -198,7 +198,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
             run_config=ray.train.RunConfig(
                 name=trial_id,  # the same name makes every kind of restart go on from the last checkpoint
                 storage_path=str(spec.folder / TRAIN_FOLDER),
-                callbacks=[TuneReportCallback()],
+                callbacks=[TuneReportCallback()],  # type: ignore[list-item,no-untyped-call]
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective, checkpoint_score_order="max"
                 ),

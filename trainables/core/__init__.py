@@ -1,0 +1,1 @@
+"""What all methods share: contract, trainer, networks, metrics, losses, state and data."""

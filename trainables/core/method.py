@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor, nn
+
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.losses.segmentation import lovasz_softmax, segmentation_cross_entropy
 from segadapt.trainables.core.networks import Segmenter
 from segadapt.trainables.core.validation import check
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,10 @@ class StageData:
     folder: Path
     target_ids: Sequence[str]
     source_batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
-    """Starts a pass over this worker's share of the source set: images (B, 3, H, W) normalised, labels (B, H, W)."""
+    """Starts a pass over this worker's share of the source set: images (B, 3, H, W) normalised, labels (B, H, W).
+
+    All workers get equally many batches, if need be with nothing but ignored labels: batches may be reduced.
+    """
     target_batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
     """Starts a pass over this worker's share of the target set: images (B, 3, H, W) normalised, indices (B,)."""
 

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
 from segadapt.trainables.core import distributed
 from segadapt.trainables.core.checkpoint import load_state, save_state
-from segadapt.trainables.core.data.batch import DomainBatch, DomainData, EvaluationData
-from segadapt.trainables.core.data.loading import BatchSource, one_pass
+from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch, DomainData, EvaluationData
+from segadapt.trainables.core.data.loading import BatchSource, in_step, one_pass
 from segadapt.trainables.core.data.sampling import derived_seed
 from segadapt.trainables.core.data.transforms import AugmentationConfig
 from segadapt.trainables.core.evaluation import Evaluation, evaluate, save_gallery
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, trained_parameters
 from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder
 from segadapt.trainables.core.validation import check
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
 """Receives the metrics of an evaluation and, on the first worker, a function that writes the checkpoint to a folder."""
@@ -332,11 +333,16 @@ class Trainer:
                 labels = torch.stack([self.data.source.label(index) for index in indices])
                 yield self._normalised(images), labels.to(self.device, torch.int64)
 
+        def source_in_step() -> Iterator[tuple[Tensor, Tensor]]:
+            return in_step(source(), lambda last: (last[0], torch.full_like(last[1], IGNORE_INDEX)))
+
         def target() -> Iterator[tuple[Tensor, Tensor]]:
             for images, indices in one_pass(self.data.target, self.settings.trainer.eval_batch_size):
                 yield self._normalised(images), torch.tensor(indices)
 
-        return StageData(folder=folder, target_ids=self.data.target.ids, source_batches=source, target_batches=target)
+        return StageData(
+            folder=folder, target_ids=self.data.target.ids, source_batches=source_in_step, target_batches=target
+        )
 
     def _evaluate_and_report(
         self, stage: Stage, done: int, step: int, optimizer: torch.optim.Optimizer, progress: _Progress

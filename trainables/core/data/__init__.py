@@ -1,0 +1,1 @@
+"""Images of both domains, and how they become batches."""

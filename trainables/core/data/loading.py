@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+
 from segadapt.trainables.core import distributed
 from segadapt.trainables.core.data.batch import DomainBatch, DomainData, LabelledImages, TargetImages
 from segadapt.trainables.core.data.sampling import generator, sample_at
 from segadapt.trainables.core.data.transforms import AugmentationConfig, flips, vary_color
-from torch import Tensor
 
 PseudoLabelReader = Callable[[str], Tensor]
 """Returns the pseudo label of a target image by its id, (H, W) uint8, 255 = ignore."""
@@ -100,3 +102,28 @@ def one_pass(images: LabelledImages | TargetImages, batch_size: int) -> Iterator
         indices.append(index)
     if pending:
         yield torch.stack(pending), indices
+
+
+Batch = TypeVar("Batch")
+
+
+def in_step(batches: Iterator[Batch], without_content: Callable[[Batch], Batch]) -> Iterator[Batch]:
+    """Yield equally often on every worker, so that each batch may be reduced over the workers.
+
+    Args:
+        batches: This worker's; at least one.
+        without_content: Makes a batch that counts for nothing from this worker's last one, for when others have more.
+    """
+    if distributed.world_size() == 1:
+        yield from batches
+        return
+    last: Batch | None = None
+    while True:
+        batch = next(batches, None)
+        if not distributed.sum_over_workers(torch.tensor(int(batch is not None))):
+            return
+        if batch is None:
+            assert last is not None
+            batch = without_content(last)
+        last = batch
+        yield batch

@@ -1,0 +1,1 @@
+"""Loss terms on plain tensors."""

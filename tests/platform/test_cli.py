@@ -1,0 +1,158 @@
+"""The command line as a user meets it: what is wrong is said once, before anything starts."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from segadapt.platform.cli import main
+
+Call = Callable[..., CompletedProcess[str]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("search", "nonesuch"), "A method must be one of source_only"),
+        (("search", "sdca", "method.temp=1"), "There is no setting 'method.temp'. Did you mean 'method.temperature'?"),
+        (("search", "sdca", "trainer.steps=many"), "'trainer.steps' must be of type int, but got 'many'"),
+        (("search", "sdca", "trainer.steps=0"), "trainer.steps must be at least 1, but got 0"),
+        (("search", "sdca", "steps"), "A setting must be written KEY=VALUE"),
+        (("search", "sdca", "--trials", "0"), "must be positive"),
+        (("search", "sdca", "--objective", "accuracy"), "--objective must be one of target_val/miou"),
+        (("search", "sdca", "data.name=folder", "data.root=absent"), "data.root must be an existing folder"),
+        (("search", "sdca", "--name", "../escape"), "A name must be 1 to 100 letters"),
+        (("search", "sdca", "--launcher", "rocket"), "--launcher must be auto, train or inprocess"),
+        (("search", "sdca", "--storage", "s3://bucket"), "--storage must be a folder"),
+        (("search",), "METHOD must be given"),
+        (("search", "--resume", "absent"), "There must be an experiment 'absent'"),
+        (("search", "sdca", "--config", "absent.yaml"), "An experiment file must be readable"),
+        (("train", "sdca", "network.name=vgg19"), "A network must be one of compact"),
+        (("train", "sdca", "network.weights=absent.pth"), "network.weights must be an existing file"),
+        (("train", "sdca", "--launcher", "inprocess", "--workers-per-trial", "2"), "must have 1 worker per trial"),
+        (("runs", "absent"), "must hold runs"),
+        (("finish", "best", "--search", "absent"), "must hold runs"),
+        (("ui",), "must hold runs"),
+        (("describe", "nonesuch"), "A method must be one of"),
+        (("data", "show", "absent/sheet.png"), "The folder of the picture must exist"),
+    ],
+)
+def test_wrong_usage_is_one_clear_error(
+    words: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["segadapt", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2, errors
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("runs/ray/*")), "nothing may be left behind"
+
+
+def test_the_installed_command_exits_with_status_2(segadapt: Call) -> None:
+    done = segadapt("search", "nonesuch")
+    assert done.returncode == 2
+    assert "A method must be one of" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_shows_the_traceback(segadapt: Call) -> None:
+    assert "Traceback" in segadapt("search", "nonesuch", "--debug").stderr
+
+
+def test_dry_run_prints_configuration_and_space_and_touches_nothing(segadapt: Call, tmp_path: Path) -> None:
+    done = segadapt("search", "sdca", "--dry-run", "trainer.steps=33", "method.temperature=5.0")
+    assert done.returncode == 0, done.stderr
+    assert "steps: 33" in done.stdout
+    assert "method.feature_gain" in done.stdout
+    assert "0.003 to 3 (log)" in done.stdout
+    assert "temperature: 5.0" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fixed_setting_leaves_the_space(segadapt: Call) -> None:
+    searched = segadapt("search", "sdca", "--dry-run", "method.temperature=5.0").stdout.split("searched:")[1]
+    assert "method.temperature" not in searched
+
+
+def test_list_and_describe_tell_what_there_is(segadapt: Call) -> None:
+    assert "sdca" in segadapt("list").stdout
+    shown = segadapt("describe", "sdca").stdout
+    assert "method.temperature" in shown
+    assert "0.3 to 100 (log)" in shown
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root writes anywhere")
+def test_a_storage_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.geteuid() and folder != locked and folder.is_relative_to("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o755)
+    code = (
+        "import sys; from segadapt.platform.storage import open_storage\n"
+        "try: open_storage(sys.argv[1])\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", code, str(locked)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.startswith("UsageError --storage must be a folder that can be written"), done.stderr
+
+
+def test_a_full_disk_is_refused(segadapt: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGADAPT_MIN_FREE_BYTES", str(2**60))
+    done = segadapt("search", "sdca")
+    assert done.returncode == 2
+    assert "MiB free" in done.stderr
+
+
+def test_streets_as_a_folder_reads_back_and_a_broken_file_names_itself(segadapt: Call, tmp_path: Path) -> None:
+    import torch
+
+    from segadapt.platform.config import resolve
+    from segadapt.trainables.core.data.datasets import load_data
+
+    small = ["data.streets.train_images=3", "data.streets.val_images=2"]
+    assert segadapt("data", "make", "town", *small).returncode == 0
+    assert "must be new or empty" in segadapt("data", "make", "town").stderr
+    values = {"data.name": "folder", "data.root": str(tmp_path / "town")}
+    data, evaluation = load_data(resolve("sdca", values).data)
+    streets, _ = load_data(resolve("sdca", {"data.streets.train_images": 3, "data.streets.val_images": 2}).data)
+    assert data.classes == streets.classes
+    assert len(data.target) == 3
+    assert len(evaluation.target) == 2
+    for index in range(3):
+        assert torch.equal(data.source.image(index), streets.source.image(index))
+        assert torch.equal(data.source.label(index), streets.source.label(index))
+        assert torch.equal(data.target.image(index), streets.target.image(index))
+    assert not hasattr(data.target, "label")
+    victim = sorted((tmp_path / "town" / "source" / "train" / "images").iterdir())[0]
+    victim.write_bytes(victim.read_bytes()[:50])
+    with pytest.raises(ValueError, match=victim.name):
+        data.source.image(0)
+    (tmp_path / "town" / "classes.json").write_text(json.dumps([{"name": "road"}]))
+    assert "must list the classes" in segadapt("train", "source_only", *[f"{k}={v}" for k, v in values.items()]).stderr
+
+
+def test_the_contact_sheet_is_a_picture(segadapt: Call, tmp_path: Path) -> None:
+    from PIL import Image
+
+    assert segadapt("data", "show", "sheet.png").returncode == 0
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert min(sheet.size) > 200

@@ -1,0 +1,285 @@
+"""Searches as a user runs them: a real Ray, a real study, a real MLflow database."""
+
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, TINY_WORDS
+from mlflow import MlflowClient
+
+from segadapt.platform import api
+from segadapt.platform.experiments import Options, Record
+from segadapt.platform.storage import Storage
+
+COMMAND = str(Path(sys.executable).with_name("segadapt"))
+
+
+def command(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([COMMAND, *words], cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+
+
+def tracked(folder: Path, experiment: str) -> dict[str, Any]:
+    """All MLflow runs of an experiment by name."""
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    return {run.info.run_name: run for run in client.search_runs([found.experiment_id])}
+
+
+def steps_of(folder: Path, run: Any, metric: str = "target_val/miou") -> list[int]:
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    return [entry.step for entry in client.get_metric_history(run.info.run_id, metric)]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+    """A folder in which a search of three trials was run, and what it printed."""
+    folder = tmp_path_factory.mktemp("searched")
+    return folder, command(folder, "search", "sdca", "--trials", "3", *TINY_WORDS)
+
+
+Searched = tuple[Path, "subprocess.CompletedProcess[str]"]
+
+
+def test_a_search_ends_with_a_leaderboard_and_the_next_commands(searched: Searched) -> None:
+    folder, done = searched
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"sdca-001 step \d+/8 target_val/miou", done.stdout)
+    assert "min left" in done.stdout or "s left" in done.stdout
+    for expected in ("sdca-streets: target_val/miou", "segadapt ui", "segadapt finish best --search sdca-streets"):
+        assert expected in done.stdout
+    board = api.runs("sdca-streets", storage=str(folder / "runs"))
+    assert [row.name for row in board.rows if row.kind == "trial"] != []
+    assert board.baseline is not None
+    values = [row.best for row in board.rows]
+    assert values == sorted(values, key=lambda value: -(value or 0))
+
+
+def test_the_published_setting_is_the_first_trial(searched: Searched) -> None:
+    folder, _ = searched
+    params = tracked(folder, "sdca-streets")["sdca-001"].data.params
+    assert (params["method.temperature"], params["method.confidence_threshold"]) == ("100.0", "0.9")
+
+
+def test_every_trial_is_a_child_run_with_its_configuration_and_pictures(searched: Searched) -> None:
+    folder, _ = searched
+    runs = tracked(folder, "sdca-streets")
+    parent = runs["sdca-streets"]
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    for name in ("sdca-001", "sdca-002", "sdca-003"):
+        run = runs[name]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["segadapt.state"] in ("finished", "stopped early")
+        assert {"target_val/miou", "source_val/miou", "target_val/iou/road", "loss/feature_target"} <= set(
+            run.data.metrics
+        )
+        artifacts = {entry.path for entry in client.list_artifacts(run.info.run_id)}
+        assert {"config.yaml", "environment.json", "gallery.png", "confusion", "per_class_iou.json"} <= artifacts
+        assert steps_of(folder, run) == sorted(set(steps_of(folder, run)))
+    assert parent.info.status == "FINISHED"
+    plots = {entry.path for entry in client.list_artifacts(parent.info.run_id, "plots")}
+    assert {"plots/optimization_history.html", "plots/optimization_history.png"} <= plots
+
+
+def test_the_study_knows_stopped_trials_as_pruned(searched: Searched) -> None:
+    import optuna
+    from optuna.trial import TrialState
+
+    folder, _ = searched
+    study = optuna.load_study(study_name="sdca-streets", storage=f"sqlite:///{folder}/runs/optuna.db")
+    states = {"finished": TrialState.COMPLETE, "stopped early": TrialState.PRUNED}
+    expected = sorted(
+        states[run.data.tags["segadapt.state"]].name
+        for name, run in tracked(folder, "sdca-streets").items()
+        if re.fullmatch(r"sdca-\d+", name)
+    )
+    assert sorted(trial.state.name for trial in study.trials) == expected
+    assert all(trial.intermediate_values for trial in study.trials)
+
+
+def test_a_second_search_takes_another_name_and_loads_the_warm_up(searched: Searched) -> None:
+    folder, _ = searched
+    done = command(folder, "search", "sdca", "--trials", "1", *TINY_WORDS)
+    assert done.returncode == 0, done.stderr
+    assert "Stages source_only, statistics: loaded, computed earlier." in done.stdout
+    assert "sdca-streets-2" in done.stdout
+    assert "source_only" not in tracked(folder, "sdca-streets-2")
+
+
+def test_finish_self_trains_the_best_trial_and_links_to_it(searched: Searched) -> None:
+    folder, _ = searched
+    done = command(folder, "finish", "best", "--search", "sdca-streets", "trainer.steps=4")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"target_val/miou +0\.\d+ +0\.\d+ +[+-]0\.\d+", done.stdout)
+    runs = tracked(folder, "sdca-streets")
+    board = api.runs("sdca-streets", storage=str(folder / "runs"))
+    best = next(row for row in board.rows if row.kind == "trial")
+    run = runs[f"finish-{best.name}"]
+    assert run.data.tags["mlflow.parentRunId"] == best.run_id
+    assert steps_of(folder, run)[0] == 0, "evaluated before"
+    before = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db").get_metric_history(run.info.run_id, "target_val/miou")
+    assert before[0].value == pytest.approx(best.best, abs=1e-12), "starts from the trial's checkpoint exactly"
+    labels = list((folder / "runs" / "ray").glob("*.finish-*/artifacts/*/round_1/*.png"))
+    assert len(labels) == TINY["data.streets.train_images"]
+    unknown = command(folder, "finish", "nonesuch", "--search", "sdca-streets")
+    assert unknown.returncode == 2
+    assert "sdca-001" in unknown.stderr
+
+
+def test_the_ui_serves_the_runs_on_loopback_only(searched: Searched) -> None:
+    import socket
+    import urllib.request
+
+    folder, _ = searched
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [COMMAND, "ui", "--port", str(port)], cwd=folder, stdout=subprocess.PIPE, text=True, process_group=0
+    )
+    try:
+        assert server.stdout is not None
+        assert f"http://127.0.0.1:{port}" in server.stdout.readline()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:
+            assert b"MLflow" in page.read()
+        listening = Path("/proc/net/tcp").read_text().splitlines()
+        addresses = {line.split()[1].split(":")[0] for line in listening if f":{port:04X}" in line.split()[1]}
+        assert addresses == {"0100007F"}
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        server.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_is_recorded_with_its_reason_and_the_search_goes_on(tmp_path: Path) -> None:
+    from optuna.distributions import CategoricalDistribution
+
+    record = Record(
+        kind="search",
+        name="failing",
+        method="source_only",
+        values=TINY,
+        objective="target_val/miou",
+        space={"optimizer.lr": CategoricalDistribution([1e12, 0.01])},
+        first={"optimizer.lr": 1e12},
+        trials=4,
+        concurrent=1,
+    )
+    script = tmp_path / "search.py"
+    Storage(tmp_path / "runs").root.mkdir()
+    record.save(Storage(tmp_path / "runs"))
+    script.write_text(
+        "from segadapt.platform import api\nfrom segadapt.platform.experiments import Options\n"
+        "outcome = api.resume('failing', Options())\nprint(outcome)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    runs = tracked(tmp_path, "failing")
+    trials = {name: run for name, run in runs.items() if name.startswith("source_only-")}
+    assert len(trials) == 4
+    for run in trials.values():
+        if run.data.params["optimizer.lr"] == "0.01":
+            assert run.info.status == "FINISHED"
+        else:
+            assert run.info.status == "FAILED"
+            assert "NonFiniteLossError" in run.data.tags["segadapt.failure"]
+    assert {run.info.status for run in trials.values()} == {"FINISHED", "FAILED"}
+    assert f"failed={sum(run.info.status == 'FAILED' for run in trials.values())}" in done.stdout
+    board = command(tmp_path, "runs", "failing").stdout
+    assert "failed: NonFiniteLossError" in board
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_a_search_whose_driver_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    words = [*TINY_WORDS, "trainer.steps=60", "trainer.eval_every=4"]
+    words = [word for word in words if word not in ("trainer.steps=8", "trainer.eval_every=2")]
+    output = (tmp_path / "first.txt").open("w")
+    driver = subprocess.Popen(
+        [COMMAND, "search", "sdca", "--trials", "4", "--concurrent", "1", *words],
+        cwd=tmp_path,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        process_group=0,
+    )
+    said = lambda: (tmp_path / "first.txt").read_text()  # noqa: E731
+    try:
+        wait_for(lambda: re.search(r"sdca-00\d (finished|stopped)", said()) is not None, "a first trial to end")
+        wait_for(lambda: re.search(r"sdca-002 step (8|12|16)/", said()) is not None, "the second trial to go on")
+        time.sleep(2.5)  # the state is saved once a second
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+        output.close()
+    ended = set(re.findall(r"(sdca-\d+) (?:finished|stopped early)", said()))
+    running = {name: int(step) for name, step in re.findall(r"(sdca-\d+) step (\d+)/", said()) if name not in ended}
+    before = {name: steps_of(tmp_path, run) for name, run in tracked(tmp_path, "sdca-streets").items()}
+    resumed = command(tmp_path, "search", "--resume", "sdca-streets")
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ended:
+        assert f"{name} step" not in resumed.stdout, "finished trials are not run again"
+        assert steps_of(tmp_path, tracked(tmp_path, "sdca-streets")[name]) == before[name]
+    for name, step in running.items():
+        first = re.search(rf"{name} step (\d+)/", resumed.stdout)
+        assert first is not None
+        assert int(first.group(1)) > 4, f"{name} was at {step} and must go on from its checkpoint"
+    runs = tracked(tmp_path, "sdca-streets")
+    trials = [run for name, run in runs.items() if re.fullmatch(r"sdca-\d+", name)]
+    assert len(trials) == 4
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for run in trials:
+        assert steps_of(tmp_path, run) == list(range(4, steps_of(tmp_path, run)[-1] + 1, 4)), "every step once"
+    with sqlite3.connect(tmp_path / "runs" / "optuna.db") as study:
+        states = [state for (state,) in study.execute("select state from trials")]
+    assert "RUNNING" not in states
+    assert sum(state in ("COMPLETE", "PRUNED") for state in states) == 4
+
+
+@pytest.mark.slow
+def test_ray_train_and_the_trials_own_process_give_the_same_numbers(tmp_path: Path) -> None:
+    numbers = {}
+    for launcher in ("inprocess", "train"):
+        done = command(tmp_path, "train", "source_only", "--name", launcher, "--launcher", launcher, *TINY_WORDS)
+        assert done.returncode == 0, done.stderr
+        run = tracked(tmp_path, launcher)["train-source_only"]
+        assert run.info.status == "FINISHED"
+        numbers[launcher] = {key: value for key, value in run.data.metrics.items() if not key.startswith("time/")}
+    assert numbers["train"] == numbers["inprocess"]
+
+
+@pytest.mark.slow
+def test_two_workers_train_a_trial_and_leave_a_checkpoint_to_finish(tmp_path: Path) -> None:
+    done = command(tmp_path, "train", "sdca", "--workers-per-trial", "2", *TINY_WORDS)
+    assert done.returncode == 0, done.stderr
+    board = api.runs("train-sdca-streets", storage=str(tmp_path / "runs"))
+    assert [row.state for row in board.rows] == ["finished"]
+    assert board.rows[0].checkpoint is not None
+    assert Path(board.rows[0].checkpoint, "state.pt").is_file()
+
+
+def test_more_than_the_cluster_has_is_refused_at_once(tmp_path: Path) -> None:
+    done = command(tmp_path, "train", "source_only", "--workers-per-trial", "512", "trainer.batch_size=512")
+    assert done.returncode == 2
+    assert "The cluster must have what one trial takes (512 workers" in done.stderr
+
+
+def test_options_are_checked() -> None:
+    from segadapt.platform.errors import UsageError
+
+    with pytest.raises(UsageError):
+        Options(workers=0)

@@ -1,0 +1,58 @@
+"""The folders are the architecture: what is importable, from where, and in which direction."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("platform", "search_spaces", "trainables")
+FORBIDDEN = {
+    "trainables": {"ray", "mlflow", "optuna", "yaml", "pydantic", "segadapt.platform", "segadapt.search_spaces"},
+    "search_spaces": {"ray", "mlflow", "torch", "segadapt.platform"},
+}
+
+
+def test_the_standard_library_platform_is_found_from_the_root() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import platform; print(platform.system())"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip()
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "platform" / "__init__.py").exists()
+
+
+def test_every_source_folder_is_packaged() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
+    assert sorted(packages) == sorted("segadapt." + ".".join(folder.parts) for folder in folders)
+
+
+@pytest.mark.parametrize("folder", sorted(FORBIDDEN))
+def test_imports_point_one_way(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in names:
+                for forbidden in FORBIDDEN[folder]:
+                    assert not f"{name}.".startswith(f"{forbidden}."), f"{path} imports {name}"
+
+
+def test_every_module_imports() -> None:
+    import importlib
+
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            importlib.import_module(".".join(["segadapt", *(part for part in parts if part != "__init__")]))

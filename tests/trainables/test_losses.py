@@ -1,0 +1,402 @@
+"""Promises of the supervised losses, the distribution contrast, the class statistics and the labels they use.
+
+The references are the literal forms in `benchmarks/literal/sdca.py`.
+"""
+
+import importlib.util
+import math
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from segadapt.trainables.core.data.batch import IGNORE_INDEX
+from segadapt.trainables.core.labels import confident_labels, labels_at_features
+from segadapt.trainables.core.losses.distribution_contrast import distribution_contrast
+from segadapt.trainables.core.losses.segmentation import lovasz_softmax, segmentation_cross_entropy
+from segadapt.trainables.core.state.class_statistics import ClassStatistics
+
+
+def load_literal() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "literal" / "sdca.py"
+    spec = importlib.util.spec_from_file_location("literal_sdca", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+literal = load_literal()
+fast = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+class Problem(NamedTuple):
+    """Pixels of one batch and class distributions; some classes are absent and some never seen."""
+
+    features: Tensor  # (B, D, h, w) float64
+    logits: Tensor  # (B, C, h, w) float64
+    labels: Tensor  # (B, h, w)
+    mean: Tensor  # (C, D)
+    variance: Tensor  # (C, D)
+
+    @property
+    def all_ignored(self) -> bool:
+        return bool((self.labels == IGNORE_INDEX).all())
+
+
+def make_problem(
+    batch: int, channels: int, classes: int, size: tuple[int, int], *, labelled: float, seed: int
+) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    occurring = torch.randint(0, classes, (classes,), generator=generator)  # drawn with repetition: some are absent
+    labels = occurring[torch.randint(0, classes, (batch, *size), generator=generator)]
+    labels[uniform(batch, *size) >= labelled] = IGNORE_INDEX
+    seen = uniform(classes, 1) < 0.8
+    return Problem(
+        features=normal(batch, channels, *size) + 0.5,
+        logits=3 * normal(batch, classes, *size),
+        labels=labels,
+        mean=normal(classes, channels) * seen,
+        variance=uniform(classes, channels) * seen,
+    )
+
+
+side = st.integers(1, 5)
+problems = st.builds(
+    make_problem,
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 7),
+    classes=st.integers(1, 5),
+    size=st.tuples(side, side),
+    labelled=st.sampled_from([0.0, 0.4, 1.0]),
+    seed=st.integers(0, 2**31),
+)
+
+
+def value_and_gradient(loss: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    return loss.detach(), torch.autograd.grad(loss, wanted)[0]
+
+
+def assert_zero(loss: Tensor, wanted: Tensor) -> None:
+    value, gradient = value_and_gradient(loss, wanted)
+    assert value == 0
+    assert torch.equal(gradient, torch.zeros_like(wanted))
+
+
+def assert_same(actual: Tensor, expected: Tensor, wanted: Tensor) -> None:
+    for ours, theirs in zip(value_and_gradient(actual, wanted), value_and_gradient(expected, wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@fast
+@given(problem=problems)
+def test_cross_entropy_equals_its_definition(problem: Problem) -> None:
+    logits = problem.logits.requires_grad_()
+    loss = segmentation_cross_entropy(logits, problem.labels)
+    if problem.all_ignored:
+        assert_zero(loss, logits)
+    else:
+        assert_same(loss, literal.segmentation_cross_entropy(logits, problem.labels), logits)
+
+
+@fast
+@given(problem=problems)
+def test_lovasz_equals_its_definition(problem: Problem) -> None:
+    logits = problem.logits.requires_grad_()
+    loss = lovasz_softmax(logits, problem.labels)
+    if problem.all_ignored:
+        assert_zero(loss, logits)
+    else:
+        assert_same(loss, literal.lovasz_softmax(logits, problem.labels), logits)
+
+
+@fast
+@given(
+    problem=problems,
+    temperature=st.sampled_from([0.05, 0.5, 2.0, 100.0]),
+    covariance_factor=st.sampled_from([0.0, 1.0, 20.0]),
+)
+def test_distribution_contrast_equals_its_definition(
+    problem: Problem, temperature: float, covariance_factor: float
+) -> None:
+    features = problem.features.requires_grad_()
+    arguments = (features, problem.labels, problem.mean, problem.variance)
+    knobs = {"temperature": temperature, "covariance_factor": covariance_factor}
+    loss = distribution_contrast(*arguments, **knobs)
+    if problem.all_ignored:
+        assert_zero(loss, features)
+    else:
+        assert_same(loss, literal.distribution_contrast(*arguments, **knobs), features)
+
+
+@fast
+@given(problem=problems, earlier=st.integers(0, 50))
+def test_class_statistics_equal_the_literal_merge(problem: Problem, earlier: int) -> None:
+    classes, channels = problem.mean.shape
+    statistics = ClassStatistics(classes, channels, dtype=torch.float64)
+    statistics.count.fill_(earlier)
+    statistics.mean.copy_(problem.mean)
+    statistics.variance.copy_(problem.variance)
+
+    statistics.update(problem.features, problem.labels)
+
+    count, mean, variance = literal.merge_statistics(
+        problem.features, problem.labels, torch.full((classes,), float(earlier)), problem.mean, problem.variance
+    )
+    torch.testing.assert_close(statistics.count.double(), count.double())
+    torch.testing.assert_close(statistics.mean, mean, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(statistics.variance, variance, rtol=1e-10, atol=1e-12)
+    if problem.all_ignored:
+        assert torch.equal(statistics.mean, problem.mean)
+        assert torch.equal(statistics.variance, problem.variance)
+
+
+def test_merging_batches_equals_the_moments_of_all_pixels() -> None:
+    batches = [make_problem(2, 3, 4, (5, 6), labelled=0.7, seed=seed) for seed in range(4)]
+    statistics = ClassStatistics(4, 3, dtype=torch.float64)
+    for batch in batches:
+        statistics.update(batch.features, batch.labels)
+    pixels = torch.cat([batch.features.movedim(1, -1).reshape(-1, 3) for batch in batches])
+    labels = torch.cat([batch.labels.flatten() for batch in batches])
+    for index in range(4):
+        own = pixels[labels == index]
+        assert statistics.count[index] == len(own)
+        torch.testing.assert_close(statistics.mean[index], own.mean(dim=0))
+        torch.testing.assert_close(statistics.variance[index], own.var(dim=0, correction=0))
+
+
+def test_a_large_common_offset_does_not_cancel_in_the_variance() -> None:
+    problem = make_problem(1, 4, 3, (20, 20), labelled=1.0, seed=0)
+    far = (problem.features + 1000).float()
+    statistics, precise = ClassStatistics(3, 4), ClassStatistics(3, 4, dtype=torch.float64)
+    statistics.update(far, problem.labels)
+    precise.update(far.double(), problem.labels)
+    torch.testing.assert_close(statistics.variance.double(), precise.variance, rtol=1e-5, atol=0)
+
+
+def test_counts_keep_growing_past_the_integers_of_float32() -> None:
+    statistics = ClassStatistics(1, 1)
+    statistics.count.fill_(2**30)
+    statistics.update(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.int64))
+    assert statistics.count.item() == 2**30 + 1
+
+
+def test_statistics_are_bit_equal_when_repeated() -> None:
+    problem = make_problem(2, 300, 5, (9, 9), labelled=0.8, seed=1)
+    first, second = ClassStatistics(5, 300), ClassStatistics(5, 300)
+    for statistics in (first, second):
+        statistics.update(problem.features.float(), problem.labels)
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_contrast_works_in_channel_blocks_on_any_memory_layout(layout: str) -> None:
+    problem = make_problem(2, 600, 4, (6, 7), labelled=0.6, seed=2)
+    features = {
+        "contiguous": problem.features,
+        "channels_last": problem.features.contiguous(memory_format=torch.channels_last),
+        "transposed": problem.features.transpose(2, 3).contiguous().transpose(2, 3),
+    }[layout].requires_grad_()
+    arguments = (features, problem.labels, problem.mean, problem.variance)
+    assert_same(
+        distribution_contrast(*arguments, temperature=0.5),
+        literal.distribution_contrast(*arguments, temperature=0.5),
+        features,
+    )
+    statistics = ClassStatistics(4, 600, dtype=torch.float64)
+    statistics.update(features, problem.labels)
+    _, mean, _ = literal.merge_statistics(features, problem.labels, torch.zeros(4), problem.mean, problem.variance)
+    torch.testing.assert_close(statistics.mean[statistics.count > 0], mean[statistics.count > 0])
+
+
+def test_gradients_match_finite_differences() -> None:
+    problem = make_problem(2, 3, 4, (2, 3), labelled=0.8, seed=3)
+    labels, mean, variance = problem.labels, problem.mean, problem.variance
+    features, logits = problem.features.requires_grad_(), problem.logits.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: distribution_contrast(x, labels, mean, variance, temperature=0.4), features
+    )
+    assert torch.autograd.gradcheck(lambda x: segmentation_cross_entropy(x, labels), logits)
+    assert torch.autograd.gradcheck(lambda x: lovasz_softmax(x, labels), logits)
+
+
+def test_ignored_pixels_count_as_absent() -> None:
+    problem = make_problem(2, 4, 3, (8, 8), labelled=1.0, seed=4)
+    top_ignored = problem.labels.clone()
+    top_ignored[:, :4] = IGNORE_INDEX
+    for loss in (segmentation_cross_entropy, lovasz_softmax):
+        torch.testing.assert_close(
+            loss(problem.logits, top_ignored), loss(problem.logits[:, :, 4:], problem.labels[:, 4:])
+        )
+    torch.testing.assert_close(
+        distribution_contrast(problem.features, top_ignored, problem.mean, problem.variance),
+        distribution_contrast(problem.features[:, :, 4:], problem.labels[:, 4:], problem.mean, problem.variance),
+    )
+
+
+def test_contrast_with_unseen_classes_alone_is_the_log_of_their_number() -> None:
+    features = torch.randn(1, 5, 2, 2, requires_grad=True)
+    loss = distribution_contrast(features, torch.zeros(1, 2, 2, dtype=torch.int64), *torch.zeros(2, 7, 5))
+    assert loss.item() == pytest.approx(math.log(7))
+
+
+def test_a_zero_feature_has_no_gradient() -> None:
+    features = torch.randn(1, 4, 1, 2)
+    features[..., 0] = 0
+    features.requires_grad_()
+    loss = distribution_contrast(
+        features, torch.zeros(1, 1, 2, dtype=torch.int64), torch.randn(3, 4), torch.rand(3, 4), temperature=0.5
+    )
+    loss.backward()
+    assert loss.isfinite()
+    assert features.grad is not None
+    assert torch.equal(features.grad[..., 0], torch.zeros(1, 4, 1))
+    assert features.grad[..., 1].abs().max() > 0
+
+
+def test_half_precision_features_and_autocast_compute_in_float32() -> None:
+    problem = make_problem(1, 300, 5, (6, 6), labelled=0.8, seed=5)
+    mean, variance = problem.mean.float(), problem.variance.float()
+    half = problem.features.bfloat16().requires_grad_()
+    wide = half.detach().float().requires_grad_()
+    expected = distribution_contrast(wide, problem.labels, mean, variance)
+    expected.backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = distribution_contrast(half, problem.labels, mean, variance)
+        actual.backward()
+        statistics = ClassStatistics(5, 300)
+        statistics.update(half, problem.labels)
+    assert actual.dtype == torch.float32
+    assert torch.equal(actual, expected)
+    assert half.grad is not None
+    assert wide.grad is not None
+    torch.testing.assert_close(half.grad, wide.grad.bfloat16(), rtol=1e-2, atol=0)
+    outside = ClassStatistics(5, 300)
+    outside.update(wide, problem.labels)
+    assert torch.equal(statistics.variance, outside.variance)
+
+    logits = problem.logits.bfloat16()
+    for loss in (segmentation_cross_entropy, lovasz_softmax):
+        assert loss(logits, problem.labels).dtype == torch.float32
+        assert torch.equal(loss(logits, problem.labels), loss(logits.float(), problem.labels))
+
+
+def test_contrast_names_the_sizes_that_differ() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 4, 2, 2\) \(B, D, h, w\), \(3, 5\) \(C, D\)"):
+        distribution_contrast(
+            torch.ones(1, 4, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), torch.ones(3, 5), torch.ones(3, 5)
+        )
+    with pytest.raises(ValueError, match="`temperature` must be positive, but got 0"):
+        distribution_contrast(
+            torch.ones(1, 5, 2, 2),
+            torch.zeros(1, 2, 2, dtype=torch.int64),
+            torch.ones(3, 5),
+            torch.ones(3, 5),
+            temperature=0,
+        )
+
+
+@fast
+@given(
+    full=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    cells=st.tuples(st.integers(1, 100), st.integers(1, 100)),
+)
+@example(full=(6, 6), cells=(74, 94))  # float64 ratios would sample differently
+def test_labels_at_features_sample_like_nearest_interpolation(full: tuple[int, int], cells: tuple[int, int]) -> None:
+    labels = torch.arange(full[0] * full[1]).view(1, *full)
+    expected = F.interpolate(labels[:, None].float(), size=cells, mode="nearest")[:, 0].long()
+    assert torch.equal(labels_at_features(labels, cells), expected)
+
+
+def test_confident_labels_keep_the_threshold_itself() -> None:
+    logits = torch.tensor([[0.0, 0.0], [0.0, -0.1], [-0.1, 0.0], [2.0, -2.0]]).T.reshape(1, 2, 2, 2).requires_grad_()
+    assert confident_labels(logits, 0.5).tolist() == [[[0, 0], [1, 0]]]
+    assert confident_labels(logits, 0.6).tolist() == [[[255, 255], [255, 0]]]
+    assert not confident_labels(logits, 0.5).requires_grad
+
+
+# Two workers. Each holds a part of the joined batch; data parallelism averages what they compute.
+
+PARTS = (slice(0, 1), slice(1, 3))
+
+
+def joined_batch(case: str) -> Problem:
+    problem = make_problem(3, 6, 4, (4, 5), labelled=0.7, seed=6)
+    problem.labels[2, 1:] = IGNORE_INDEX
+    problem.labels[0][problem.labels[0] == 1] = 0  # class 1 is present at one worker alone
+    problem.labels[1, 0] = 1
+    if case == "one worker without labels":
+        problem.labels[PARTS[0]] = IGNORE_INDEX
+    if case == "no labels":
+        problem.labels[:] = IGNORE_INDEX
+    return problem
+
+
+CASES = ("uneven counts", "one worker without labels", "no labels")
+
+
+def losses_and_statistics(case: str, part: slice) -> dict[str, Tensor]:
+    problem = joined_batch(case)
+    features = problem.features[part].clone().requires_grad_()
+    logits = problem.logits[part].clone().requires_grad_()
+    labels = problem.labels[part]
+    statistics = ClassStatistics(4, 6, dtype=torch.float64)
+    statistics.update(features, labels)
+    statistics.update(2 * features, labels)
+    losses = {
+        "cross entropy": (segmentation_cross_entropy(logits, labels), logits),
+        "lovasz": (lovasz_softmax(logits, labels), logits),
+        "contrast": (
+            distribution_contrast(features, labels, problem.mean, problem.variance, temperature=0.5),
+            features,
+        ),
+    }
+    results = dict(statistics.state_dict())
+    for name, (loss, wanted) in losses.items():
+        results[f"{name} value"], results[f"{name} gradient"] = value_and_gradient(loss, wanted)
+    return results
+
+
+def run_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    results = {case: losses_and_statistics(case, PARTS[rank]) for case in CASES}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_workers_equal_one_on_the_joined_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(run_worker, args=(str(tmp_path),), nprocs=2)
+    workers = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for case in CASES:
+        for name, expected in losses_and_statistics(case, slice(None)).items():
+            first, second = (worker[case][name] for worker in workers)
+            if name.endswith("value"):
+                actual = (first + second) / 2
+            elif name.endswith("gradient"):
+                actual = torch.cat([first, second]) / 2
+            else:
+                assert torch.equal(first, second), f"{case}: the workers disagree about {name}"
+                actual = first
+            torch.testing.assert_close(
+                actual, expected, rtol=1e-10, atol=1e-12, msg=lambda text, at=f"{case}, {name}": f"{at}: {text}"
+            )

@@ -1,0 +1,31 @@
+"""One data-parallel worker: two_workers.py METHOD WORKERS RANK FOLDER. Writes FOLDER/last on the first."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from toy import toy_config, toy_trainer
+
+from segadapt.trainables.core.method import SOURCE_ONLY
+
+
+def main(name: str, workers: int, rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    folder.mkdir(exist_ok=True)
+    if workers > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", world_size=workers, rank=rank)
+    config = toy_config(
+        name, warmup__steps=2, trainer__steps=2, optimizer__lr=0.003, augmentation__hue=0.0, trainer__eval_batch_size=1
+    )
+    trainer, reports = toy_trainer(config, folder)
+    trainer.run()
+    if rank == 0:
+        reports.checkpoint(len(reports.metrics) - 1).rename(folder / "last")
+    if workers > 1:
+        dist.destroy_process_group()
+    assert trainer.plan[0] is SOURCE_ONLY
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
