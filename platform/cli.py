@@ -305,7 +305,8 @@ def _conclude(name: str, outcome: "Outcome", options: "Options", *, advise: bool
     _show_leaderboard(board)
     say: Callable[[str], None] = options.say
     where = "" if options.storage == "runs" else f" --storage {options.storage}"
-    say(f"\n{name} took {outcome.seconds:.0f} s. Next:")
+    parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in outcome.seconds.items())
+    say(f"\n{name} took {sum(outcome.seconds.values()):.0f} s ({parts}). Next:")
     if options.tracking_uri is None:
         say(f"  segadapt ui{where}    then open experiment {name} at http://127.0.0.1:5000")
     if outcome.interrupted:

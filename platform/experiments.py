@@ -119,13 +119,14 @@ class Outcome:
     failed: int
     """Trials that failed."""
     interrupted: bool
-    seconds: float
+    seconds: Mapping[str, float]
+    """Wall time of each part, in order: start, shared stages, trials, tracking."""
 
 
 def own_steps(config: TrialConfig) -> int:
     """Return the steps a trial takes itself, after the shared stages."""
     plan = stages.split_plan(config)[1]
-    return sum(stage_steps(stage, config.warmup.steps, config.trainer.steps) for stage in plan)
+    return sum(stage_steps(plan, config.warmup.steps, config.trainer.steps).values())
 
 
 def resources_of(options: Options, capacity: Capacity, trials: int, concurrent: int | None) -> tuple[Resources, int]:
@@ -156,7 +157,7 @@ def run(record: Record, options: Options) -> Outcome:
 
     from segadapt.platform.tracking import Tracker
 
-    started = time.monotonic()
+    clock = _Clock()
     storage = open_storage(options.storage)
     needs_dashboard = options.launcher == "train" or options.workers > 1 or torch.cuda.is_available()
     tracker = Tracker(storage, options.tracking_uri)  # connects while Ray starts
@@ -172,9 +173,25 @@ def run(record: Record, options: Options) -> Outcome:
                 objective=record.objective,
                 start=Path(record.start) if record.start else None,
             )
-            return _Session(record, spec, tracker, options, capacity, concurrent).run(started)
+            clock.lap("start")
+            failed, interrupted = _Session(record, spec, tracker, options, capacity, concurrent).run(clock)
     finally:
         tracker.close()
+    clock.lap("tracking")
+    return Outcome(failed, interrupted, clock.seconds)
+
+
+class _Clock:
+    """Wall time of consecutive parts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, part: str) -> None:
+        now = time.monotonic()
+        self.seconds[part] = now - self._last
+        self._last = now
 
 
 @dataclass(frozen=True)
@@ -193,7 +210,8 @@ class _Session:
         """Key of the run that the experiment's trials hang under."""
         return self.record.from_key or self.record.name
 
-    def run(self, started: float) -> Outcome:
+    def run(self, clock: _Clock) -> tuple[int, bool]:
+        """Run what is to do; returns the number of failed trials and whether some did not end."""
         from segadapt.platform.events import Labels
         from segadapt.platform.search import SearchPlan, run_experiment
 
@@ -203,6 +221,7 @@ class _Session:
             self._open_parent(config)
         if record.start is None:
             self._ensure_shared_stages(config)
+        clock.lap("shared stages")
         steps = own_steps(config)
         plan = None
         if record.kind == "search":
@@ -225,11 +244,12 @@ class _Session:
             parent_key=self.parent_key,
         )
         results = run_experiment(self.spec, labels, steps, self.tracker, self._title(), plan)
+        clock.lap("trials")
         failed = sum(result.error is not None for result in results)
         missing = sum(not result.ended for result in results)
         if record.kind != "finish":
             self._close_parent(results, failed, missing)
-        return Outcome(failed, missing > 0, time.monotonic() - started)
+        return failed, missing > 0
 
     def _title(self) -> str:
         record = self.record
@@ -288,12 +308,12 @@ class _Session:
         if len(done) < len(keys):
             if done:
                 self.options.say(f"Stages {', '.join(names[: len(done)])}: loaded, computed earlier.")
-            missing = [key.stage for key in keys[len(done) :]]
+            missing = tuple(key.stage for key in keys[len(done) :])
             resources, _ = resources_of(self.options, self.capacity, 1, 1)
             spec = dataclasses.replace(
                 self.spec, experiment=f"{self.record.name}.stages", resources=resources, shared_stages=True
             )
-            steps = sum(stage_steps(stage, config.warmup.steps, config.trainer.steps) for stage in missing)
+            steps = sum(stage_steps(missing, config.warmup.steps, config.trainer.steps).values())
             title = f"shared stages {', '.join(stage.name for stage in missing)}"
             labels = Labels(self.record.name, "stage", missing[0].name, True, {}, self.parent_key)
             results = run_experiment(spec, labels, steps, self.tracker, title)

@@ -175,6 +175,9 @@ def searcher(spec: TrialSpec, plan: SearchPlan) -> Any:
     from segadapt.platform.optuna_search import StudySearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = study_storage(spec)
+    if spec.experiment in optuna.get_all_study_names(storage):  # left by a driver killed before its first trial
+        optuna.delete_study(study_name=spec.experiment, storage=storage)
     return StudySearch(
         space=dict(plan.space),
         metric=spec.objective,
@@ -182,7 +185,7 @@ def searcher(spec: TrialSpec, plan: SearchPlan) -> Any:
         points_to_evaluate=[dict(plan.first)] if plan.first else None,
         sampler=optuna.samplers.TPESampler(seed=plan.seed, multivariate=True, constant_liar=plan.concurrent > 1),
         study_name=spec.experiment,
-        storage=study_storage(spec),
+        storage=storage,
         budget=plan.steps,
     )
 

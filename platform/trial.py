@@ -119,7 +119,7 @@ def train(spec: TrialSpec, trial_id: str, values: Mapping[str, Any], report: Rep
     if resume is None:
         start = spec.start or (done[-1] if done else None)
         if start is None and keys and not spec.shared_stages:
-            raise FileNotFoundError(
+            raise RuntimeError(
                 f"The shared stage '{keys[-1].stage.name}' must have been computed, but {spec.storage.stages} lacks "
                 f"{keys[-1].hash}. Start the search again."
             )

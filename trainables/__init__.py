@@ -1,11 +1,13 @@
 """Adaptation methods under one contract. Needs torch and torchvision alone."""
 
+from segadapt.trainables.clst import CLST
 from segadapt.trainables.core.method import Method
+from segadapt.trainables.drsl import DRSL
 from segadapt.trainables.sdca import SDCA
 from segadapt.trainables.self_training import SelfTraining
 from segadapt.trainables.source_only import SourceOnly
 
-METHODS: tuple[type[Method], ...] = (SourceOnly, SelfTraining, SDCA)
+METHODS: tuple[type[Method], ...] = (SourceOnly, SelfTraining, SDCA, CLST, DRSL)
 """All methods, the baselines first."""
 
 

@@ -10,6 +10,8 @@ paper's last stage) is the method `self_training`, which `segadapt finish` runs 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.labels import confident_labels, labels_at_features
 from segadapt.trainables.core.losses.distribution_contrast import distribution_contrast
@@ -17,7 +19,6 @@ from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageDat
 from segadapt.trainables.core.networks import Segmenter
 from segadapt.trainables.core.state.class_statistics import ClassStatistics
 from segadapt.trainables.core.validation import check
-from torch import Tensor
 
 STATISTICS = Stage(name="statistics", share=0.0, shared=True)
 ADAPT = Stage(name="adapt", colored=("source",))

@@ -9,12 +9,13 @@ and training goes on from the labelling network.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData
 from segadapt.trainables.core.pseudo_labels import label_target
 from segadapt.trainables.core.validation import check
-from torch import Tensor
 
 
 class SelfTraining(Method):

@@ -2,9 +2,10 @@
 
 from typing import ClassVar
 
+from torch import Tensor
+
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage
-from torch import Tensor
 
 
 class SourceOnly(Method):

@@ -37,7 +37,7 @@ def test_resuming_from_any_checkpoint_of_any_stage_is_bit_exact(name: str, tmp_p
     trainer, whole = toy_trainer(config, tmp_path / "whole")
     trainer.run()
     last = load_state(whole.checkpoint(len(whole.metrics) - 1))
-    stages = set()
+    stages = {whole.metrics[-1]["stage"]}
     for index, metrics in enumerate(whole.metrics[:-1]):
         stages.add(metrics["stage"])
         again, resumed = toy_trainer(config, tmp_path / f"resumed_{index}")
@@ -207,3 +207,12 @@ def test_the_source_only_stage_is_the_same_in_every_method(tmp_path: Path) -> No
         state = load_state(reports.checkpoint(len(reports.metrics) - 1))["state"]
         states.append({key: value for key, value in state.items() if key.startswith("segmenter.")})
     assert all(equal_state(states[0], state) for state in states[1:])
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 7, 11])
+def test_the_stages_of_a_trial_take_all_its_steps(rounds: int, tmp_path: Path) -> None:
+    config = toy_config("self_training", method__rounds=rounds, trainer__steps=40)
+    trainer, _ = toy_trainer(config, tmp_path)
+    steps = [trainer.steps[stage.name] for stage in trainer.plan[1:]]
+    assert sum(steps) == 40
+    assert max(steps) - min(steps) <= 1

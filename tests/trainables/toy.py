@@ -16,7 +16,7 @@ TOY = {
     "data.streets.train_images": 9,
     "data.streets.val_images": 4,
     "warmup.steps": 4,
-    "trainer.steps": 4,
+    "trainer.steps": 6,
     "trainer.eval_every": 2,
     "trainer.batch_size": 4,
     "optimizer.lr": 0.01,

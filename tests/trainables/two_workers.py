@@ -16,7 +16,7 @@ def main(name: str, workers: int, rank: int, folder: Path) -> None:
     if workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", world_size=workers, rank=rank)
     config = toy_config(
-        name, warmup__steps=2, trainer__steps=2, optimizer__lr=0.003, augmentation__hue=0.0, trainer__eval_batch_size=1
+        name, warmup__steps=2, trainer__steps=6, optimizer__lr=0.003, augmentation__hue=0.0, trainer__eval_batch_size=1
     )
     trainer, reports = toy_trainer(config, folder)
     trainer.run()

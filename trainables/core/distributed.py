@@ -28,9 +28,14 @@ def sum_over_workers(value: Tensor) -> Tensor:
     """Return the sum of `value` over all workers, without gradient."""
     if world_size() == 1:
         return value.detach()
-    total = value.detach().clone(memory_format=torch.contiguous_format)
+    total = _reachable(value.detach().clone(memory_format=torch.contiguous_format))
     dist.all_reduce(total)
-    return total
+    return total.to(value.device)
+
+
+def _reachable(value: Tensor) -> Tensor:
+    """Move a tensor to where the process group can work on it: NCCL knows GPU tensors only."""
+    return value.cuda() if dist.get_backend() == "nccl" else value
 
 
 def gather_over_workers(value: Tensor) -> Tensor:
@@ -43,11 +48,11 @@ def gather_over_workers(value: Tensor) -> Tensor:
     lengths = torch.zeros(world_size(), dtype=torch.int64, device=value.device)
     lengths[rank()] = value.shape[0]
     sizes = sum_over_workers(lengths).tolist()
-    padded = value.new_zeros((max(sizes), *value.shape[1:]))
+    padded = _reachable(value.new_zeros((max(sizes), *value.shape[1:])))
     padded[: value.shape[0]] = value.detach()
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(value.device)
 
 
 def global_mean(total: Tensor, count: Tensor) -> Tensor:

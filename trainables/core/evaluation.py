@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor
+
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, ClassList, EvaluationData, LabelledImages
 from segadapt.trainables.core.data.loading import one_pass
 from segadapt.trainables.core.metrics import ConfusionMatrix
 from segadapt.trainables.core.networks import Segmenter
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -101,9 +101,21 @@ class TrainerSettings:
     seed: int
 
 
-def stage_steps(stage: Stage, warmup_steps: int, trainer_steps: int) -> int:
-    """Return the optimiser steps of a stage."""
-    return warmup_steps if stage is SOURCE_ONLY else round(stage.share * trainer_steps)
+def stage_steps(plan: tuple[Stage, ...], warmup_steps: int, trainer_steps: int) -> dict[str, int]:
+    """Return the optimiser steps of each stage by name.
+
+    Shares that sum to 1 give `trainer_steps` in all; a stage with a share takes at least one step.
+    """
+    steps: dict[str, int] = {}
+    share, taken = 0.0, 0
+    for stage in plan:
+        if stage is SOURCE_ONLY:
+            steps[stage.name] = warmup_steps
+            continue
+        share += stage.share
+        steps[stage.name] = max(1, round(share * trainer_steps) - taken) if stage.share > 0 else 0
+        taken += steps[stage.name]
+    return steps
 
 
 @dataclass
@@ -161,6 +173,7 @@ class Trainer:
                 module.to(memory_format=self.memory_format)
         self.trainable = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
         self.plan = plan
+        self.steps = stage_steps(plan, method.warmup.steps, settings.trainer.steps)
         self.data = data
         self.evaluation = evaluation
         self.settings = settings
@@ -184,19 +197,15 @@ class Trainer:
         """Train all planned stages, from the start or from a checkpoint this plan wrote."""
         state = load_state(resume) if resume is not None else None
         first = [stage.name for stage in self.plan].index(state["stage"]) if state is not None else 0
-        done = sum(self.steps_of(stage) for stage in self.plan[:first])
+        done = sum(self.steps[stage.name] for stage in self.plan[:first])
         for stage in self.plan[first:]:
             self._run_stage(stage, done, state)
             state = None
-            done += self.steps_of(stage)
-
-    def steps_of(self, stage: Stage) -> int:
-        """Return the optimiser steps of a stage."""
-        return stage_steps(stage, self.method.warmup.steps, self.settings.trainer.steps)
+            done += self.steps[stage.name]
 
     def _run_stage(self, stage: Stage, done: int, state: dict[str, Any] | None) -> None:
         """Prepare and train one stage; `done` steps precede it in the trial, `state` resumes in the middle of it."""
-        config, steps = self.settings.trainer, self.steps_of(stage)
+        config, steps = self.settings.trainer, self.steps[stage.name]
         folder = self.folder / stage.name
         self._select_trained(stage)
         optimizer = self._optimizer(stage)
@@ -361,7 +370,7 @@ class Trainer:
         metrics: dict[str, Any] = {
             "step": done + step,
             "stage": stage.name,
-            "stage_finished": step == self.steps_of(stage),
+            "stage_finished": step == self.steps[stage.name],
             **evaluation.metrics(),
             **{f"loss/{name}": value for name, value in losses.items()},
             "time/evaluation": time.perf_counter() - started,

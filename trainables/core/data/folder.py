@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from segadapt.trainables.core.data.batch import ClassList, DomainData, EvaluationData, LabelledImages
 from torch import Tensor
+
+from segadapt.trainables.core.data.batch import ClassList, DomainData, EvaluationData, LabelledImages
 
 _TAIL_BYTES = 4096
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from segadapt.trainables.core.validation import check
 from torch import Tensor
+
+from segadapt.trainables.core.validation import check
 
 
 @dataclass(frozen=True, kw_only=True)
