@@ -3,11 +3,12 @@
 from segadapt.trainables.clst import CLST
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.drsl import DRSL
+from segadapt.trainables.plca import PLCA
 from segadapt.trainables.sdca import SDCA
 from segadapt.trainables.self_training import SelfTraining
 from segadapt.trainables.source_only import SourceOnly
 
-METHODS: tuple[type[Method], ...] = (SourceOnly, SelfTraining, SDCA, CLST, DRSL)
+METHODS: tuple[type[Method], ...] = (SourceOnly, SelfTraining, SDCA, CLST, DRSL, PLCA)
 """All methods, the baselines first."""
 
 
