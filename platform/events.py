@@ -85,7 +85,7 @@ class Events(tune.Callback):
         if trial_id in self._started:
             return
         self._started.add(trial_id)
-        number = len(self._names) + 1
+        number = trials.index(trial) + 1  # in the order of proposal, whichever process was ready first
         prefix = self._labels.prefix
         name = self._names.setdefault(trial_id, prefix if self._labels.single else f"{prefix}-{number:03d}")
         config = self._spec.config(trial.config)
