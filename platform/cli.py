@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -307,13 +308,14 @@ def _conclude(name: str, outcome: "Outcome", options: "Options", *, advise: bool
     where = "" if options.storage == "runs" else f" --storage {options.storage}"
     parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in outcome.seconds.items())
     say(f"\n{name} took {sum(outcome.seconds.values()):.0f} s ({parts}). Next:")
+    segadapt = "uv run segadapt" if "UV_RUN_RECURSION_DEPTH" in os.environ else "segadapt"  # as it was called
     if options.tracking_uri is None:
-        say(f"  segadapt ui{where}    then open experiment {name} at http://127.0.0.1:5000")
+        say(f"  {segadapt} ui{where}    then open experiment {name} at http://127.0.0.1:5000")
     if outcome.interrupted:
         command = "search" if advise else "train"
-        say(f"  segadapt {command} --resume {name}{where}    goes on where it stopped")
+        say(f"  {segadapt} {command} --resume {name}{where}    goes on where it stopped")
     elif any(row.checkpoint for row in board.rows):
-        say(f"  segadapt finish best --search {name}{where}    self-trains the best trial")
+        say(f"  {segadapt} finish best --search {name}{where}    self-trains the best trial")
     sys.exit(_status(outcome))
 
 

@@ -1,5 +1,6 @@
 """Adaptation methods under one contract. Needs torch and torchvision alone."""
 
+from segadapt.trainables.bicl import BiCL
 from segadapt.trainables.clst import CLST
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.drsl import DRSL
@@ -8,7 +9,7 @@ from segadapt.trainables.sdca import SDCA
 from segadapt.trainables.self_training import SelfTraining
 from segadapt.trainables.source_only import SourceOnly
 
-METHODS: tuple[type[Method], ...] = (SourceOnly, SelfTraining, SDCA, CLST, DRSL, PLCA)
+METHODS: tuple[type[Method], ...] = (SourceOnly, SelfTraining, SDCA, BiCL, DRSL, CLST, PLCA)
 """All methods, the baselines first."""
 
 

@@ -36,6 +36,8 @@ class Stage:
     pseudo_labels: bool = False
     """Whether batches carry the pseudo labels that `prepare_stage` wrote."""
     shared: bool = False
+    lr_factor: float = 1.0
+    """Multiplies the learning rate of the stage."""
 
 
 SOURCE_ONLY = Stage(name="source_only", domains=("source",), trains=("segmenter",), shared=True)

@@ -275,7 +275,9 @@ class Trainer:
         config = self.settings.optimizer
         if config.lr is None:
             raise ValueError("optimizer.lr must be set, but got None. Take `base_lr(network)`.")
-        return config.lr * (self.method.warmup.lr_factor if stage is SOURCE_ONLY else config.lr_factor)
+        return (
+            config.lr * stage.lr_factor * (self.method.warmup.lr_factor if stage is SOURCE_ONLY else config.lr_factor)
+        )
 
     def _set_learning_rate(self, stage: Stage, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
         config = self.settings.optimizer
