@@ -233,7 +233,7 @@ class Trainer:
                 batch = self._on_device(batches.batch(step * config.accumulate + micro))
                 with self._synchronised(train_step, micro == config.accumulate - 1):
                     terms = self._terms(train_step, batch, step)
-                    (torch.stack(list(terms.values())).sum() / config.accumulate).backward()
+                    torch.autograd.backward(torch.stack(list(terms.values())).sum() / config.accumulate)
                 progress.add(terms)
             if self.settings.optimizer.clip_norm is not None:
                 parameters = [p for _, p in trained_parameters(self.method, stage) if p.requires_grad]

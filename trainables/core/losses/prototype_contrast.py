@@ -287,7 +287,9 @@ def _prototype_gradient(prototypes: Tensor, sizes: Tensor, features: Tensor, slo
     norms = prototypes.norm(dim=2, keepdim=True)
     directions = _directions(prototypes)
     radial = (gradient * directions).sum(dim=2, keepdim=True).masked_fill_(norms < SMALLEST_NORM, 0.0)
-    return (gradient - directions * radial) / (norms.clamp(min=SMALLEST_NORM) * sizes.clamp(min=1).unsqueeze(2))
+    scale: Tensor = norms.clamp(min=SMALLEST_NORM) * sizes.clamp(min=1).unsqueeze(2)
+    tangential: Tensor = gradient - directions * radial
+    return tangential / scale
 
 
 def _feature_gradient(
@@ -321,7 +323,7 @@ def _cosines(features: Tensor, prototypes: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosines, (B, C, P), and inverse norms of the features, (B, 1, P)."""
     flat = features.flatten(2)
     squares = flat.new_zeros(len(flat), 1, flat.shape[2])
-    for block in flat.split(_CHANNELS_PER_BLOCK, dim=1):  # bounds the temporaries
+    for block in torch.split(flat, _CHANNELS_PER_BLOCK, dim=1):  # bounds the temporaries
         squares += block.square().sum(dim=1, keepdim=True)
     inverse_norms = squares.sqrt_().clamp_(min=SMALLEST_NORM).reciprocal_()
     with torch.autocast(features.device.type, enabled=False):
