@@ -250,28 +250,6 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_was(tmp_path: Path) -
     assert sum(state in ("COMPLETE", "PRUNED") for state in states) == 4
 
 
-@pytest.mark.slow
-def test_ray_train_and_the_trials_own_process_give_the_same_numbers(tmp_path: Path) -> None:
-    numbers = {}
-    for launcher in ("inprocess", "train"):
-        done = command(tmp_path, "train", "source_only", "--name", launcher, "--launcher", launcher, *TINY_WORDS)
-        assert done.returncode == 0, done.stderr
-        run = tracked(tmp_path, launcher)["train-source_only"]
-        assert run.info.status == "FINISHED"
-        numbers[launcher] = {key: value for key, value in run.data.metrics.items() if not key.startswith("time/")}
-    assert numbers["train"] == numbers["inprocess"]
-
-
-@pytest.mark.slow
-def test_two_workers_train_a_trial_and_leave_a_checkpoint_to_finish(tmp_path: Path) -> None:
-    done = command(tmp_path, "train", "sdca", "--workers-per-trial", "2", *TINY_WORDS)
-    assert done.returncode == 0, done.stderr
-    board = api.runs("train-sdca-streets", storage=str(tmp_path / "runs"))
-    assert [row.state for row in board.rows] == ["finished"]
-    assert board.rows[0].checkpoint is not None
-    assert Path(board.rows[0].checkpoint, "state.pt").is_file()
-
-
 def test_more_than_the_cluster_has_is_refused_at_once(tmp_path: Path) -> None:
     done = command(tmp_path, "train", "source_only", "--workers-per-trial", "512", "trainer.batch_size=512")
     assert done.returncode == 2
