@@ -250,6 +250,18 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_was(tmp_path: Path) -
     assert sum(state in ("COMPLETE", "PRUNED") for state in states) == 4
 
 
+@pytest.mark.slow
+def test_ray_train_and_the_trials_own_process_give_the_same_numbers(tmp_path: Path) -> None:
+    numbers = {}
+    for launcher in ("inprocess", "train"):
+        done = command(tmp_path, "train", "source_only", "--name", launcher, "--launcher", launcher, *TINY_WORDS)
+        assert done.returncode == 0, done.stderr
+        run = tracked(tmp_path, launcher)["source_only"]
+        assert run.info.status == "FINISHED"
+        numbers[launcher] = {key: value for key, value in run.data.metrics.items() if not key.startswith("time/")}
+    assert numbers["train"] == numbers["inprocess"]
+
+
 def test_more_than_the_cluster_has_is_refused_at_once(tmp_path: Path) -> None:
     done = command(tmp_path, "train", "source_only", "--workers-per-trial", "512", "trainer.batch_size=512")
     assert done.returncode == 2
