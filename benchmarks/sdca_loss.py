@@ -7,44 +7,27 @@ forward and backward, on one thread. Each form runs in a fresh process, so that 
 """
 
 import argparse
-import importlib.util
-import json
-import os
-import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from literal import sdca as literal
+from measuring import Row, compare, first_step, time_steps
 from segadapt.trainables.core.losses.distribution_contrast import distribution_contrast
 from segadapt.trainables.core.state.class_statistics import ClassStatistics
 
-HERE = Path(__file__).parent
-FORMS = ("literal", "cheap")
 LEVELS = ("features", "logits")
 DOMAINS = ("source", "target")
-COLUMNS = {"median_s": "median s", "median_cpu_s": "median CPU s", "extra_peak_mb": "extra peak MB"}
+
+Maps = dict[tuple[str, str], Tensor]
+"""Representations (B, D, H, W) by level and domain."""
 
 
-def load_literal() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("literal_sdca", HERE / "literal" / "sdca.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def make_inputs(setting: dict[str, Any]) -> tuple[dict[tuple[str, str], Tensor], dict[str, Tensor]]:
-    """Return representations by (level, domain) and labels by domain: all source and half of the target labelled."""
+def make_inputs(setting: dict[str, Any]) -> tuple[Maps, dict[str, Tensor]]:
+    """Return representations and labels by domain: all source and half of the target labelled."""
     torch.manual_seed(0)
     batch, (rows, columns) = setting["batch"], setting["grid"]
     sizes = {"features": setting["channels"], "logits": setting["classes"]}
@@ -58,13 +41,13 @@ def make_inputs(setting: dict[str, Any]) -> tuple[dict[tuple[str, str], Tensor],
     return maps, labels
 
 
-def cheap_step(setting: dict[str, Any]) -> Callable[..., Tensor]:
+def cheap_step(setting: dict[str, Any], maps: Maps, labels: dict[str, Tensor]) -> Callable[[], Tensor]:
     states = {
         "features": ClassStatistics(setting["classes"], setting["channels"]),
         "logits": ClassStatistics(setting["classes"], setting["classes"]),
     }
 
-    def step(maps: dict[tuple[str, str], Tensor], labels: dict[str, Tensor]) -> Tensor:
+    def step() -> Tensor:
         loss = torch.zeros(())
         for level, state in states.items():
             state.update(maps[level, "source"], labels["source"])
@@ -76,15 +59,14 @@ def cheap_step(setting: dict[str, Any]) -> Callable[..., Tensor]:
     return step
 
 
-def literal_step(setting: dict[str, Any]) -> Callable[..., Tensor]:
-    literal = load_literal()
+def literal_step(setting: dict[str, Any], maps: Maps, labels: dict[str, Tensor]) -> Callable[[], Tensor]:
     classes = setting["classes"]
     states = {
         level: (torch.zeros(classes), torch.zeros(classes, channels), torch.zeros(classes, channels))
         for level, channels in (("features", setting["channels"]), ("logits", classes))
     }
 
-    def step(maps: dict[tuple[str, str], Tensor], labels: dict[str, Tensor]) -> Tensor:
+    def step() -> Tensor:
         loss = torch.zeros(())
         for level in LEVELS:
             states[level] = literal.merge_statistics(maps[level, "source"], labels["source"], *states[level])
@@ -96,47 +78,16 @@ def literal_step(setting: dict[str, Any]) -> Callable[..., Tensor]:
     return step
 
 
-def peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def measure(form: str, setting: dict[str, Any]) -> dict[str, Any]:
-    """Return peak memory beyond the inputs in the first step, then wall and processor times of the others.
-
-    The two times differ where other programs compete for the machine; trust the processor time there. Gradients by the
-    inputs count as extra memory. A tiny step beforehand loads the libraries' code.
-    """
-    torch.set_num_threads(setting["threads"])
+def measure(form: str, setting: dict[str, Any]) -> Row:
+    """Return the first step's loss and memory, and wall and processor times of the others, after a tiny step."""
     make_step = {"cheap": cheap_step, "literal": literal_step}[form]
     tiny = {**setting, "grid": (3, 3), "channels": 8}
-    make_step(tiny)(*make_inputs(tiny))
+    make_step(tiny, *make_inputs(tiny))()
     maps, labels = make_inputs(setting)
-    step = make_step(setting)
-    before = peak_bytes()
-    loss = step(maps, labels).item()
-    extra = peak_bytes() - before
-    seconds, cpu_seconds = [], []
-    for _ in range(setting["repeats"]):
-        for representation in maps.values():
-            representation.grad = None
-        start, cpu_start = time.perf_counter(), time.process_time()
-        step(maps, labels)
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu_start)
-    return {
-        "loss": loss,
-        "extra_peak_mb": extra / 1e6,
-        "median_s": statistics.median(seconds),
-        "median_cpu_s": statistics.median(cpu_seconds),
-        "seconds": seconds,
-    }
-
-
-def cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    step = make_step(setting, maps, labels)
+    first = first_step(step)
+    seconds, cpu_seconds = time_steps(step, maps.values(), setting["repeats"])
+    return {**first, "median_s": median(seconds), "median_cpu_s": median(cpu_seconds), "seconds": seconds}
 
 
 def main() -> None:
@@ -146,36 +97,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=2048)
     parser.add_argument("--classes", type=int, default=19)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)  # what the measuring processes are called with
-    arguments = parser.parse_args()
-    setting = {name: value for name, value in vars(arguments).items() if name not in ("json", "form")}
-    if arguments.form:
-        print(json.dumps(measure(arguments.form, setting)))
-        return
-
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-    results = {}
-    for form in FORMS:
-        command = [sys.executable, __file__, *sys.argv[1:], "--form", form]
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-        results[form] = json.loads(output)
-    ratios = {key: results["literal"][key] / results["cheap"][key] for key in COLUMNS}
-
-    print(f"{'form':<10}" + "".join(f"{title:>16}" for title in COLUMNS.values()) + f"{'loss':>14}")
-    for form, row in results.items():
-        print(f"{form:<10}" + "".join(f"{row[key]:>16.3f}" for key in COLUMNS) + f"{row['loss']:>14.6f}")
-    print(f"{'ratio':<10}" + "".join(f"{ratio:>15.1f}x" for ratio in ratios.values()))
-    if arguments.json:
-        record = {
-            "setting": setting,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "cpu": cpu_model(),
-            "results": results,
-            "ratios": ratios,
-        }
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    compare(parser, measure)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
 from segadapt import search_spaces
 from segadapt.platform import tracking
 from segadapt.platform.config import Key, TrialConfig, Values, keys, resolve
 from segadapt.platform.errors import UsageError
-from segadapt.platform.experiments import Options, Outcome, Record, run
+from segadapt.platform.experiments import Candidate, Options, Outcome, Record, run
 from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.trial import CONFIG
 from segadapt.trainables import METHODS
 from segadapt.trainables.core.networks import build_segmenter
+from segadapt.trainables.source_only import SourceOnly
 
 OBJECTIVES = ("target_val/miou", "source_val/miou")
 """What a search may maximise."""
@@ -35,6 +38,7 @@ class Row:
     """A trial in a leaderboard."""
 
     name: str
+    method: str
     kind: str
     state: str
     best: float | None
@@ -74,29 +78,35 @@ def list_methods() -> list[tuple[str, str]]:
     return [(method.name, (method.__doc__ or "").strip().splitlines()[0]) for method in METHODS]
 
 
-def describe(method: str) -> list[tuple[Key, str, str]]:
-    """Return every setting of a method with its searched range and published value, as text."""
+def describe(method: str) -> list[tuple[Key, str, dict[str, Any]]]:
+    """Return every setting of a method with its searched range as text, and its value in each preset that has one."""
     resolve(method, {})
-    try:
-        space, paper = search_spaces.load(method)
-    except ValueError:
-        space, paper = {}, {}
+    space, presets = _space(method)
     return [
-        (key, _range(space[key.name]) if key.name in space else "", str(paper.get(key.name, "")))
+        (
+            key,
+            show_range(space[key.name]) if key.name in space else "",
+            {name: values[key.name] for name, values in presets.items() if key.name in values},
+        )
         for key in keys(method).values()
     ]
 
 
-def _range(distribution: Any) -> str:
-    if hasattr(distribution, "choices"):
-        return "{" + ", ".join(str(choice) for choice in distribution.choices) + "}"
-    return f"{distribution.low:g} to {distribution.high:g}" + (" (log)" if distribution.log else "")
+def show_range(distribution: BaseDistribution) -> str:
+    """Return a searched range as text."""
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return "{" + ", ".join(str(choice) for choice in choices) + "}"
+        case FloatDistribution(low=low, high=high, log=log) | IntDistribution(low=low, high=high, log=log):
+            return f"{low:g} to {high:g}" + (" (log)" if log else "")
+    return str(distribution)
 
 
 def plan_search(
-    method: str,
+    methods: Sequence[str],
     values: Values,
     *,
+    preset: str = search_spaces.DEFAULT_PRESET,
     trials: int = 20,
     time_budget_s: float | None = None,
     concurrent: int | None = None,
@@ -107,8 +117,20 @@ def plan_search(
 ) -> Record:
     """Check a search and return what it would do; touches nothing.
 
+    Args:
+        methods: Names of the methods to search, or `all` for every method that adapts.
+        values: Settings that no trial changes, by dotted key; after `METHOD.`, of that method alone.
+        preset: Where the search starts: its searched settings are tried first, its others are fixed.
+        trials: Trials to run.
+        time_budget_s: Stops the search after so many seconds.
+        concurrent: Trials at a time.
+        objective: One of `OBJECTIVES`.
+        seed: Of the sampler.
+        name: Of the search; None makes one from methods and data.
+        storage: The storage folder.
+
     Raises:
-        UsageError: If a setting, a range or a number is not as it must be.
+        UsageError: If a method, a setting, a range or a number is not as it must be.
     """
     if trials < 1 or (concurrent is not None and concurrent < 1) or (time_budget_s is not None and time_budget_s <= 0):
         raise UsageError(
@@ -117,33 +139,83 @@ def plan_search(
         )
     if objective not in OBJECTIVES:
         raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}, but got {objective!r}.")
-    config = _checked(method, values)
-    try:
-        space, paper = search_spaces.load(method)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    space = {key: distribution for key, distribution in space.items() if key not in values}
-    if not space:
-        raise UsageError(f"A search must vary something, but KEY=VALUE fixes all of {', '.join(paper)}. Free one.")
-    first = {key: paper[key] for key in space}
+    methods = _methods(methods)
+    values = _expanded(methods, values)
+    candidates = {method: _candidate(method, values, preset, joint=len(methods) > 1) for method in methods}
+    configs = {method: _checked(method, {**found.fixed, **found.first}) for method, found in candidates.items()}
+    data = next(iter(configs.values())).data.name
+    default = "-".join(methods) if len(methods) <= 3 else f"{len(methods)}-methods"
     return Record(
         kind="search",
-        name=_free_name(Storage(Path(storage).expanduser().absolute()), name, f"{method}-{config.data.name}"),
-        method=method,
-        values=dict(values),
+        name=_free_name(Storage(Path(storage).expanduser().absolute()), name, f"{default}-{data}"),
+        candidates=candidates,
         objective=objective,
         seed=seed,
-        space=space,
-        first=first,
         trials=trials,
         concurrent=concurrent,
         time_budget_s=time_budget_s,
     )
 
 
+def _methods(names: Sequence[str]) -> list[str]:
+    """Return the methods of a search, each once."""
+    if not names:
+        raise UsageError("METHOD must be given, or --resume NAME. `segadapt list` shows the methods.")
+    methods = list(dict.fromkeys(names))
+    if methods == ["all"]:
+        methods = [method.name for method in METHODS if method is not SourceOnly]
+    for name in methods:
+        resolve(name, {})
+    if SourceOnly.name in methods and len(methods) > 1:
+        raise UsageError(
+            f"{SourceOnly.name} must be searched alone, since the other methods start from it, but got "
+            f"{', '.join(methods)}. Leave it out: its score is shown with every search."
+        )
+    return methods
+
+
+def _expanded(methods: Sequence[str], values: Values) -> dict[str, dict[str, Any]]:
+    """Return the settings of each method: those that name it (`sdca.method.temperature`) and those that name none."""
+    expanded: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for key, value in values.items():
+        prefix, _, rest = key.partition(".")
+        if prefix in expanded:
+            expanded[prefix][rest] = value
+    for key, value in values.items():
+        if key.partition(".")[0] not in expanded:
+            for own in expanded.values():
+                own.setdefault(key, value)
+    return expanded
+
+
+def _candidate(method: str, values: Mapping[str, Values], preset: str, *, joint: bool) -> Candidate:
+    """Return what a search tries of a method: everything searched that no setting fixes, starting at a preset."""
+    space, presets = _space(method)
+    own = values[method]
+    settings = {**presets[search_spaces.DEFAULT_PRESET], **_preset(method, preset)}
+    free = {key: distribution for key, distribution in space.items() if key not in own}
+    if not free and not joint:
+        raise UsageError(f"A search must vary something, but KEY=VALUE fixes all of {', '.join(space)}. Free one.")
+    fixed = {key: value for key, value in settings.items() if key not in space}
+    return Candidate({**fixed, **own}, free, {key: settings[key] for key in free})
+
+
+def _space(method: str) -> tuple[dict[str, BaseDistribution], dict[str, dict[str, Any]]]:
+    try:
+        return search_spaces.load(method)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _preset(method: str, name: str) -> dict[str, Any]:
+    presets = _space(method)[1]
+    if name not in presets:
+        raise UsageError(f"--preset of {method} must be one of {', '.join(presets)}, but got {name!r}.")
+    return presets[name]
+
+
 def search(record: Record, options: Options) -> Outcome:
     """Run a planned search, or go on with it if it was begun."""
-    record.save(open_storage(options.storage))
     return run(record, options)
 
 
@@ -152,18 +224,24 @@ def resume(name: str, options: Options) -> Outcome:
     return run(Record.load(open_storage(options.storage), name), options)
 
 
-def train(method: str, values: Values, options: Options, *, name: str | None = None) -> tuple[str, Outcome]:
+def train(
+    method: str,
+    values: Values,
+    options: Options,
+    *,
+    preset: str = search_spaces.DEFAULT_PRESET,
+    name: str | None = None,
+) -> tuple[str, Outcome]:
     """Run one trial of a method; returns the name of the experiment that holds it."""
-    config = _checked(method, values)
-    storage = open_storage(options.storage)
+    resolve(method, {})
+    settings = {**_preset(method, preset), **values} if preset != search_spaces.DEFAULT_PRESET else dict(values)
+    config = _checked(method, settings)
     record = Record(
         kind="train",
-        name=_free_name(storage, name, f"train-{method}-{config.data.name}"),
-        method=method,
-        values=dict(values),
+        name=_free_name(open_storage(options.storage), name, f"train-{method}-{config.data.name}"),
+        candidates={method: Candidate(settings)},
         objective=OBJECTIVES[0],
     )
-    record.save(storage)
     return record.name, run(record, options)
 
 
@@ -181,7 +259,6 @@ def finish(run_name: str, values: Values, options: Options, *, search_name: str)
     Raises:
         UsageError: If there is no such trial, or it left no checkpoint.
     """
-    storage = open_storage(options.storage)
     board = runs(search_name, storage=options.storage, tracking_uri=options.tracking_uri)
     row = _pick(board, run_name)
     assert row.checkpoint is not None
@@ -200,15 +277,13 @@ def finish(run_name: str, values: Values, options: Options, *, search_name: str)
     record = Record(
         kind="finish",
         name=f"{search_name}.finish-{row.name}-{digest}",
-        method="self_training",
-        values=settings,
+        candidates={"self_training": Candidate(settings)},
         objective=board.objective,
         search=search_name,
         start=str(start),
         from_key=_key_of(row, options),
         from_name=row.name,
     )
-    record.save(storage)
     outcome = run(record, options)
     return _finish_result(record, row, options), outcome
 
@@ -377,6 +452,7 @@ def _row(entry: Any, objective: str) -> Row:
     checkpoint = tags.get(tracking.CHECKPOINT_TAG)
     return Row(
         name=entry.info.run_name,
+        method=tags[tracking.METHOD_TAG],
         kind=tags[tracking.KIND_TAG],
         state=tags.get(tracking.STATE_TAG, entry.info.status.lower()),
         best=best,

@@ -8,6 +8,9 @@ from typing import Any
 
 from segadapt.trainables.core.checkpoint import MANIFEST
 
+EVALUATION = "evaluation.json"
+"""File in a checkpoint folder with the evaluation at its step."""
+
 TRAIN_FOLDER = "train"
 """Sub-folder of an experiment in which Ray Train keeps the trials it runs; in-process trials lie beside it."""
 
@@ -20,12 +23,18 @@ class TrialCheckpoint:
     metrics: dict[str, Any]
 
 
+def read_metrics(checkpoint: Path) -> dict[str, Any]:
+    """Return the metrics reported with a checkpoint."""
+    metrics: dict[str, Any] = json.loads((checkpoint / EVALUATION).read_text())["metrics"]
+    return metrics
+
+
 def checkpoints(experiment: Path, trial_id: str) -> Iterator[TrialCheckpoint]:
     """Yield what is kept of a trial, oldest first; folders that are not whole are passed over."""
     for parent in (experiment / trial_id, experiment / TRAIN_FOLDER / trial_id):
         for folder in sorted(parent.glob("checkpoint_*")):
-            if (folder / MANIFEST).is_file() and (folder / "evaluation.json").is_file():
-                yield TrialCheckpoint(folder, json.loads((folder / "evaluation.json").read_text())["metrics"])
+            if (folder / MANIFEST).is_file() and (folder / EVALUATION).is_file():
+                yield TrialCheckpoint(folder, read_metrics(folder))
 
 
 def best_checkpoint(experiment: Path, trial_id: str, objective: str) -> TrialCheckpoint | None:

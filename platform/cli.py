@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from segadapt.platform.api import FinishResult, Leaderboard
     from segadapt.platform.experiments import Options, Outcome, Record
+
+_SHOWN_PARAMS = 8
+"""Most searched settings that a leaderboard shows as columns; of more, those of each method's best trial."""
 
 app = typer.Typer(
     name="segadapt",
@@ -39,6 +43,7 @@ LauncherName = Annotated[
 ]
 Workers = Annotated[int, typer.Option("--workers-per-trial", help="Data-parallel workers of each trial.")]
 Gpus = Annotated[float | None, typer.Option("--gpus-per-trial", help="GPUs of each worker; default: 1 if any.")]
+Preset = Annotated[str, typer.Option(help="Where to start from; `segadapt describe METHOD` shows the presets.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML experiment file; KEY=VALUE overrides it.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what workers print.")]
 
@@ -83,19 +88,25 @@ def describe(method: Annotated[str, typer.Argument(help="A name shown by `segada
     from segadapt.platform import api
 
     table = Table(title=f"{method}: KEY=VALUE settings", box=None)
-    for column in ("key", "type", "default", "searched", "paper", "meaning"):
+    for column in ("key", "type", "default", "searched", "presets", "meaning"):
         table.add_column(column, overflow="fold")
-    for key, searched, paper in api.describe(method):
-        table.add_row(key.name, key.type, str(key.default), searched, paper, key.doc)
+    for key, searched, presets in api.describe(method):
+        shown = ", ".join(f"{name} {value}" for name, value in presets.items())
+        table.add_row(key.name, key.type, str(key.default), searched, shown, key.doc)
     _console().print(table)
 
 
 @app.command()
 def search(
-    method: Annotated[
-        str | None, typer.Argument(help="A name shown by `segadapt list`; left out with --resume.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="METHOD... [KEY=VALUE]...",
+            help="Names shown by `segadapt list`, or `all`; left out with --resume. Then settings that no trial "
+            "changes; `segadapt describe METHOD` lists keys, defaults, ranges. METHOD.KEY=VALUE sets one method's.",
+        ),
     ] = None,
-    settings: Assignments = None,
+    preset: Preset = "paper",
     trials: Annotated[int, typer.Option(help="Trials to run, those stopped early included.")] = 20,
     time_budget: Annotated[float | None, typer.Option(help="Stop the search after this many seconds.")] = None,
     concurrent: Annotated[int | None, typer.Option(help="Trials at a time; default: as many as fit.")] = None,
@@ -115,11 +126,11 @@ def search(
     gpus: Gpus = None,
     debug: Debug = False,
 ) -> None:
-    """Search a method's space with Optuna under ASHA; every trial is tracked in MLflow.
+    """Search the space of one method, or of several at once, with Optuna under ASHA; MLflow tracks every trial.
 
-    The published setting is tried first, and all trials start from one source-only warm-up.
+    The published setting of each method is tried first, and all trials start from one source-only warm-up.
 
-    Example: segadapt search sdca --trials 4 trainer.steps=120
+    Examples: segadapt search sdca --trials 4 trainer.steps=120; segadapt search sdca plca --trials 40
     """
     from segadapt.platform import api
     from segadapt.platform.errors import UsageError
@@ -128,18 +139,18 @@ def search(
 
     options = _options(storage, tracking_uri, address, launcher, workers, gpus, debug)
     if resume is not None:
-        if method is not None or settings:
+        if words:
             raise UsageError(
-                f"--resume takes method and settings from the search {resume!r}, but got {method}. Leave them out."
+                f"--resume takes methods and settings from the search {resume!r}, but got {' '.join(words)}. "
+                "Leave them out."
             )
         record = Record.load(open_storage(storage), resume)
         outcome = api.resume(resume, options)
     else:
-        if method is None:
-            raise UsageError("METHOD must be given, or --resume NAME. `segadapt list` shows the methods.")
         record = api.plan_search(
-            method,
-            _values(config, settings),
+            [word for word in words or [] if "=" not in word],
+            _values(config, [word for word in words or [] if "=" in word]),
+            preset=preset,
             trials=trials,
             time_budget_s=time_budget,
             concurrent=concurrent,
@@ -161,6 +172,7 @@ def train(
         str | None, typer.Argument(help="A name shown by `segadapt list`; left out with --resume.")
     ] = None,
     settings: Assignments = None,
+    preset: Preset = "paper",
     name: Annotated[str | None, typer.Option(help="Of the run; default: train-METHOD-DATA, numbered.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this run.")] = None,
     config: ConfigFile = None,
@@ -186,7 +198,7 @@ def train(
     else:
         if method is None:
             raise UsageError("METHOD must be given, or --resume NAME. `segadapt list` shows the methods.")
-        name, outcome = api.train(method, _values(config, settings), options, name=name)
+        name, outcome = api.train(method, _values(config, settings), options, preset=preset, name=name)
     _conclude(name, outcome, options, advise=False)
 
 
@@ -214,6 +226,7 @@ def ui(
     """Serve MLflow in the browser on this storage, bound to 127.0.0.1."""
     from segadapt.platform import api
 
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # end the server either way
     sys.exit(api.ui(storage=storage, port=port))
 
 
@@ -328,32 +341,42 @@ def _status(outcome: "Outcome") -> int:
 def _show_plan(record: "Record") -> None:
     import yaml
 
-    from segadapt.platform.api import _range
+    from segadapt.platform.api import show_range
 
     console = _console()
     console.print(f"search {record.name}: {record.trials} trials, maximise {record.objective}")
-    console.print("\nconfiguration of the first trial (the published setting):")
-    console.print(yaml.safe_dump(record.config().as_dict(), sort_keys=False))
-    console.print("searched:")
-    for key, distribution in record.space.items():
-        console.print(f"  {key:32} {_range(distribution):24} first {record.first[key]}")
+    for method, config in record.configs().items():
+        console.print(f"\nconfiguration of the first trial of {method}:")
+        console.print(yaml.safe_dump(config.as_dict(), sort_keys=False))
+        console.print("searched:")
+        candidate = record.candidates[method]
+        for key, distribution in candidate.space.items():
+            console.print(f"  {key:32} {show_range(distribution):24} first {candidate.first[key]}")
 
 
 def _show_leaderboard(board: "Leaderboard") -> None:
     from rich.table import Table
 
-    varied = sorted({key for row in board.rows if row.kind == "trial" for key in row.params})
+    trials = [row for row in board.rows if row.kind == "trial"]
+    varied = sorted({key for row in trials for key in row.params})
+    shown = varied if len(varied) <= _SHOWN_PARAMS else []
     table = Table(title=f"{board.search}: {board.objective}", box=None)
-    for column in ("run", "state", "best", "at step", "last", *(key.rsplit(".", 1)[-1] for key in varied)):
+    for column in ("run", "state", "best", "at step", "last", *(key.rsplit(".", 1)[-1] for key in shown)):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     for row in board.rows:
-        values = [_short(row.params.get(key, "")) if row.kind == "trial" else "" for key in varied]
+        values = [_short(row.params.get(key, "")) if row.kind == "trial" else "" for key in shown]
         best, last = _number(row.best), _number(row.last)
         table.add_row(row.name, row.state, best, str(row.best_step or "-"), last, *values)
     console = _console()
     console.print(table)
     if board.baseline is not None:
         console.print(f"start (source-only): {board.objective} {board.baseline:.3f}")
+    if not shown:
+        for method in dict.fromkeys(row.method for row in trials):
+            own = [row for row in trials if row.method == method]
+            values = [f"{key}={_short(value)}" for key, value in sorted(own[0].params.items()) if key != "method"]
+            text = f"{method}: {len(own)} trials, best {_number(own[0].best)} ({own[0].name}) with {' '.join(values)}"
+            console.print(text, markup=False, soft_wrap=True)
     for row in board.rows:
         if row.failure:
             console.print(f"{row.name} failed: {row.failure}", markup=False)

@@ -32,9 +32,8 @@ class Labels:
     """MLflow experiment."""
     kind: str
     """What the trials are: trial, stage or finish."""
-    prefix: str
-    """Run names are `prefix-001`, `prefix-002`, ... or the prefix alone for a single run."""
-    single: bool
+    name: str | None
+    """Of a single run; the trials of a search are named after their method, `sdca-001`, `plca-002`, ..."""
     tags: Mapping[str, str]
     parent_key: str | None
 
@@ -45,10 +44,9 @@ class Events(tune.Callback):
     Saved with the experiment's state, so that a resumed search continues the same names and runs.
     """
 
-    def __init__(self, spec: TrialSpec, labels: Labels, steps: int) -> None:
+    def __init__(self, spec: TrialSpec, labels: Labels) -> None:
         self._spec = spec
         self._labels = labels
-        self._steps = steps
         self._names: dict[str, str] = {}
         self._failures: dict[str, str] = {}
         self._ended: set[str] = set()
@@ -86,9 +84,8 @@ class Events(tune.Callback):
             return
         self._started.add(trial_id)
         number = trials.index(trial) + 1  # in the order of proposal, whichever process was ready first
-        prefix = self._labels.prefix
-        name = self._names.setdefault(trial_id, prefix if self._labels.single else f"{prefix}-{number:03d}")
         config = self._spec.config(trial.config)
+        name = self._names.setdefault(trial_id, self._labels.name or f"{config.method_name}-{number:03d}")
         tags = {
             KIND_TAG: self._labels.kind,
             METHOD_TAG: config.method_name,
@@ -105,7 +102,7 @@ class Events(tune.Callback):
             experiment=self._labels.experiment,
             name=name,
             tags=tags,
-            params=trial.config or self._spec.values,
+            params=trial.config or self._spec.fixed[config.method_name],
             parent_key=self._labels.parent_key,
         )
         self._tracker.start(run)
@@ -132,8 +129,7 @@ class Events(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that ended or was stopped early."""
-        finished = int((trial.last_result or {}).get("step", 0)) >= self._steps
-        self._end(trial.trial_id, "finished" if finished else "stopped early")
+        self._end(trial.trial_id, "finished" if (trial.last_result or {}).get("finished") else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that failed."""

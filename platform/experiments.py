@@ -6,19 +6,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 
 from segadapt.platform import stages
-from segadapt.platform.checkpoints import TrialCheckpoint, best_checkpoint
+from segadapt.platform.checkpoints import TrialCheckpoint, best_checkpoint, read_metrics
 from segadapt.platform.cluster import Capacity, connect
-from segadapt.platform.config import TrialConfig, resolve
+from segadapt.platform.config import TrialConfig, Values, resolve
 from segadapt.platform.environment import environment, git_tags
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.trial import Launcher, Resources, TrialSpec
 from segadapt.trainables.core.trainer import stage_steps
+
+if TYPE_CHECKING:
+    from segadapt.platform.search import TrialResult
 
 RECORD = "record.json"
 
@@ -55,19 +58,40 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A method in an experiment."""
+
+    fixed: Values
+    """Settings that none of its trials changes, by dotted key."""
+    space: Mapping[str, BaseDistribution] = field(default_factory=dict)
+    """What its trials vary; empty for a single run."""
+    first: Values = field(default_factory=dict)
+    """The varied settings of its first trial."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as they are kept and logged."""
+        space = {key: json.loads(distribution_to_json(value)) for key, value in self.space.items()}
+        return {"fixed": dict(self.fixed), "space": space, "first": dict(self.first)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Candidate":
+        """Rebuild what `as_dict` returned."""
+        space = {key: json_to_distribution(json.dumps(value)) for key, value in content["space"].items()}
+        return cls(content["fixed"], space, content["first"])
+
+
+@dataclass(frozen=True)
 class Record:
     """What an experiment was asked to do; kept in its folder, so that resuming needs its name alone."""
 
     kind: Literal["search", "train", "finish"]
     name: str
     """Of the experiment's folder."""
-    method: str
-    values: Mapping[str, Any]
+    candidates: Mapping[str, Candidate]
+    """The methods it tries."""
     objective: str
     seed: int = 0
     """Of the sampler."""
-    space: Mapping[str, BaseDistribution] = field(default_factory=dict)
-    first: Mapping[str, Any] = field(default_factory=dict)
     trials: int = 1
     concurrent: int | None = None
     """Trials at a time; None takes as many as the cluster runs."""
@@ -80,16 +104,20 @@ class Record:
     """Of a finish: key of the run it continues."""
     from_name: str | None = None
 
-    def config(self) -> TrialConfig:
-        """Return the configuration of a trial before searched values."""
-        return resolve(self.method, {**self.values, **self.first})
+    @property
+    def methods(self) -> str:
+        """Names of the methods, for people."""
+        return ", ".join(self.candidates)
+
+    def configs(self) -> dict[str, TrialConfig]:
+        """Return the configuration of each method's first trial."""
+        return {name: resolve(name, {**found.fixed, **found.first}) for name, found in self.candidates.items()}
 
     def save(self, storage: Storage) -> None:
         """Write the record, whole or not at all."""
         folder = storage.experiment(self.name)
         folder.mkdir(parents=True, exist_ok=True)
-        content = dataclasses.asdict(self)
-        content["space"] = {key: distribution_to_json(value) for key, value in self.space.items()}
+        content = vars(self) | {"candidates": {name: found.as_dict() for name, found in self.candidates.items()}}
         temporary = folder / f".{RECORD}"
         temporary.write_text(json.dumps(content, indent=1))
         temporary.replace(folder / RECORD)
@@ -108,7 +136,7 @@ class Record:
             raise UsageError(
                 f"There must be an experiment {name!r} in {storage.root}, but there is not. Known: {known}."
             ) from error
-        content["space"] = {key: json_to_distribution(text) for key, text in content["space"].items()}
+        content["candidates"] = {name: Candidate.from_dict(found) for name, found in content["candidates"].items()}
         return cls(**content)
 
 
@@ -121,12 +149,6 @@ class Outcome:
     interrupted: bool
     seconds: Mapping[str, float]
     """Wall time of each part, in order: start, shared stages, trials, tracking."""
-
-
-def own_steps(config: TrialConfig) -> int:
-    """Return the steps a trial takes itself, after the shared stages."""
-    plan = stages.split_plan(config)[1]
-    return sum(stage_steps(plan, config.warmup.steps, config.trainer.steps).values())
 
 
 def resources_of(options: Options, capacity: Capacity, trials: int, concurrent: int | None) -> tuple[Resources, int]:
@@ -164,11 +186,11 @@ def run(record: Record, options: Options) -> Outcome:
     try:
         with connect(options.address, dashboard=needs_dashboard, verbose=options.debug) as capacity:
             resources, concurrent = resources_of(options, capacity, record.trials, record.concurrent)
+            record.save(storage)
             spec = TrialSpec(
                 storage=storage,
                 experiment=record.name,
-                method=record.method,
-                values=dict(record.values),
+                fixed={name: found.fixed for name, found in record.candidates.items()},
                 resources=resources,
                 objective=record.objective,
                 start=Path(record.start) if record.start else None,
@@ -212,67 +234,76 @@ class _Session:
 
     def run(self, clock: _Clock) -> tuple[int, bool]:
         """Run what is to do; returns the number of failed trials and whether some did not end."""
+        if self.record.kind == "finish":  # hangs under the trial that it continues, and starts from its checkpoint
+            results = self._run_trials()
+            clock.lap("trials")
+            return _failed(results), _missing(results)
+        self._open_parent()
+        state = "failed"
+        try:
+            ready = self._ensure_shared_stages()
+            clock.lap("shared stages")
+            results = self._run_trials() if ready else []
+            clock.lap("trials")
+            missing = not ready or _missing(results)
+            state = "interrupted" if missing else "finished" if self._summarise(results) else "failed"
+        except KeyboardInterrupt:
+            state = "interrupted"
+            raise
+        finally:
+            self._close_parent(state)
+        return _failed(results), missing
+
+    def _run_trials(self) -> "list[TrialResult]":
         from segadapt.platform.events import Labels
         from segadapt.platform.search import SearchPlan, run_experiment
 
         record = self.record
-        config = record.config()
-        if record.kind != "finish":
-            self._open_parent(config)
-        if record.start is None:
-            self._ensure_shared_stages(config)
-        clock.lap("shared stages")
-        steps = own_steps(config)
+        configs = record.configs().values()
+        steps = max(stages.own_steps(config) for config in configs)
         plan = None
         if record.kind == "search":
             plan = SearchPlan(
-                space=record.space,
-                first=record.first,
+                spaces={name: found.space for name, found in record.candidates.items()},
+                first={name: found.first for name, found in record.candidates.items()},
                 trials=record.trials,
                 concurrent=self.concurrent,
                 seed=record.seed,
                 steps=steps,
-                grace_steps=min(config.trainer.eval_every, steps),
+                grace_steps=min(steps, *(config.trainer.eval_every for config in configs)),
                 time_budget_s=record.time_budget_s,
             )
+        name = {"search": None, "train": record.methods, "finish": f"finish-{record.from_name}"}[record.kind]
         labels = Labels(
             experiment=record.search or record.name,
             kind="finish" if record.kind == "finish" else "trial",
-            prefix=f"finish-{record.from_name}" if record.kind == "finish" else record.method,
-            single=record.kind != "search",
+            name=name,
             tags={"segadapt.from": record.from_name} if record.from_name else {},
             parent_key=self.parent_key,
         )
-        results = run_experiment(self.spec, labels, steps, self.tracker, self._title(), plan)
-        clock.lap("trials")
-        failed = sum(result.error is not None for result in results)
-        missing = sum(not result.ended for result in results)
-        if record.kind != "finish":
-            self._close_parent(results, failed, missing)
-        return failed, missing > 0
+        title = f"{record.kind} {record.name} ({record.methods}"
+        title += f", {self.concurrent} at a time)" if record.kind == "search" else ")"
+        return run_experiment(self.spec, labels, steps, self.tracker, title, plan)
 
-    def _title(self) -> str:
-        record = self.record
-        if record.kind == "search":
-            return f"search {record.name} ({record.method}, {self.concurrent} at a time)"
-        return f"{record.kind} {record.name} ({record.method})"
-
-    def _open_parent(self, config: TrialConfig) -> None:
+    def _open_parent(self) -> None:
         from segadapt.platform.tracking import KIND_TAG, METHOD_TAG, STATE_TAG, RunInfo
 
         record, found = self.record, environment()
-        tags = {KIND_TAG: record.kind, METHOD_TAG: record.method, STATE_TAG: "running", **git_tags(found)}
-        params = {"method": record.method, "objective": record.objective, "trials": record.trials, "seed": record.seed}
-        self.tracker.start(RunInfo(record.name, record.name, record.name, tags, {**params, **record.values}))
-        self.tracker.log_json(record.name, config.as_dict(), "config.yaml")
+        tags = {KIND_TAG: record.kind, METHOD_TAG: record.methods, STATE_TAG: "running", **git_tags(found)}
+        params = {"method": record.methods, "objective": record.objective, "trials": record.trials, "seed": record.seed}
+        if len(record.candidates) == 1:
+            params |= next(iter(record.candidates.values())).fixed
+        self.tracker.start(RunInfo(record.name, record.name, record.name, tags, params))
+        configs = {name: config.as_dict() for name, config in record.configs().items()}
+        self.tracker.log_json(record.name, configs, "config.yaml")
         self.tracker.log_json(record.name, found, "environment.json")
-        space = {key: json.loads(distribution_to_json(value)) for key, value in record.space.items()}
-        self.tracker.log_json(record.name, {"space": space, "first": dict(record.first)}, "space.yaml")
+        spaces = {name: candidate.as_dict() for name, candidate in record.candidates.items()}
+        self.tracker.log_json(record.name, spaces, "space.yaml")
 
-    def _close_parent(self, results: Any, failed: int, missing: int) -> None:
+    def _summarise(self, results: "list[TrialResult]") -> bool:
+        """Put the best trial and the plots on the parent run; returns whether there is a best one."""
         from segadapt.platform.plots import study_figures
         from segadapt.platform.search import load_study
-        from segadapt.platform.tracking import STATE_TAG
 
         record, key = self.record, self.record.name
         found = {result.trial_id: self._best(result.trial_id) for result in results}
@@ -285,54 +316,79 @@ class _Session:
             self.tracker.set_tags(key, {"segadapt.best_trial": trial_id})
             self.tracker.log_file(f"{record.name}/{trial_id}", best.path, "checkpoint")
         if record.kind == "search":
-            study = load_study(self.spec)
-            for name, make in study_figures(study, record.objective):
+            for name, make in study_figures(load_study(self.spec), record.objective):
                 self.tracker.log_figure(key, make, name)
-        state = "interrupted" if missing else "finished" if ranked else "failed"
-        self.tracker.set_tags(key, {STATE_TAG: state})
-        self.tracker.end(key, {"interrupted": "KILLED", "finished": "FINISHED", "failed": "FAILED"}[state])
+        return bool(ranked)
+
+    def _close_parent(self, state: str) -> None:
+        from segadapt.platform.tracking import STATE_TAG
+
+        self.tracker.set_tags(self.record.name, {STATE_TAG: state})
+        status = {"interrupted": "KILLED", "finished": "FINISHED", "failed": "FAILED"}[state]
+        self.tracker.end(self.record.name, status)
 
     def _best(self, trial_id: str) -> TrialCheckpoint | None:
         return best_checkpoint(self.spec.folder, trial_id, self.record.objective)
 
-    def _ensure_shared_stages(self, config: TrialConfig) -> None:
-        """Compute the shared stages that are not in the store, as a trial of its own that uses the whole machine."""
+    def _ensure_shared_stages(self) -> bool:
+        """Compute the shared stages that are not in the store; returns False if interrupted."""
+        return all(self._ensure_stages_of(method) for method in self.record.candidates)
+
+    def _ensure_stages_of(self, method: str) -> bool:
+        """Compute a method's missing shared stages, as a trial of its own that uses the whole machine.
+
+        Raises:
+            StageFailedError: If the trial fails.
+        """
         from segadapt.platform.events import Labels
         from segadapt.platform.search import run_experiment
         from segadapt.trainables.core.data.datasets import load_data
 
+        config = self.spec.shared_config(method)
         data, _ = load_data(config.data)
         keys = stages.stage_keys(config, data.fingerprint)
         done = stages.longest_prefix(self.spec.storage, keys)
-        names = [key.stage.name for key in keys]
+        if done:
+            names = ", ".join(key.stage.name for key in keys[: len(done)])
+            self.options.say(f"{method}: stages computed earlier are loaded: {names}.")
         if len(done) < len(keys):
-            if done:
-                self.options.say(f"Stages {', '.join(names[: len(done)])}: loaded, computed earlier.")
             missing = tuple(key.stage for key in keys[len(done) :])
             resources, _ = resources_of(self.options, self.capacity, 1, 1)
             spec = dataclasses.replace(
-                self.spec, experiment=f"{self.record.name}.stages", resources=resources, shared_stages=True
+                self.spec,
+                experiment=f"{self.record.name}.stages-{method}",
+                fixed={method: self.spec.fixed[method]},
+                resources=resources,
+                shared_stages=True,
             )
             steps = sum(stage_steps(missing, config.warmup.steps, config.trainer.steps).values())
             title = f"shared stages {', '.join(stage.name for stage in missing)}"
-            labels = Labels(self.record.name, "stage", missing[0].name, True, {}, self.parent_key)
+            labels = Labels(self.record.name, "stage", missing[0].name, {}, self.parent_key)
             results = run_experiment(spec, labels, steps, self.tracker, title)
-            done = stages.longest_prefix(self.spec.storage, keys)
-            if len(done) < len(keys):
-                reason = next((result.error for result in results if result.error), "it was interrupted")
+            reason = next((result.error for result in results if result.error), None)
+            if reason is not None:
                 raise StageFailedError(f"The shared stages did not finish: {reason}")
-        elif keys:
-            self.options.say(f"Stages {', '.join(names)}: loaded, computed earlier.")
+            done = stages.longest_prefix(self.spec.storage, keys)
+        if len(done) < len(keys):
+            return False
         self._log_baseline(keys, done)
+        return True
 
     def _log_baseline(self, keys: list[stages.StageKey], folders: list[Path]) -> None:
         """Record what the trials start from on the parent run."""
         if not folders:
             return
-        metrics = json.loads((folders[-1] / "evaluation.json").read_text())["metrics"]
-        baseline = {f"start/{self.record.objective}": metrics[self.record.objective]}
+        baseline = {f"start/{self.record.objective}": read_metrics(folders[0])[self.record.objective]}
         self.tracker.log_summary(self.record.name, baseline, 0)
         self.tracker.set_tags(self.record.name, {f"segadapt.stage.{key.stage.name}": key.hash for key in keys})
+
+
+def _failed(results: "list[TrialResult]") -> int:
+    return sum(result.error is not None for result in results)
+
+
+def _missing(results: "list[TrialResult]") -> bool:
+    return any(not result.ended for result in results)
 
 
 class StageFailedError(RuntimeError):

@@ -1,24 +1,78 @@
-"""Tune's Optuna searcher, taught to tell stopped trials from finished ones."""
+"""Tune's Optuna searcher over one method or several, taught to tell stopped trials from finished ones."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from ray.tune.search.optuna import OptunaSearch
+
+from segadapt.platform.config import Values
+from segadapt.platform.trial import METHOD
+
+FLOOR = 0.5
+"""Part of an equal share of the trials that every method of a search gets, however badly it begins."""
+
+Spaces = Mapping[str, Mapping[str, BaseDistribution]]
+"""What varies, by method and dotted key."""
+
+
+def study_name(spaces: Spaces, method: str, key: str) -> str:
+    """Return what a setting is called in the study: methods of a joint search have parameters of their own."""
+    return key if len(spaces) == 1 else f"{method}.{key}"
 
 
 class StudySearch(OptunaSearch):
-    """`OptunaSearch` that records trials stopped early as pruned, with every value they reported by training step.
+    """`OptunaSearch` over a conditional space that records trials stopped early as pruned, by training step.
 
-    The base class records them as complete, at a value that fewer steps gave.
+    The base class records them as complete, at a value that fewer steps gave. With several methods, the method is a
+    choice of its own and the parameters of each depend on it.
 
     Args:
-        budget: Steps of a full trial.
+        spaces: What varies, by method.
+        first: What is tried first of each method.
         settings: Passed on to `OptunaSearch`.
     """
 
-    def __init__(self, *, budget: int, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._budget = budget
+    def __init__(self, *, spaces: Spaces, first: Mapping[str, Values], **settings: Any) -> None:
+        self._spaces = spaces
+        points = [
+            self._choice(method) | {study_name(spaces, method, key): value for key, value in first[method].items()}
+            for method in spaces
+        ]
+        self._ot_study: Any
+        super().__init__(space=_unused, points_to_evaluate=[point for point in points if point], **settings)
+
+    def _choice(self, method: str) -> dict[str, Any]:
+        return {METHOD: method} if len(self._spaces) > 1 else {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        """Return the searched values of a new trial: its method, if there are several, and settings by dotted key."""
+        if trial_id not in self._ot_trials:
+            starved = self._starved()
+            if starved is not None:
+                self._ot_study.enqueue_trial(self._choice(starved))
+            self._ot_trials[trial_id] = self._ot_study.ask()
+        return self._propose(self._ot_trials[trial_id])
+
+    def _propose(self, trial: Any) -> dict[str, Any]:
+        methods = list(self._spaces)
+        method = trial.suggest_categorical(METHOD, methods) if len(methods) > 1 else methods[0]
+        values = {
+            key: _suggest(trial, study_name(self._spaces, method, key), distribution)
+            for key, distribution in self._spaces[method].items()
+        }
+        return self._choice(method) | values
+
+    def _starved(self) -> str | None:
+        """Return the method that has the fewest trials, if they are fewer than its floor."""
+        if len(self._spaces) == 1:
+            return None
+        tried = [trial.params.get(METHOD) for trial in self._ot_study.get_trials(deepcopy=False)]
+        if len(tried) < len(self._spaces) or None in tried:
+            return None  # the published settings come first
+        method = min(self._spaces, key=tried.count)
+        return method if tried.count(method) < FLOOR * (len(tried) + 1) / len(self._spaces) else None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record an intermediate value at its training step."""
@@ -30,6 +84,22 @@ class StudySearch(OptunaSearch):
         """Tell the study how the trial ended: complete, pruned (None to the base class) or failed."""
         if result is not None and not error:
             self.on_trial_result(trial_id, result)
-            if result.get("step", 0) < self._budget:
+            if not result.get("finished"):
                 result = None
         super().on_trial_complete(trial_id, result=result, error=error)
+
+
+def _unused(trial: Any) -> None:
+    """Stand in for a define-by-run space: `StudySearch.suggest` proposes by itself."""
+    raise NotImplementedError
+
+
+def _suggest(trial: Any, name: str, distribution: BaseDistribution) -> Any:
+    match distribution:
+        case FloatDistribution(low=low, high=high, step=step, log=log):
+            return trial.suggest_float(name, low, high, step=step, log=log)
+        case IntDistribution(low=low, high=high, step=step, log=log):
+            return trial.suggest_int(name, low, high, step=step, log=log)
+        case CategoricalDistribution(choices=choices):
+            return trial.suggest_categorical(name, choices)
+    raise TypeError(f"A search space must hold Optuna's distributions, but {name!r} is {distribution!r}.")

@@ -1,5 +1,6 @@
 """Pictures of evaluations and studies."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -47,11 +48,11 @@ def study_figures(study: Any, objective: str) -> Iterator[tuple[str, Callable[[]
             names.append("param_importances")
 
     def interactive(name: str) -> Any:
-        return getattr(optuna.visualization, f"plot_{name}")(study, target_name=objective)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few trials make importances uncertain
+            return getattr(optuna.visualization, f"plot_{name}")(study, target_name=objective)
 
     def picture(name: str) -> Any:
-        import warnings
-
         import matplotlib
 
         matplotlib.use("Agg")
@@ -59,7 +60,7 @@ def study_figures(study: Any, objective: str) -> Iterator[tuple[str, Callable[[]
         from optuna.visualization import matplotlib as drawn
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # optuna marks its matplotlib plots as experimental
+            warnings.simplefilter("ignore")  # the same, and optuna marks its matplotlib plots as experimental
             axes = getattr(drawn, f"plot_{name}")(study, target_name=objective)
         axes = np.ravel(axes)[0]
         axes.figure.set_size_inches(12, 6)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optuna.distributions import BaseDistribution
-
+from segadapt.platform.config import Values
 from segadapt.platform.events import Events, Labels
+from segadapt.platform.optuna_search import Spaces, StudySearch
 from segadapt.platform.progress import Progress
 from segadapt.platform.tracking import Tracker
 from segadapt.platform.trial import WORKER_RETRIES, TrialSpec, run_in_process, run_with_ray_train
@@ -23,14 +23,14 @@ REDUCTION_FACTOR = 2
 class SearchPlan:
     """What a search tries, and for how long."""
 
-    space: Mapping[str, BaseDistribution]
-    first: Mapping[str, Any]
-    """The published setting, tried first."""
+    spaces: Spaces
+    first: Mapping[str, Values]
+    """What is tried first of each method."""
     trials: int
     concurrent: int
     seed: int
     steps: int
-    """Steps of a full trial."""
+    """Steps of the longest trial."""
     grace_steps: int
     """Steps before a trial may be stopped: the first rung."""
     time_budget_s: float | None = None
@@ -67,7 +67,7 @@ def run_experiment(
     Args:
         spec: What the trials share.
         labels: Names of their runs.
-        steps: Steps of a full trial.
+        steps: Steps of the longest trial.
         tracker: Receives runs and metrics.
         title: Shown on the screen.
         plan: The search; None runs a single trial.
@@ -77,7 +77,12 @@ def run_experiment(
     trainable = _trainable(spec)
     begun = (spec.folder / "tuner.pkl").is_file()
     if begun:
-        tuner = tune.Tuner.restore(str(spec.folder), trainable=trainable, resume_unfinished=True)
+        tuner = tune.Tuner.restore(
+            str(spec.folder),
+            trainable=trainable,
+            resume_unfinished=True,
+            resume_errored=plan is None,  # what a single run failed of may be mended; a failed trial is a result
+        )
         if plan is not None:
             _close_lost_proposals(spec)
     else:
@@ -88,7 +93,7 @@ def run_experiment(
                 name=spec.experiment,
                 storage_path=str(spec.storage.experiments),
                 verbose=0,
-                callbacks=[Events(spec, labels, steps)],
+                callbacks=[Events(spec, labels)],
                 failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
                 checkpoint_config=tune.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective, checkpoint_score_order="max"
@@ -172,21 +177,23 @@ def searcher(spec: TrialSpec, plan: SearchPlan) -> Any:
     """Return the Optuna searcher of a search; its study lives in the storage folder under the search's name."""
     import optuna
 
-    from segadapt.platform.optuna_search import StudySearch
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = study_storage(spec)
     if spec.experiment in optuna.get_all_study_names(storage):  # left by a driver killed before its first trial
         optuna.delete_study(study_name=spec.experiment, storage=storage)
     return StudySearch(
-        space=dict(plan.space),
+        spaces=plan.spaces,
+        first=plan.first,
         metric=spec.objective,
         mode="max",
-        points_to_evaluate=[dict(plan.first)] if plan.first else None,
-        sampler=optuna.samplers.TPESampler(seed=plan.seed, multivariate=True, constant_liar=plan.concurrent > 1),
+        sampler=optuna.samplers.TPESampler(
+            seed=plan.seed,
+            multivariate=True,
+            group=len(plan.spaces) > 1,  # a method's parameters are modelled on the trials that have them
+            constant_liar=plan.concurrent > 1,
+        ),
         study_name=spec.experiment,
         storage=storage,
-        budget=plan.steps,
     )
 
 

@@ -16,7 +16,7 @@ from segadapt.platform.storage import Storage
 from segadapt.trainables import method_class
 from segadapt.trainables.core.checkpoint import MANIFEST
 from segadapt.trainables.core.method import Stage
-from segadapt.trainables.core.trainer import Report
+from segadapt.trainables.core.trainer import Report, stage_steps
 
 _FORMAT = 1
 
@@ -39,11 +39,20 @@ def split_plan(config: TrialConfig) -> tuple[tuple[Stage, ...], tuple[Stage, ...
     return (tuple(stage for stage in plan if stage.shared), own) if own else ((), plan)
 
 
+def own_steps(config: TrialConfig) -> int:
+    """Return the steps a trial takes itself, after the shared stages."""
+    return sum(stage_steps(split_plan(config)[1], config.warmup.steps, config.trainer.steps).values())
+
+
 def stage_keys(config: TrialConfig, fingerprint: str) -> list[StageKey]:
     """Return the keys of a trial's shared stages in order; each depends on the one before.
 
     The warm-up depends on data, network, `warmup.*`, the optimiser's and trainer's settings that act in it, and the
     seed; later shared stages on their method besides.
+
+    Args:
+        config: Without searched values (`TrialSpec.shared_config`): what a trial varies never acts on a shared stage.
+        fingerprint: Of the data.
     """
     optimizer = dataclasses.asdict(config.optimizer)
     optimizer.pop("lr_factor")

@@ -27,9 +27,15 @@ FAILURE_TAG = "segadapt.failure"
 CHECKPOINT_TAG = "segadapt.checkpoint"
 METHOD_TAG = "segadapt.method"
 
+_TABLE = "per_class_iou.json"
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-_ACTION_ATTEMPTS_PAUSE_S = (0.5, 1, 2, 5, 10)
+_PAUSES_S = (0.5, 1, 2, 5, 10)
+"""Between the attempts at a record; the last one repeats."""
+
+_REFUSALS = len(_PAUSES_S) + 1
+"""So many failures in a row, while the server answers other requests, are the record's own fault."""
 
 
 def tracking_uri(storage: Storage, uri: str | None) -> str:
@@ -38,11 +44,14 @@ def tracking_uri(storage: Storage, uri: str | None) -> str:
 
 
 def client(uri: str) -> Any:
-    """Return an `MlflowClient` that gives up on an absent server within seconds."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    """Return an `MlflowClient` that gives up on an absent server at once.
+
+    It never repeats a request by itself: a repeated "create" whose first answer was lost would make a second run.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is ours
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
@@ -77,13 +86,14 @@ class Tracker:
         self._run_ids: dict[str, str] = {}
         self._last_step: dict[str, int] = {}
         self._client: Any = None
-        self._closing = threading.Event()
+        self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._write, name="segadapt-tracking", daemon=True)
         self._thread.start()
 
     def start(self, info: RunInfo) -> None:
-        """Create the run, or continue the one that has its key."""
-        self._queue.put(lambda: self._start(info))
+        """Create the run, or continue the one that has its key; its tags are set anew, its params are kept."""
+        now = _now()
+        self._queue.put(lambda: self._start(info, now))
 
     def log_metrics(self, key: str, metrics: Mapping[str, Any], step: int) -> None:
         """Log finite numbers at a training step; steps at or before the last logged one are repeats and left out."""
@@ -92,13 +102,14 @@ class Tracker:
             for name, value in metrics.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         }
-        now = int(time.time() * 1000)
+        now = _now()
         self._queue.put(lambda: self._log_metrics(key, numbers, step, now))
 
     def log_summary(self, key: str, metrics: Mapping[str, float], step: int) -> None:
         """Log numbers that sum a run up; may repeat."""
-        now = int(time.time() * 1000)
-        self._queue.put(lambda: self._log_batch(key, metrics, step, now))
+        numbers = dict(metrics)
+        now = _now()
+        self._queue.put(lambda: self._log_batch(key, numbers, step, now))
 
     def set_tags(self, key: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
@@ -123,39 +134,48 @@ class Tracker:
 
     def end(self, key: str, status: Status) -> None:
         """Close a run."""
-        self._queue.put(lambda: self._client.set_terminated(self._run_ids[key], status))
+        now = _now()
+        self._queue.put(lambda: self._client.set_terminated(self._run_ids[key], status, now))
 
     def close(self, timeout_s: float = 120.0) -> None:
         """Write what is queued and stop; after `timeout_s` seconds say what was lost and give up."""
-        self._closing.set()
         self._queue.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
+            self._given_up.set()
+            lost = self._queue.unfinished_tasks - 1  # all but the None above
             logger.error(
-                "The tracking server %s did not take %d records within %.0f s; they are lost.",
-                self._uri,
-                self._queue.qsize(),
-                timeout_s,
+                "The tracking server %s did not take %d records within %g s; they are lost.", self._uri, lost, timeout_s
             )
 
     def _write(self) -> None:
-        action: Callable[[], None] | None = self._connect
-        while action is not None:
+        self._perform(self._connect)
+        while (action := self._queue.get()) is not None and not self._given_up.is_set():
             self._perform(action)
-            action = self._queue.get()
+            self._queue.task_done()
 
     def _perform(self, action: Callable[[], None]) -> None:
         """Do one action until it succeeds: later ones build on it. What the server refuses for good is dropped."""
+        refusals = 0
         for pause in _pauses():
             try:
                 return action()
             except Exception as error:
-                if not _is_transient(error):
+                refusals = refusals + 1 if self._answers() else 0
+                if not _is_transient(error) or refusals == _REFUSALS:
                     logger.exception("The tracking server refused a record; it is left out.")
                     return None
-                logger.warning("Tracking at %s failed (%s), trying again in %.0f s.", self._uri, error, pause)
-                time.sleep(pause)
+                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self._uri, error, pause)
+            if self._given_up.wait(pause):
+                return None
         return None
+
+    def _answers(self) -> bool:
+        try:
+            self._client.search_experiments(max_results=1)
+        except Exception:
+            return False
+        return True
 
     def _connect(self) -> None:
         self._client = client(self._uri)
@@ -168,22 +188,25 @@ class Tracker:
         location = (self._storage.mlflow_artifacts / name).as_uri() if self._local else None
         return str(self._client.create_experiment(name, artifact_location=location))
 
-    def _start(self, info: RunInfo) -> None:
+    def _start(self, info: RunInfo, timestamp: int) -> None:
+        from mlflow.entities import Param, RunTag
+
         experiment = self._experiment_id(info.experiment)
         found = self._find(experiment, info.key)
-        tags = {**info.tags, KEY_TAG: info.key, "mlflow.user": os.environ.get("USER", "segadapt")}
+        tags = {**info.tags, "mlflow.user": os.environ.get("USER", "segadapt")}
         if info.parent_key is not None:
             tags["mlflow.parentRunId"] = self._run_id(experiment, info.parent_key)
+        known: Mapping[str, str] = {}
         if found is not None:
-            run_id = found.info.run_id
+            run_id, known = found.info.run_id, found.data.params
             self._client.update_run(run_id, status="RUNNING")
             history = self._client.get_metric_history(run_id, "time/evaluation")
             self._last_step[info.key] = max((entry.step for entry in history), default=-1)
         else:
-            run_id = self._client.create_run(experiment, tags=tags, run_name=info.name).info.run_id
-            for name, value in info.params.items():
-                self._client.log_param(run_id, name, value)
+            run_id = self._client.create_run(experiment, timestamp, {KEY_TAG: info.key}, info.name).info.run_id
         self._run_ids[info.key] = run_id
+        params = [Param(name, str(value)) for name, value in info.params.items() if name not in known]
+        self._client.log_batch(run_id, params=params, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def _find(self, experiment: str, key: str) -> Any:
         found = self._client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
@@ -219,23 +242,33 @@ class Tracker:
             figure = confusion_figure(summary[domain]["confusion"], summary["classes"], domain)
             self._client.log_figure(run_id, figure, f"confusion/{domain}.png")
         iou = {name: summary["metrics"].get(f"target_val/iou/{name}") for name in summary["classes"]}
-        table = {"class": list(iou), "target_val_iou": list(iou.values())}
-        self._client.log_table(run_id, data=table, artifact_file="per_class_iou.json")
+        table = {"columns": ["class", "target_val_iou"], "data": list(iou.items())}
+        self._client.log_dict(run_id, table, _TABLE)  # `log_table` would add to the table of an earlier session
+        self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": _TABLE, "type": "table"}]))
         self._client.log_artifact(run_id, str(checkpoint / "gallery.png"))
 
 
+def _now() -> int:
+    """Return the time as MLflow counts it; a record that waits keeps the time at which it was made."""
+    return int(time.time() * 1000)
+
+
 def _pauses() -> Iterator[float]:
-    yield from _ACTION_ATTEMPTS_PAUSE_S
+    yield from _PAUSES_S
     while True:
-        yield _ACTION_ATTEMPTS_PAUSE_S[-1]
+        yield _PAUSES_S[-1]
 
 
 def _is_transient(error: Exception) -> bool:
     """Return whether trying again may help: the server or its database is away or busy."""
     from mlflow.exceptions import MlflowException
+    from requests import HTTPError
+    from sqlalchemy.exc import OperationalError
 
-    if isinstance(error, OSError):
-        return True
-    if isinstance(error, MlflowException):
-        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
-    return False
+    if isinstance(error, MlflowException):  # a connection that fails or breaks counts as status 500
+        return bool(error.get_http_status_code() >= 500)  # type: ignore[no-untyped-call]
+    if isinstance(error, HTTPError):  # an upload through the server
+        return error.response is None or error.response.status_code >= 500
+    if isinstance(error, FileNotFoundError):  # what was to be uploaded is gone
+        return False
+    return isinstance(error, OSError | OperationalError)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segadapt.platform import stages
-from segadapt.platform.checkpoints import TRAIN_FOLDER
-from segadapt.platform.config import TrialConfig, resolve
+from segadapt.platform.checkpoints import TRAIN_FOLDER, read_metrics
+from segadapt.platform.config import TrialConfig, Values, resolve
 from segadapt.platform.storage import Storage
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
@@ -19,6 +19,9 @@ from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.core.trainer import Report, Trainer, TrainerSettings
 
 Launcher = Literal["auto", "train", "inprocess"]
+
+METHOD = "method"
+"""Searched value that names a trial's method, where an experiment has several."""
 
 CONFIG = "config.json"
 """File in a checkpoint folder with the configuration of its trial."""
@@ -50,9 +53,8 @@ class TrialSpec:
 
     storage: Storage
     experiment: str
-    method: str
-    values: Mapping[str, Any]
-    """Settings that no trial of the experiment changes."""
+    fixed: Mapping[str, Values]
+    """The experiment's methods, each with the settings that none of its trials changes."""
     resources: Resources = field(default_factory=Resources)
     objective: str = "target_val/miou"
     """Reported metric by which checkpoints are kept and trials compared; higher is better."""
@@ -61,9 +63,19 @@ class TrialSpec:
     shared_stages: bool = False
     """Compute the method's shared stages instead of its own."""
 
-    def config(self, values: Mapping[str, Any]) -> TrialConfig:
+    def method(self, values: Values) -> str:
+        """Return the method of the trial with these searched values."""
+        return str(values.get(METHOD, next(iter(self.fixed))))
+
+    def config(self, values: Values) -> TrialConfig:
         """Return the configuration of the trial with these searched values."""
-        return resolve(self.method, {**self.values, **values})
+        method = self.method(values)
+        own = {key: value for key, value in values.items() if key != METHOD}
+        return resolve(method, {**self.fixed[method], **own})
+
+    def shared_config(self, method: str) -> TrialConfig:
+        """Return the configuration that the shared stages of a method's trials are computed with."""
+        return resolve(method, self.fixed[method])
 
     @property
     def folder(self) -> Path:
@@ -81,13 +93,13 @@ def build_method(config: TrialConfig, num_classes: int) -> Method:
     return method_class(config.method_name)(segmenter, config.method, config.warmup)
 
 
-def train(spec: TrialSpec, trial_id: str, values: Mapping[str, Any], report: Report, resume: Path | None) -> None:
+def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume: Path | None) -> None:
     """Run one trial in this process (every data-parallel worker calls this).
 
     Args:
         spec: What the trial shares with its experiment.
         trial_id: Names the folder for what stages write.
-        values: The trial's own settings by dotted key.
+        values: The trial's searched values.
         report: Receives every evaluation, and the checkpoint on the first worker.
         resume: Checkpoint folder of this trial to go on from.
     """
@@ -98,7 +110,7 @@ def train(spec: TrialSpec, trial_id: str, values: Mapping[str, Any], report: Rep
     data, evaluation = load_data(config.data)
     report = _describing(report, config, data.fingerprint)
     method = build_method(config, len(data.classes))
-    keys = stages.stage_keys(config, data.fingerprint)
+    keys = stages.stage_keys(spec.shared_config(config.method_name), data.fingerprint)
     done = stages.longest_prefix(spec.storage, keys)
     if spec.shared_stages:
         plan = tuple(key.stage for key in keys[len(done) :])
@@ -116,6 +128,8 @@ def train(spec: TrialSpec, trial_id: str, values: Mapping[str, Any], report: Rep
         report=report,
         folder=spec.folder / "artifacts" / trial_id,
     )
+    if resume is not None and spec.shared_stages and read_metrics(resume)["stage"] not in {s.name for s in plan}:
+        resume = None  # it belongs to a stage that was finished and published since
     if resume is None:
         start = spec.start or (done[-1] if done else None)
         if start is None and keys and not spec.shared_stages:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, TINY_WORDS
+from conftest import TINY, TINY_WORDS, process_group_is_gone
 from mlflow import MlflowClient
 
 from segadapt.platform import api
-from segadapt.platform.experiments import Options, Record
+from segadapt.platform.experiments import Candidate, Options, Record
 from segadapt.platform.storage import Storage
 
 COMMAND = str(Path(sys.executable).with_name("segadapt"))
@@ -110,7 +110,7 @@ def test_a_second_search_takes_another_name_and_loads_the_warm_up(searched: Sear
     folder, _ = searched
     done = command(folder, "search", "sdca", "--trials", "1", *TINY_WORDS)
     assert done.returncode == 0, done.stderr
-    assert "Stages source_only, statistics: loaded, computed earlier." in done.stdout
+    assert "sdca: stages computed earlier are loaded: source_only, statistics." in done.stdout
     assert "sdca-streets-2" in done.stdout
     assert "source_only" not in tracked(folder, "sdca-streets-2")
 
@@ -155,22 +155,21 @@ def test_the_ui_serves_the_runs_on_loopback_only(searched: Searched) -> None:
         addresses = {line.split()[1].split(":")[0] for line in listening if f":{port:04X}" in line.split()[1]}
         assert addresses == {"0100007F"}
     finally:
-        os.killpg(server.pid, signal.SIGINT)
+        server.terminate()
         server.wait(timeout=60)
+        wait_for(lambda: process_group_is_gone(server.pid), "MLflow to end with the command", timeout_s=30)
 
 
 @pytest.mark.slow
 def test_a_trial_that_fails_is_recorded_with_its_reason_and_the_search_goes_on(tmp_path: Path) -> None:
     from optuna.distributions import CategoricalDistribution
 
+    space = {"optimizer.lr": CategoricalDistribution([1e12, 0.01])}
     record = Record(
         kind="search",
         name="failing",
-        method="source_only",
-        values=TINY,
+        candidates={"source_only": Candidate(TINY, space, {"optimizer.lr": 1e12})},
         objective="target_val/miou",
-        space={"optimizer.lr": CategoricalDistribution([1e12, 0.01])},
-        first={"optimizer.lr": 1e12},
         trials=4,
         concurrent=1,
     )
@@ -262,10 +261,70 @@ def test_ray_train_and_the_trials_own_process_give_the_same_numbers(tmp_path: Pa
     assert numbers["train"] == numbers["inprocess"]
 
 
+@pytest.mark.slow
+def test_two_workers_train_a_trial_and_leave_a_checkpoint_to_finish(tmp_path: Path) -> None:
+    done = command(tmp_path, "train", "sdca", "--workers-per-trial", "2", *TINY_WORDS)
+    assert done.returncode == 0, done.stderr
+    (row,) = api.runs("train-sdca-streets", storage=str(tmp_path / "runs")).rows
+    assert row.state == "finished"
+    assert row.checkpoint is not None
+    assert (Path(row.checkpoint) / "state.pt").is_file()
+
+
+@pytest.mark.slow
+def test_several_methods_are_one_study_in_which_each_is_tried(tmp_path: Path) -> None:
+    import optuna
+
+    done = command(tmp_path, "search", "sdca", "drsl", "--trials", "5", "sdca.method.temperature=5.0", *TINY_WORDS)
+    assert done.returncode == 0, done.stderr
+    runs = tracked(tmp_path, "sdca-drsl-streets")
+    trials = [run for name, run in runs.items() if re.fullmatch(r"(sdca|drsl)-\d+", name)]
+    assert len(trials) == 5
+    assert {run.info.status for run in trials} == {"FINISHED"}
+    assert [name for name in sorted(runs, key=lambda name: name[-3:]) if name[-3:] in ("001", "002")] == [
+        "sdca-001",
+        "drsl-002",
+    ]
+    methods = [run.data.params["method"] for run in trials]
+    assert min(methods.count("sdca"), methods.count("drsl")) >= 1
+    for run in trials:
+        assert run.data.tags["segadapt.method"] == run.data.params["method"]
+        assert ("method.margin" in run.data.params) == (run.data.params["method"] == "drsl")
+        assert "method.temperature" not in run.data.params, "fixed for SDCA, and DRSL has none"
+    assert runs["source_only"].data.tags["segadapt.kind"] == "stage", "one warm-up for both"
+    study = optuna.load_study(study_name="sdca-drsl-streets", storage=f"sqlite:///{tmp_path}/runs/optuna.db")
+    assert {name.split(".")[0] for trial in study.trials for name in trial.params} == {"method", "sdca", "drsl"}
+    finished = command(tmp_path, "finish", "best", "--search", "sdca-drsl-streets", "trainer.steps=4")
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_a_warm_up_that_fails_ends_its_runs_as_failed_and_can_be_tried_again(tmp_path: Path) -> None:
+    done = command(tmp_path, "search", "sdca", "--trials", "1", *TINY_WORDS, "warmup.lr_factor=1e12")
+    assert done.returncode == 1
+    assert "The shared stages did not finish" in done.stderr
+    assert "NonFiniteLossError" in done.stderr
+    runs = tracked(tmp_path, "sdca-streets")
+    assert {name: run.info.status for name, run in runs.items()} == {"sdca-streets": "FAILED", "source_only": "FAILED"}
+    again = command(tmp_path, "search", "--resume", "sdca-streets")
+    assert again.returncode == 1
+    assert "NonFiniteLossError" in again.stderr
+
+
+def test_a_time_budget_ends_a_search_with_what_it_has(tmp_path: Path) -> None:
+    steps = [word for word in TINY_WORDS if not word.startswith("trainer.steps")]
+    done = command(tmp_path, "search", "sdca", "--trials", "500", "--time-budget", "15", *steps, "trainer.steps=40")
+    assert done.returncode == 0, done.stderr
+    runs = tracked(tmp_path, "sdca-streets")
+    assert 1 <= sum(bool(re.fullmatch(r"sdca-\d+", name)) for name in runs) < 100
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert "segadapt finish best" in done.stdout
+
+
 def test_more_than_the_cluster_has_is_refused_at_once(tmp_path: Path) -> None:
     done = command(tmp_path, "train", "source_only", "--workers-per-trial", "512", "trainer.batch_size=512")
     assert done.returncode == 2
     assert "The cluster must have what one trial takes (512 workers" in done.stderr
+    assert not list(tmp_path.glob("runs/ray/*")), "the name stays free"
 
 
 def test_options_are_checked() -> None:

@@ -12,9 +12,9 @@ NAMES = [method.name for method in METHODS]
 
 @pytest.mark.parametrize("method", NAMES)
 def test_every_searched_key_is_a_setting(method: str) -> None:
-    space, paper = search_spaces.load(method)
+    space, presets = search_spaces.load(method)
     assert set(space) <= set(keys(method))
-    assert set(space) == set(paper)
+    assert set(space) == set(presets["paper"])
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -31,8 +31,19 @@ def test_every_corner_of_the_space_is_a_valid_configuration(method: str) -> None
 
 
 @pytest.mark.parametrize("method", NAMES)
+def test_every_preset_is_a_valid_configuration_in_the_space(method: str) -> None:
+    space, presets = search_spaces.load(method)
+    assert {"paper", "quick"} <= set(presets)
+    for preset in presets.values():
+        resolve(method, preset)
+        for key in set(preset) & set(space):
+            assert space[key]._contains(space[key].to_internal_repr(preset[key])), key
+
+
+@pytest.mark.parametrize("method", NAMES)
 def test_the_published_setting_lies_in_the_space_and_equals_the_defaults(method: str) -> None:
-    space, paper = search_spaces.load(method)
+    space, presets = search_spaces.load(method)
+    paper = presets["paper"]
     default, published = resolve(method, {}), resolve(method, paper)
     assert published == default
     for key, value in paper.items():

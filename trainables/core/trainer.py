@@ -373,6 +373,7 @@ class Trainer:
             "step": done + step,
             "stage": stage.name,
             "stage_finished": step == self.steps[stage.name],
+            "finished": stage is self.plan[-1] and step == self.steps[stage.name],
             **evaluation.metrics(),
             **{f"loss/{name}": value for name, value in losses.items()},
             "time/evaluation": time.perf_counter() - started,
