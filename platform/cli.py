@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -225,8 +224,9 @@ def ui(
 ) -> None:
     """Serve MLflow in the browser on this storage, bound to 127.0.0.1."""
     from segadapt.platform import api
+    from segadapt.platform.cluster import treat_termination_as_interrupt
 
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # end the server either way
+    treat_termination_as_interrupt()
     sys.exit(api.ui(storage=storage, port=port))
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,8 +61,15 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
             f"--address must name a running Ray cluster, but {address!r} did not answer: {error}. "
             "Start one with `ray start --head`, or leave --address out."
         ) from error
+    treat_termination_as_interrupt()
     try:
         resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield Capacity(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
     finally:
         ray.shutdown()
+
+
+def treat_termination_as_interrupt() -> None:
+    """Make SIGTERM end this process as Ctrl-C does, with everything it started; Ray's own handler aborts it instead."""
+    if threading.current_thread() is threading.main_thread():  # Python allows it there alone
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))

@@ -1,5 +1,6 @@
 """Tune's events on their way to tracking and to the screen. Lives in the driver."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,13 @@ from segadapt.platform.tracking import (
     METHOD_TAG,
     STATE_TAG,
     RunInfo,
+    Status,
     Tracker,
 )
 from segadapt.platform.trial import TrialSpec
+
+_STATUS: dict[str, Status] = {"failed": "FAILED", "interrupted": "KILLED", "out of time": "KILLED"}
+"""How the run of a trial in this state ends in MLflow; FINISHED otherwise."""
 
 METRIC_PREFIXES = ("target_val/", "source_val/", "score/", "loss/", "time/", "lr")
 """Reported numbers that are tracked; Tune adds bookkeeping of its own."""
@@ -53,11 +58,15 @@ class Events(tune.Callback):
         self._started: set[str] = set()
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
+        self._deadline: float | None = None
+        self.interrupted: set[str] = set()
+        """Trials that this session was stopped in the middle of; they can go on."""
 
-    def attach(self, tracker: Tracker, progress: Progress) -> None:
-        """Connect to this session's tracker and screen, which are not saved."""
+    def attach(self, tracker: Tracker, progress: Progress, time_budget_s: float | None) -> None:
+        """Connect to this session's tracker, screen and end, which are not saved."""
         self._tracker = tracker
         self._progress = progress
+        self._deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
         self._environment = environment()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,10 +145,14 @@ class Events(tune.Callback):
         self._end(trial.trial_id, "failed")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Close the runs of trials that an interruption left unfinished."""
+        """Close the runs of trials that the end of the time budget or an interruption left unfinished."""
+        out_of_time = self._deadline is not None and time.monotonic() >= self._deadline
         for trial in trials:
-            if trial.trial_id in self._started:
-                self._end(trial.trial_id, "interrupted")
+            if trial.trial_id not in self._ended:
+                if not out_of_time:
+                    self.interrupted.add(trial.trial_id)
+                if trial.trial_id in self._started:
+                    self._end(trial.trial_id, "out of time" if out_of_time else "interrupted")
 
     def _end(self, trial_id: str, state: str) -> None:
         assert self._tracker is not None
@@ -160,5 +173,5 @@ class Events(tune.Callback):
         if state == "failed":
             tags[FAILURE_TAG] = self._failures.get(trial_id, "a process or node died too often; see Ray's error file")
         self._tracker.set_tags(key, tags)
-        self._tracker.end(key, {"failed": "FAILED", "interrupted": "KILLED"}.get(state, "FINISHED"))  # type: ignore[arg-type]
+        self._tracker.end(key, _STATUS.get(state, "FINISHED"))
         self._progress.ended(trial_id, state)

@@ -1,7 +1,7 @@
 """Experiments: one trial, or a search in which Optuna proposes, Tune runs and ASHA stops."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,17 +101,20 @@ def run_experiment(
             ),
         )
     progress = Progress(title, spec.objective, plan.trials if plan else 1, steps)
-    _events(tuner).attach(tracker, progress)
+    events = _events(tuner)
+    events.attach(tracker, progress, plan.time_budget_s if plan else None)
     try:
         results = tuner.fit()
     finally:
         progress.close()
     trials = results._experiment_analysis.trials
+    if plan is not None and not events.interrupted:
+        _close_unfinished(spec)
     return [
         TrialResult(
             trial.trial_id,
             _last_line(trial) if trial.status == "ERROR" else None,
-            trial.status in ("TERMINATED", "ERROR"),
+            trial.trial_id not in events.interrupted,
         )
         for trial in trials
     ]
@@ -215,15 +218,20 @@ def _close_lost_proposals(spec: TrialSpec) -> None:
     """Mark proposals as failed that the killed driver had asked for but not yet saved: nobody will run them."""
     import pickle
 
-    from optuna.trial import TrialState
-
     saved = sorted(spec.folder.glob("searcher-state-*.pkl"), key=os.path.getmtime)
     known: set[int] = set()
     if saved:
         with saved[-1].open("rb") as file:  # written by our own driver, as Ray's restore reads it too
             state = pickle.load(file)
         known = {trial.number for trial in state.get("_ot_trials", {}).values()} if isinstance(state, dict) else set()
+    _close_unfinished(spec, keep=known)
+
+
+def _close_unfinished(spec: TrialSpec, keep: Collection[int] = ()) -> None:
+    """End the study's trials that nobody runs any more: pruned at what they reported, otherwise failed."""
+    from optuna.trial import TrialState
+
     study = load_study(spec)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial.number not in known:
-            study.tell(trial.number, state=TrialState.FAIL)
+        if trial.number not in keep:
+            study.tell(trial.number, state=TrialState.PRUNED if trial.intermediate_values else TrialState.FAIL)

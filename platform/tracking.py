@@ -4,6 +4,8 @@ Runs are addressed by a key of ours (`experiment/trial id`), kept as a tag; a ru
 explicit run ids are used, never MLflow's process-wide active run.
 """
 
+import contextlib
+import fcntl
 import json
 import logging
 import math
@@ -171,15 +173,19 @@ class Tracker:
         return None
 
     def _answers(self) -> bool:
-        try:
-            self._client.search_experiments(max_results=1)
-        except Exception:
-            return False
-        return True
+        """Return whether the server takes a request."""
+        for _ in range(2):  # the first may meet the connection that the failure left behind
+            with contextlib.suppress(Exception):
+                self._client.search_experiments(max_results=1)
+                return True
+        return False
 
     def _connect(self) -> None:
-        self._client = client(self._uri)
-        self._client.search_experiments(max_results=1)  # creates and migrates a fresh database, from one process alone
+        with (self._storage.root / ".mlflow.lock").open("w") as lock:
+            if self._local:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two that create and migrate a fresh database at once break it
+            self._client = client(self._uri)
+            self._client.search_experiments(max_results=1)
 
     def _experiment_id(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)

@@ -316,8 +316,43 @@ def test_a_time_budget_ends_a_search_with_what_it_has(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     runs = tracked(tmp_path, "sdca-streets")
     assert 1 <= sum(bool(re.fullmatch(r"sdca-\d+", name)) for name in runs) < 100
-    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    ended = {run.data.tags["segadapt.state"]: run.info.status for name, run in runs.items() if "-0" in name}
+    assert set(ended) <= {"finished", "stopped early", "out of time"}
+    assert ended.get("out of time", "KILLED") == "KILLED"
+    assert runs["sdca-streets"].info.status == "FINISHED"
     assert "segadapt finish best" in done.stdout
+    with sqlite3.connect(tmp_path / "runs" / "optuna.db") as study:
+        assert ("RUNNING",) not in study.execute("select state from trials").fetchall()
+
+
+@pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_search_says_so_and_goes_on_when_asked(interrupt: signal.Signals, tmp_path: Path) -> None:
+    words = [word for word in TINY_WORDS if not word.startswith("trainer.steps")]
+    with (tmp_path / "first.txt").open("w") as output:
+        driver = subprocess.Popen(
+            [COMMAND, "search", "sdca", "--trials", "1", *words, "trainer.steps=60"],
+            cwd=tmp_path,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+        said = lambda: (tmp_path / "first.txt").read_text()  # noqa: E731
+        wait_for(lambda: "sdca-001 step 4/" in said(), "the trial to go on")
+        if interrupt == signal.SIGINT:
+            os.killpg(driver.pid, interrupt)  # as a terminal does
+        else:
+            driver.terminate()
+        assert driver.wait(timeout=120) == 130, said()
+    assert "segadapt search --resume sdca-streets" in said()
+    runs = tracked(tmp_path, "sdca-streets")
+    assert {runs[name].info.status for name in ("sdca-streets", "sdca-001")} == {"KILLED"}
+    assert runs["sdca-001"].data.tags["segadapt.state"] == "interrupted"
+    resumed = command(tmp_path, "search", "--resume", "sdca-streets")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "sdca-001 step 2/" not in resumed.stdout, "goes on from its checkpoint"
+    runs = tracked(tmp_path, "sdca-streets")
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert steps_of(tmp_path, runs["sdca-001"]) == list(range(2, 61, 2)), "every step once"
 
 
 def test_more_than_the_cluster_has_is_refused_at_once(tmp_path: Path) -> None:
