@@ -114,6 +114,7 @@ def plan_search(
     seed: int = 0,
     name: str | None = None,
     storage: str = "runs",
+    tracking_uri: str | None = None,
 ) -> Record:
     """Check a search and return what it would do; touches nothing.
 
@@ -128,6 +129,7 @@ def plan_search(
         seed: Of the sampler.
         name: Of the search; None makes one from methods and data.
         storage: The storage folder.
+        tracking_uri: MLflow server that will hold the search; None for the storage folder's own.
 
     Raises:
         UsageError: If a method, a setting, a range or a number is not as it must be.
@@ -147,7 +149,7 @@ def plan_search(
     default = "-".join(methods) if len(methods) <= 3 else f"{len(methods)}-methods"
     return Record(
         kind="search",
-        name=_free_name(Storage(Path(storage).expanduser().absolute()), name, f"{default}-{data}"),
+        name=_free_name(storage, tracking_uri, name, f"{default}-{data}"),
         candidates=candidates,
         objective=objective,
         seed=seed,
@@ -238,7 +240,7 @@ def train(
     config = _checked(method, settings)
     record = Record(
         kind="train",
-        name=_free_name(open_storage(options.storage), name, f"train-{method}-{config.data.name}"),
+        name=_free_name(options.storage, options.tracking_uri, name, f"train-{method}-{config.data.name}"),
         candidates={method: Candidate(settings)},
         objective=OBJECTIVES[0],
     )
@@ -411,19 +413,36 @@ def _streets(values: Values) -> TrialConfig:
     return resolve("source_only", values)
 
 
-def _free_name(storage: Storage, name: str | None, default: str) -> str:
-    if name is not None:
-        if storage.experiment(name).exists():
+def _free_name(storage: str, tracking_uri: str | None, name: str | None, default: str) -> str:
+    """Return `name`, or else `default` with a number if it is taken in the storage folder or on the MLflow server.
+
+    Raises:
+        UsageError: If `name` is taken, or the server does not answer.
+    """
+    opened = Storage(Path(storage).expanduser().absolute())
+    server = _client(storage, tracking_uri) if tracking_uri is not None else None
+
+    def taken(candidate: str) -> bool:
+        if opened.experiment(candidate).exists():
+            return True
+        try:
+            return server is not None and server.get_experiment_by_name(candidate) is not None
+        except Exception as error:  # whatever the client raises for an address that is none of a server's
             raise UsageError(
-                f"--name must be new, but {name!r} exists in {storage.root}. "
+                f"--tracking-uri must name an MLflow server that answers, but {tracking_uri} does not: {error}"
+            ) from error
+
+    if name is not None:
+        if taken(name):
+            raise UsageError(
+                f"--name must be new, but {name!r} exists in {opened.root} or on the MLflow server. "
                 f"Go on with it by `--resume {name}`, or choose another."
             )
         return name
-    taken = 1
-    candidate = default
-    while storage.experiment(candidate).exists():
-        taken += 1
-        candidate = f"{default}-{taken}"
+    candidate, number = default, 1
+    while taken(candidate):
+        number += 1
+        candidate = f"{default}-{number}"
     return candidate
 
 

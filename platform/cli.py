@@ -157,6 +157,7 @@ def search(
             seed=seed,
             name=name,
             storage=storage,
+            tracking_uri=tracking_uri,
         )
         if dry_run:
             _show_plan(record)

@@ -119,12 +119,12 @@ class Tracker:
 
     def log_json(self, key: str, content: Any, name: str) -> None:
         """Store `content` as a JSON or YAML artifact, by the ending of `name`."""
-        self._queue.put(lambda: self._client.log_dict(self._run_ids[key], content, name))
+        self._queue.put(lambda: self._client.log_dict(self._run_id(key), content, name))
 
     def log_file(self, key: str, path: Path, folder: str | None = None) -> None:
         """Copy a file or folder into the run's artifacts."""
         log = "log_artifacts" if path.is_dir() else "log_artifact"
-        self._queue.put(lambda: getattr(self._client, log)(self._run_ids[key], str(path), folder))
+        self._queue.put(lambda: getattr(self._client, log)(self._run_id(key), str(path), folder))
 
     def log_evaluation(self, key: str, checkpoint: Path) -> None:
         """Store the gallery, the confusion matrix and the per-class table that lie in a checkpoint folder."""
@@ -132,12 +132,12 @@ class Tracker:
 
     def log_figure(self, key: str, make: Callable[[], Any], name: str) -> None:
         """Store the figure that `make` returns (plotly for .html, matplotlib for .png)."""
-        self._queue.put(lambda: self._client.log_figure(self._run_ids[key], make(), name))
+        self._queue.put(lambda: self._client.log_figure(self._run_id(key), make(), name))
 
     def end(self, key: str, status: Status) -> None:
         """Close a run."""
         now = _now()
-        self._queue.put(lambda: self._client.set_terminated(self._run_ids[key], status, now))
+        self._queue.put(lambda: self._client.set_terminated(self._run_id(key), status, now))
 
     def close(self, timeout_s: float = 120.0) -> None:
         """Write what is queued and stop; after `timeout_s` seconds say what was lost and give up."""
@@ -198,10 +198,10 @@ class Tracker:
         from mlflow.entities import Param, RunTag
 
         experiment = self._experiment_id(info.experiment)
-        found = self._find(experiment, info.key)
+        found = self._find([experiment], info.key)
         tags = {**info.tags, "mlflow.user": os.environ.get("USER", "segadapt")}
         if info.parent_key is not None:
-            tags["mlflow.parentRunId"] = self._run_id(experiment, info.parent_key)
+            tags["mlflow.parentRunId"] = self._run_id(info.parent_key)
         known: Mapping[str, str] = {}
         if found is not None:
             run_id, known = found.info.run_id, found.data.params
@@ -214,14 +214,17 @@ class Tracker:
         params = [Param(name, str(value)) for name, value in info.params.items() if name not in known]
         self._client.log_batch(run_id, params=params, tags=[RunTag(name, value) for name, value in tags.items()])
 
-    def _find(self, experiment: str, key: str) -> Any:
-        found = self._client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+    def _find(self, experiments: list[str], key: str) -> Any:
+        found = self._client.search_runs(experiments, f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
         return found[0] if found else None
 
-    def _run_id(self, experiment: str, key: str) -> str:
+    def _run_id(self, key: str) -> str:
         """Return the id of a run of this session or, by its key, of an earlier one."""
         if key not in self._run_ids:
-            self._run_ids[key] = self._find(experiment, key).info.run_id
+            found = self._find([entry.experiment_id for entry in self._client.search_experiments()], key)
+            if found is None:
+                raise KeyError(f"A run must be started before its records, but {key!r} was not.")
+            self._run_ids[key] = found.info.run_id
         return self._run_ids[key]
 
     def _log_metrics(self, key: str, numbers: Mapping[str, float], step: int, timestamp: int) -> None:
@@ -233,16 +236,16 @@ class Tracker:
         from mlflow.entities import Metric
 
         metrics = [Metric(name, value, timestamp, step) for name, value in numbers.items()]
-        self._client.log_batch(self._run_ids[key], metrics=metrics)
+        self._client.log_batch(self._run_id(key), metrics=metrics)
 
     def _set_tags(self, key: str, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():
-            self._client.set_tag(self._run_ids[key], name, value)
+            self._client.set_tag(self._run_id(key), name, value)
 
     def _log_evaluation(self, key: str, checkpoint: Path) -> None:
         from segadapt.platform.plots import confusion_figure
 
-        run_id = self._run_ids[key]
+        run_id = self._run_id(key)
         summary = json.loads((checkpoint / "evaluation.json").read_text())
         for domain in ("target_val", "source_val"):
             figure = confusion_figure(summary[domain]["confusion"], summary["classes"], domain)

@@ -230,6 +230,7 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_was(tmp_path: Path) -
     before = {name: steps_of(tmp_path, run) for name, run in tracked(tmp_path, "sdca-streets").items()}
     resumed = command(tmp_path, "search", "--resume", "sdca-streets")
     assert resumed.returncode == 0, resumed.stderr
+    assert "left out" not in resumed.stderr, "every record found its run"
     for name in ended:
         assert f"{name} step" not in resumed.stdout, "finished trials are not run again"
         assert steps_of(tmp_path, tracked(tmp_path, "sdca-streets")[name]) == before[name]
