@@ -30,3 +30,15 @@ PAPER: dict[str, Any] = {
     "method.temperature_factor": 1.0,
     "optimizer.lr_factor": 1.0,
 }
+STREETS: dict[str, Any] = {
+    "method.feature_association_weight": 0.18,
+    "method.output_association_weight": 0.44,
+    "method.output_level": True,
+    "method.lovasz_weight": 0.57,
+    "method.regulariser_weight": 0.03,
+    "method.regulariser_level": 9.3,
+    "method.aggregation_weight": 0.85,
+    "method.temperature_factor": 4.4,
+    "optimizer.lr_factor": 0.82,
+}
+"""Best of `segadapt search plca --trials 20 seed=10`, rounded to two digits."""
