@@ -59,6 +59,7 @@ class Events(tune.Callback):
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
         self._deadline: float | None = None
+        self._swept = False
         self.interrupted: set[str] = set()
         """Trials that this session was stopped in the middle of; they can go on."""
 
@@ -83,6 +84,14 @@ class Events(tune.Callback):
     def key(self, trial_id: str) -> str:
         """Return the key of a trial's run."""
         return f"{self._spec.experiment}/{trial_id}"
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Before anything else: close runs of trials that a killed driver started but had not yet saved."""
+        assert self._tracker is not None
+        if not self._swept:
+            self._swept = True
+            known = [self.key(trial.trial_id) for trial in trials]
+            self._tracker.end_lost(self._labels.experiment, self.key(""), known)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Open the run of a trial, or continue it."""

@@ -1,17 +1,27 @@
 """Tune's Optuna searcher over one method or several, taught to tell stopped trials from finished ones."""
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from segadapt.platform.config import Values
 from segadapt.platform.trial import METHOD
+from segadapt.trainables.core.data.sampling import derived_seed
 
 FLOOR = 0.5
 """Part of an equal share of the trials that every method of a search gets, however badly it begins."""
+
+TRIAL_ID = "trial_id"
+"""Attribute of the study's trials that names the trial in Ray, MLflow and the storage folder."""
+LOST = "lost"
+"""Attribute of proposals that a killed driver had asked for and nobody ran; they are proposed again."""
 
 Spaces = Mapping[str, Mapping[str, BaseDistribution]]
 """What varies, by method and dotted key."""
@@ -31,11 +41,24 @@ class StudySearch(OptunaSearch):
     Args:
         spaces: What varies, by method.
         first: What is tried first of each method.
+        sampler: Makes a sampler from its `seed`: a proposal follows from the search's seed, its number and the study
+            alone, so that a resumed search proposes what an undisturbed one would.
+        seed: Of the search.
         settings: Passed on to `OptunaSearch`.
     """
 
-    def __init__(self, *, spaces: Spaces, first: Mapping[str, Values], **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        spaces: Spaces,
+        first: Mapping[str, Values],
+        sampler: Callable[..., BaseSampler],
+        seed: int,
+        **settings: Any,
+    ) -> None:
         self._spaces = spaces
+        self._make_sampler = sampler
+        self._base_seed = seed
         points = [
             self._choice(method) | {study_name(spaces, method, key): value for key, value in first[method].items()}
             for method in spaces
@@ -49,10 +72,16 @@ class StudySearch(OptunaSearch):
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """Return the searched values of a new trial: its method, if there are several, and settings by dotted key."""
         if trial_id not in self._ot_trials:
-            starved = self._starved()
+            proposed = self._proposed()
+            seed = derived_seed(self._base_seed, len(proposed)) % 2**32
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                self._ot_study.sampler = self._make_sampler(seed=seed)
+            starved = self._starved([trial.params.get(METHOD) for trial in proposed])
             if starved is not None:
                 self._ot_study.enqueue_trial(self._choice(starved))
             self._ot_trials[trial_id] = self._ot_study.ask()
+            self._ot_trials[trial_id].set_user_attr(TRIAL_ID, trial_id)
         return self._propose(self._ot_trials[trial_id])
 
     def _propose(self, trial: Any) -> dict[str, Any]:
@@ -64,13 +93,15 @@ class StudySearch(OptunaSearch):
         }
         return self._choice(method) | values
 
-    def _starved(self) -> str | None:
+    def _proposed(self) -> list[FrozenTrial]:
+        """Return the study's trials that were proposed so far, each once."""
+        trials: list[FrozenTrial] = self._ot_study.get_trials(deepcopy=False)
+        return [trial for trial in trials if trial.state != TrialState.WAITING and LOST not in trial.user_attrs]
+
+    def _starved(self, tried: list[str | None]) -> str | None:
         """Return the method that has the fewest trials, if they are fewer than its floor."""
-        if len(self._spaces) == 1:
+        if not len(tried) >= len(self._spaces) > 1:  # the published settings come first
             return None
-        tried = [trial.params.get(METHOD) for trial in self._ot_study.get_trials(deepcopy=False)]
-        if len(tried) < len(self._spaces) or None in tried:
-            return None  # the published settings come first
         method = min(self._spaces, key=tried.count)
         return method if tried.count(method) < FLOOR * (len(tried) + 1) / len(self._spaces) else None
 

@@ -1,20 +1,20 @@
 """Experiments: one trial, or a search in which Optuna proposes, Tune runs and ASHA stops."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from segadapt.platform.config import Values
 from segadapt.platform.events import Events, Labels
-from segadapt.platform.optuna_search import Spaces, StudySearch
+from segadapt.platform.optuna_search import LOST, Spaces, StudySearch
 from segadapt.platform.progress import Progress
+from segadapt.platform.rungs import StudyRungs
 from segadapt.platform.tracking import Tracker
 from segadapt.platform.trial import WORKER_RETRIES, TrialSpec, run_in_process, run_with_ray_train
 
-STEP = "step"
-"""Reported time axis of schedulers: training steps, never Tune's count of reports, which restarts with a trial."""
 REDUCTION_FACTOR = 2
 """ASHA keeps the better 1/REDUCTION_FACTOR of the trials that reached a rung."""
 
@@ -149,7 +149,6 @@ def _trainable(spec: TrialSpec) -> Any:
 
 def _tune_config(spec: TrialSpec, plan: SearchPlan | None) -> Any:
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
 
     def folder_name(trial: Any) -> str:
         return str(trial.trial_id)
@@ -162,11 +161,11 @@ def _tune_config(spec: TrialSpec, plan: SearchPlan | None) -> Any:
         metric=spec.objective,
         mode="max",
         search_alg=searcher(spec, plan),
-        scheduler=ASHAScheduler(
-            time_attr=STEP,
-            max_t=plan.steps,
-            grace_period=plan.grace_steps,
+        scheduler=StudyRungs(
+            rungs=rungs(plan),
             reduction_factor=REDUCTION_FACTOR,
+            storage=study_url(spec),
+            study_name=spec.experiment,
         ),
         num_samples=plan.trials,
         max_concurrent_trials=plan.concurrent,
@@ -189,8 +188,9 @@ def searcher(spec: TrialSpec, plan: SearchPlan) -> Any:
         first=plan.first,
         metric=spec.objective,
         mode="max",
-        sampler=optuna.samplers.TPESampler(
-            seed=plan.seed,
+        seed=plan.seed,
+        sampler=partial(
+            optuna.samplers.TPESampler,
             multivariate=True,
             group=len(plan.spaces) > 1,  # a method's parameters are modelled on the trials that have them
             constant_liar=plan.concurrent > 1,
@@ -200,11 +200,16 @@ def searcher(spec: TrialSpec, plan: SearchPlan) -> Any:
     )
 
 
+def study_url(spec: TrialSpec) -> str:
+    """Return the URL of the Optuna storage of the searches in a storage folder."""
+    return f"sqlite:///{spec.storage.study_database}"
+
+
 def study_storage(spec: TrialSpec) -> Any:
     """Return the Optuna storage of the searches in a storage folder."""
     import optuna
 
-    return optuna.storages.RDBStorage(f"sqlite:///{spec.storage.study_database}")
+    return optuna.storages.RDBStorage(study_url(spec))
 
 
 def load_study(spec: TrialSpec) -> Any:
@@ -215,8 +220,11 @@ def load_study(spec: TrialSpec) -> Any:
 
 
 def _close_lost_proposals(spec: TrialSpec) -> None:
-    """Mark proposals as failed that the killed driver had asked for but not yet saved: nobody will run them."""
+    """Propose again what the killed driver had asked for but not yet saved, so that nobody would run it."""
     import pickle
+
+    import optuna
+    from optuna.trial import TrialState
 
     saved = sorted(spec.folder.glob("searcher-state-*.pkl"), key=os.path.getmtime)
     known: set[int] = set()
@@ -224,14 +232,18 @@ def _close_lost_proposals(spec: TrialSpec) -> None:
         with saved[-1].open("rb") as file:  # written by our own driver, as Ray's restore reads it too
             state = pickle.load(file)
         known = {trial.number for trial in state.get("_ot_trials", {}).values()} if isinstance(state, dict) else set()
-    _close_unfinished(spec, keep=known)
+    study = load_study(spec)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial.number not in known:
+            optuna.trial.Trial(study, trial._trial_id).set_user_attr(LOST, True)
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params)
 
 
-def _close_unfinished(spec: TrialSpec, keep: Collection[int] = ()) -> None:
+def _close_unfinished(spec: TrialSpec) -> None:
     """End the study's trials that nobody runs any more: pruned at what they reported, otherwise failed."""
     from optuna.trial import TrialState
 
     study = load_study(spec)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial.number not in keep:
-            study.tell(trial.number, state=TrialState.PRUNED if trial.intermediate_values else TrialState.FAIL)
+        study.tell(trial.number, state=TrialState.PRUNED if trial.intermediate_values else TrialState.FAIL)

@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -139,6 +139,10 @@ class Tracker:
         now = _now()
         self._queue.put(lambda: self._client.set_terminated(self._run_id(key), status, now))
 
+    def end_lost(self, experiment: str, prefix: str, known: Collection[str]) -> None:
+        """Close open runs whose key has `prefix` and is not `known`: nobody will go on with them."""
+        self._queue.put(lambda: self._end_lost(experiment, prefix, known))
+
     def close(self, timeout_s: float = 120.0) -> None:
         """Write what is queued and stop; after `timeout_s` seconds say what was lost and give up."""
         self._queue.put(None)
@@ -241,6 +245,16 @@ class Tracker:
     def _set_tags(self, key: str, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():
             self._client.set_tag(self._run_id(key), name, value)
+
+    def _end_lost(self, experiment: str, prefix: str, known: Collection[str]) -> None:
+        found = self._client.get_experiment_by_name(experiment)
+        if found is None:
+            return
+        for run in self._client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'", max_results=10_000):
+            key = run.data.tags.get(KEY_TAG, "")
+            if key.startswith(prefix) and key not in known:
+                self._client.set_tag(run.info.run_id, STATE_TAG, "lost")
+                self._client.set_terminated(run.info.run_id, "KILLED")
 
     def _log_evaluation(self, key: str, checkpoint: Path) -> None:
         from segadapt.platform.plots import confusion_figure

@@ -248,6 +248,15 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_was(tmp_path: Path) -
         states = [state for (state,) in study.execute("select state from trials")]
     assert "RUNNING" not in states
     assert sum(state in ("COMPLETE", "PRUNED") for state in states) == 4
+    (tmp_path / "whole").mkdir()
+    whole = command(tmp_path / "whole", "search", "sdca", "--trials", "4", "--concurrent", "1", *words)
+    assert whole.returncode == 0, whole.stderr
+    undisturbed = tracked(tmp_path / "whole", "sdca-streets")
+    for run in trials:
+        same = undisturbed[run.info.run_name]
+        assert run.data.params == same.data.params, "proposals do not depend on the kill"
+        assert run.data.tags["segadapt.state"] == same.data.tags["segadapt.state"], "nor do decisions"
+        assert run.data.metrics["target_val/miou"] == same.data.metrics["target_val/miou"], "nor does training"
 
 
 @pytest.mark.slow

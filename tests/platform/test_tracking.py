@@ -375,3 +375,21 @@ def test_a_second_session_continues_a_run_by_its_key(tmp_path: Path, caplog: pyt
     assert arrived.steps("continued/1") == [1, 2, 3, 4, 5]
     table = json.loads(arrived.artifact("continued/1", "per_class_iou.json"))
     assert table == {"columns": ["class", "target_val_iou"], "data": [["road", 0.75], ["car", 0.8]]}
+
+
+def test_runs_that_nobody_goes_on_with_are_closed_as_lost(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    killed = Tracker(storage, None)
+    for key in ("town/kept", "town/lost", "other/lost"):
+        killed.start(run_of(key))
+    killed.close()
+    resumed = Tracker(storage, None)
+    resumed.end_lost("town", "town/", ["town/kept"])
+    resumed.close()
+    client = tracking.client(tracking.tracking_uri(storage, None))
+    status = {
+        run.data.tags[KEY_TAG]: run.info.status
+        for experiment in client.search_experiments()
+        for run in client.search_runs([experiment.experiment_id])
+    }
+    assert status == {"town/kept": "RUNNING", "town/lost": "KILLED", "other/lost": "RUNNING"}

@@ -1,5 +1,6 @@
 """Trials without Ray: the function that every launcher calls, on the storage it shares with other trials."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def test_no_method_of_a_joint_search_is_starved_by_early_luck(tmp_path: Path) ->
         first={"good": {"method.temperature": 1.0}, "bad": {"method.temperature": 2.0}, "worse": {}},
         metric="score",
         mode="max",
-        sampler=optuna.samplers.TPESampler(seed=0, multivariate=True, group=True),
+        sampler=partial(optuna.samplers.TPESampler, multivariate=True, group=True),
+        seed=0,
         study_name="joint",
         storage=optuna.storages.InMemoryStorage(),
     )

@@ -1,5 +1,6 @@
 """One data-parallel worker: two_workers.py METHOD WORKERS RANK FOLDER. Writes FOLDER/last on the first."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -22,9 +23,12 @@ def main(name: str, workers: int, rank: int, folder: Path) -> None:
     trainer.run()
     if rank == 0:
         reports.checkpoint(len(reports.metrics) - 1).rename(folder / "last")
-    if workers > 1:
-        dist.destroy_process_group()
     assert trainer.plan[0] is SOURCE_ONLY
+    if workers > 1:
+        del trainer, reports
+        gc.collect()  # what still refers to the group would end with the interpreter, after the group's threads
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
