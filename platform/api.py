@@ -1,5 +1,6 @@
 """What segadapt does: one function per command, of the same name."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -8,23 +9,27 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from segadapt import search_spaces
 from segadapt.platform import tracking
-from segadapt.platform.config import Key, TrialConfig, Values, keys, resolve
+from segadapt.platform.config import Key, TrialConfig, Values, anchored, flatten, keys, resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Candidate, Options, Outcome, Record, run
 from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.trial import CONFIG
 from segadapt.trainables import METHODS
+from segadapt.trainables.core.evaluation import Inference, score
 from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.source_only import SourceOnly
+
+if TYPE_CHECKING:
+    from segadapt.trainables.core.data.checking import DatasetReport
 
 OBJECTIVES = ("target_val/miou", "source_val/miou")
 """What a search may maximise."""
@@ -71,6 +76,32 @@ class FinishResult:
     before: Mapping[str, float]
     after: Mapping[str, float]
     checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """How well a run's network labels the target validation set."""
+
+    run: str
+    checkpoint: str
+    step: int
+    """Training steps of the checkpoint."""
+    protocol: str
+    how: str
+    """Scales, flip and aggregation."""
+    images: int
+    metrics: Mapping[str, float]
+    """`target_val/miou`, with the size of the subset in its name, and `target_val/iou/CLASS`."""
+    iou: Mapping[str, float | None]
+    """Of the averaged classes; None for one that is neither present nor predicted, which the mean leaves out."""
+    classes: Sequence[str]
+    """Of the confusion matrix."""
+    confusion: Sequence[Sequence[int]]
+    """Pixels; rows are the truth, columns the prediction."""
+    tracked: str
+    """Prefix of the metrics in the MLflow run."""
+    predictions: str | None
+    """Folder of the saved predictions."""
 
 
 def list_methods() -> list[tuple[str, str]]:
@@ -187,7 +218,7 @@ def _expanded(methods: Sequence[str], values: Values) -> dict[str, dict[str, Any
         if key.partition(".")[0] not in expanded:
             for own in expanded.values():
                 own.setdefault(key, value)
-    return expanded
+    return {method: anchored(own) for method, own in expanded.items()}
 
 
 def _candidate(method: str, values: Mapping[str, Values], preset: str, *, joint: bool) -> Candidate:
@@ -237,6 +268,7 @@ def train(
     """Run one trial of a method; returns the name of the experiment that holds it."""
     resolve(method, {})
     settings = {**_preset(method, preset), **values} if preset != search_spaces.DEFAULT_PRESET else dict(values)
+    settings = anchored(settings)
     config = _checked(method, settings)
     record = Record(
         kind="train",
@@ -266,14 +298,14 @@ def finish(run_name: str, values: Values, options: Options, *, search_name: str)
     assert row.checkpoint is not None
     start = Path(row.checkpoint)
     try:
-        trained = _flat(json.loads((start / CONFIG).read_text()))
+        trained = dict(flatten(json.loads((start / CONFIG).read_text())))
     except OSError as error:
         raise UsageError(
             f"The checkpoint of {row.name} must lie in {start}, but cannot be read: {error.strerror}. "
             "Finish another run, or run the trial again."
         ) from error
     inherited = {key: value for key, value in trained.items() if key.startswith(_INHERITED)}
-    settings = {**inherited, "seed": trained["seed"], "trainer.evaluate_start": True, **values}
+    settings = {**inherited, "seed": trained["seed"], "trainer.evaluate_start": True, **anchored(values)}
     _checked("self_training", settings)
     digest = hashlib.sha256(json.dumps([row.checkpoint, settings], sort_keys=True).encode()).hexdigest()[:8]
     record = Record(
@@ -288,6 +320,82 @@ def finish(run_name: str, values: Values, options: Options, *, search_name: str)
     )
     outcome = run(record, options)
     return _finish_result(record, row, options), outcome
+
+
+def evaluate(
+    run_name: str,
+    values: Values,
+    *,
+    search_name: str,
+    protocol: str = "auto",
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    aggregation: float | None = None,
+    save_predictions: str | None = None,
+    storage: str = "runs",
+    tracking_uri: str | None = None,
+) -> EvaluationResult:
+    """Evaluate a run's network on the target validation set at full label resolution, and note it in its MLflow run.
+
+    Args:
+        run_name: `best` for the best trial, or the name or id of a trial or finish in the search.
+        values: What differs from the run's settings, by dotted key: other data, another size of the images.
+        search_name: The search (or single run) that holds the run.
+        protocol: One of `evaluating.PROTOCOLS`.
+        scales: Sizes at which an image is shown; class probabilities are averaged.
+        flip: Show each image mirrored as well.
+        aggregation: Share of similar pixels' average in the prediction, for networks that offer it.
+        save_predictions: New folder for the predictions as files for the Cityscapes server.
+        storage: The storage folder.
+        tracking_uri: MLflow server that holds the search; None for the storage folder's own.
+
+    Raises:
+        UsageError: If there is no such run, or it cannot be evaluated as asked.
+    """
+    import torch
+
+    from segadapt.platform import evaluating
+
+    try:
+        inference = Inference(scales=tuple(scales), flip=flip)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    settings = evaluating.data_settings(values)
+    overrides = dict(settings) if aggregation is None else {**settings, evaluating.AGGREGATION: float(aggregation)}
+    row = _pick(runs(search_name, storage=storage, tracking_uri=tracking_uri), run_name, kinds=("trial", "finish"))
+    assert row.checkpoint is not None
+    key, opened = _key_of(row, Options(storage=storage, tracking_uri=tracking_uri)), open_storage(storage)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    deployed = evaluating.load_deployed(Path(row.checkpoint), overrides, device)
+    images, labelled = evaluating.target_images(deployed.config, deployed.names)
+    chosen = evaluating.protocol(protocol, deployed.names, labelled)
+    submission = None
+    if save_predictions is not None:
+        submission = evaluating.Submission(Path(save_predictions), deployed.names)
+
+    confusion = evaluating.evaluate_target(deployed, images, inference, device, submission).confusion
+    found = score(confusion, deployed.names, chosen)
+    variant = evaluating.variant(protocol, inference, aggregation, settings)
+    result = EvaluationResult(
+        run=row.name,
+        checkpoint=row.checkpoint,
+        step=deployed.step,
+        protocol=protocol,
+        how=f"{inference}, {evaluating.aggregation_text(deployed.config)}",
+        images=len(images),
+        metrics=found.metrics("target_val", chosen),
+        iou={name: iou if iou == iou else None for name, iou in found.iou.items()},
+        classes=deployed.names,
+        confusion=confusion.tolist(),
+        tracked=f"evaluation/{variant}",
+        predictions=save_predictions,
+    )
+    tracker = tracking.Tracker(opened, tracking_uri)
+    metrics = {f"{result.tracked}/{name}": value for name, value in result.metrics.items()}
+    tracker.log_summary(key, metrics, result.step)
+    tracker.log_json(key, {**dataclasses.asdict(result), "settings": dict(settings)}, f"{result.tracked}.json")
+    tracker.close()
+    return result
 
 
 def runs(search_name: str, *, storage: str = "runs", tracking_uri: str | None = None) -> Leaderboard:
@@ -310,23 +418,66 @@ def runs(search_name: str, *, storage: str = "runs", tracking_uri: str | None = 
     return Leaderboard(search_name, objective, rows, baseline)
 
 
-def data_make(folder: str, values: Values) -> Path:
-    """Write the streets benchmark as a dataset folder, the layout for own data.
+def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
+    """Write the streets benchmark in the layout of a kind of dataset.
+
+    Args:
+        folder: A new or empty folder.
+        values: Settings of `data.streets`, by dotted key.
+        layout: `folder` writes both domains, in the layout for own data. `gta5` and `synthia` write the source's
+            training set, `cityscapes` the target, exactly as those datasets are stored.
 
     Raises:
-        UsageError: If the folder holds something already, or a setting is not known.
+        UsageError: If the folder holds something already, or a setting or the layout is not known.
     """
+    from segadapt.trainables.core.data.cityscapes import write_cityscapes
+    from segadapt.trainables.core.data.datasets import KINDS
     from segadapt.trainables.core.data.folder import write_folder
+    from segadapt.trainables.core.data.gta5 import write_gta5
     from segadapt.trainables.core.data.streets import load_streets
+    from segadapt.trainables.core.data.synthia import write_synthia
 
+    if layout not in KINDS:
+        raise UsageError(f"--format must be one of {', '.join(KINDS)}, but got {layout!r}.")
     config = _streets(values)
     root = Path(folder)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UsageError(f"The folder to write must be new or empty, but {root} is not. Choose another.")
     data, evaluation = load_streets(config.data.streets)
     oracle, _ = load_streets(config.data.streets, oracle=True)
-    write_folder(root, data, evaluation, oracle.source)
+    names = data.classes.names
+    match layout:
+        case "gta5":
+            write_gta5(root, data.source, names)
+        case "synthia":
+            write_synthia(root, data.source, names)
+        case "cityscapes":
+            write_cityscapes(root, oracle.source, evaluation.target, names)
+        case _:
+            write_folder(root / "source", data.source, evaluation.source, data.classes)
+            write_folder(root / "target", oracle.source, evaluation.target, data.classes)
     return root
+
+
+def data_check(
+    kind: str, root: str, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> "DatasetReport":
+    """Decode every file of a dataset and report what it holds and all that is wrong.
+
+    Args:
+        kind: gta5, synthia, cityscapes or folder.
+        root: Its folder.
+        progress: Called with the number of images just done and of all.
+
+    Raises:
+        UsageError: If there is no such kind or folder, or its class list cannot be read.
+    """
+    from segadapt.trainables.core.data.checking import check_dataset
+
+    try:
+        return check_dataset(kind, root, progress)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def data_show(path: str, values: Values) -> Path:
@@ -446,16 +597,15 @@ def _free_name(storage: str, tracking_uri: str | None, name: str | None, default
     return candidate
 
 
-def _pick(board: Leaderboard, name: str) -> Row:
-    candidates = [row for row in board.rows if row.kind == "trial" and row.checkpoint is not None]
-    if name == "best" and candidates:
-        return candidates[0]
+def _pick(board: Leaderboard, name: str, kinds: Sequence[str] = ("trial",)) -> Row:
+    """Return the best trial, or the run of one of `kinds` with this name or id."""
+    candidates = [row for row in board.rows if row.kind in kinds and row.checkpoint is not None]
     for row in candidates:
-        if name in (row.name, row.run_id):
+        if name in (row.name, row.run_id) or (name == "best" and row.kind == "trial"):
             return row
     known = ", ".join(row.name for row in candidates) or "none"
     raise UsageError(
-        f"The run to finish must be `best` or a trial of {board.search!r} with a checkpoint, but got {name!r}. "
+        f"RUN must be `best` or a {' or '.join(kinds)} of {board.search!r} with a checkpoint, but got {name!r}. "
         f"Those are: {known}."
     )
 
@@ -482,16 +632,6 @@ def _row(entry: Any, objective: str) -> Row:
         checkpoint=checkpoint,
         failure=tags.get(tracking.FAILURE_TAG),
     )
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _finish_result(record: Record, row: Row, options: Options) -> FinishResult | None:

@@ -1,11 +1,12 @@
 """The command line: each command is one call of `segadapt.platform.api`."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,11 +14,15 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from segadapt.platform.api import FinishResult, Leaderboard
+    from segadapt.platform.api import EvaluationResult, FinishResult, Leaderboard
     from segadapt.platform.experiments import Options, Outcome, Record
+    from segadapt.trainables.core.data.checking import DatasetReport
 
 _SHOWN_PARAMS = 8
 """Most searched settings that a leaderboard shows as columns; of more, those of each method's best trial."""
+
+_SHOWN_SIZES = 5
+"""Most image sizes that a report on a dataset names."""
 
 app = typer.Typer(
     name="segadapt",
@@ -25,9 +30,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Exit status: 0 finished, 1 a trial failed, 2 wrong usage, 130 interrupted.",
+    epilog="Exit status: 0 finished, 1 a trial failed or a dataset has faults, 2 wrong usage, 130 interrupted.",
 )
-data_app = typer.Typer(name="data", help="The streets benchmark, and folders of own data.", no_args_is_help=True)
+data_app = typer.Typer(
+    name="data", help="Datasets: write streets, check what is on disk, look at samples.", no_args_is_help=True
+)
 app.add_typer(data_app)
 
 Assignments = Annotated[
@@ -82,6 +89,7 @@ def list_command() -> None:
 @app.command()
 def describe(method: Annotated[str, typer.Argument(help="A name shown by `segadapt list`.")]) -> None:
     """List a method's settings: type, default, searched range, published value."""
+    from rich.markup import escape
     from rich.table import Table
 
     from segadapt.platform import api
@@ -91,7 +99,7 @@ def describe(method: Annotated[str, typer.Argument(help="A name shown by `segada
         table.add_column(column, overflow="fold")
     for key, searched, presets in api.describe(method):
         shown = ", ".join(f"{name} {value}" for name, value in presets.items())
-        table.add_row(key.name, key.type, str(key.default), searched, shown, key.doc)
+        table.add_row(*map(escape, (key.name, key.type, str(key.default), searched, shown, key.doc)))
     _console().print(table)
 
 
@@ -257,14 +265,124 @@ def finish(
     sys.exit(_status(outcome))
 
 
-@data_app.command("make")
-def data_make(
-    folder: Annotated[str, typer.Argument(help="A new or empty folder.")], settings: Assignments = None
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="`best`, or the name or id of a trial or finish in the search.")],
+    search_name: Annotated[str, typer.Option("--search", help="The search that holds the run.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="What differs from the run: data.*, augmentation.target_size, trainer.eval_batch_size.",
+        ),
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="Classes to average over: cityscapes-19, cityscapes-16 or cityscapes-13 (SYNTHIA), or auto, all that "
+            "the run has."
+        ),
+    ] = "auto",
+    scales: Annotated[
+        list[str] | None,
+        typer.Option(help="Show each image at these sizes and average, e.g. 0.75 1.0 1.25; default: as it is."),
+    ] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Show each image mirrored as well, and average.")] = False,
+    aggregation: Annotated[
+        float | None, typer.Option(help="PLCA's aggregation when predicting, e.g. 0.5; default: as the run has it.")
+    ] = None,
+    save_predictions: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Write labelIds PNGs, as the Cityscapes server takes them.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    debug: Debug = False,
 ) -> None:
-    """Write the streets benchmark as a folder of PNGs: the layout for own data (data.name=folder data.root=FOLDER)."""
+    """Evaluate a run on the target validation set, at full label resolution and single scale unless told otherwise.
+
+    Example: segadapt evaluate best --search plca-gta5-cityscapes --protocol cityscapes-19 --aggregation 0.5
+    """
     from segadapt.platform import api
 
-    print(f"Wrote {api.data_make(folder, _values(None, settings))}")
+    words = settings or []
+    result = api.evaluate(
+        run,
+        _values(None, [word for word in words if not _is_number(word)]),
+        search_name=search_name,
+        protocol=protocol,
+        scales=_scales(scales, [word for word in words if _is_number(word)]),
+        flip=flip,
+        aggregation=aggregation,
+        save_predictions=save_predictions,
+        storage=storage,
+        tracking_uri=tracking_uri,
+    )
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), indent=1))
+    else:
+        _show_evaluation(result)
+
+
+def _scales(options: list[str] | None, words: list[str]) -> list[float]:
+    """Return the scales of `--scales 0.75 1.0` or `--scales 0.75,1.0`; an option takes the first word alone."""
+    from segadapt.platform.errors import UsageError
+
+    given = [part for option in options or [] for part in option.replace(",", " ").split()]
+    wrong = [part for part in given if not _is_number(part)] if options else words
+    if wrong:
+        raise UsageError(
+            f"Numbers must follow --scales, and only numbers, but got {' '.join(wrong)}. Example: --scales 0.75 1 1.25"
+        )
+    return [float(part) for part in [*given, *words]] or [1.0]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@data_app.command("make")
+def data_make(
+    folder: Annotated[str, typer.Argument(help="A new or empty folder.")],
+    settings: Assignments = None,
+    layout: Annotated[
+        str, typer.Option("--format", help="folder (both domains), gta5, synthia (the source) or cityscapes (target).")
+    ] = "folder",
+) -> None:
+    """Write the streets benchmark as files, in the layout for own data or exactly as a known dataset is stored.
+
+    Example: segadapt data make town; segadapt search sdca data.source=folder:town/source data.target=folder:town/target
+    """
+    from segadapt.platform import api
+
+    print(f"Wrote {api.data_make(folder, _values(None, settings), layout=layout)}")
+
+
+@data_app.command("check")
+def data_check(
+    kind: Annotated[str, typer.Argument(help="gta5, synthia, cityscapes or folder.")],
+    root: Annotated[str, typer.Argument(help="Its folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Decode every file of a dataset: what it holds, and all that is wrong.
+
+    Exit status: 0 sound, 1 faults were found, 2 wrong usage.
+
+    Example: segadapt data check gta5 /data/GTA5
+    """
+    from segadapt.platform import api
+
+    with _progress_bar(f"{kind} {root}") as progress:
+        report = api.data_check(kind, root, progress=progress)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(report), indent=1))
+    else:
+        _show_report(report)
+    sys.exit(1 if report.faults else 0)
 
 
 @data_app.command("show")
@@ -299,7 +417,7 @@ def _options(
         workers=workers,
         gpus=gpus,
         debug=debug,
-        say=lambda text: _console().print(text),
+        say=lambda text: _console().print(text, markup=False),
     )
 
 
@@ -396,6 +514,77 @@ def _show_finish(result: "FinishResult") -> None:
     console.print(table)
     if result.checkpoint:
         console.print(f"checkpoint: {result.checkpoint}", soft_wrap=True)
+
+
+def _show_evaluation(result: "EvaluationResult") -> None:
+    from rich.table import Table
+
+    console = _console()
+    title = f"{result.run} at step {result.step} on {result.images} target images: {result.protocol}, {result.how}"
+    console.print(title, markup=False, soft_wrap=True)
+    table = Table("class", box=None)
+    table.add_column("IoU", justify="right")
+    for name, iou in result.iou.items():
+        table.add_row(name, _number(iou))
+    console.print(table)
+    for name, value in result.metrics.items():
+        if "/iou/" not in name:
+            console.print(f"{name} {value:.4f}    in MLflow: {result.tracked}/{name}", soft_wrap=True)
+    if result.predictions is not None:
+        console.print(f"predictions: {result.predictions}", soft_wrap=True, markup=False)
+
+
+@contextlib.contextmanager
+def _progress_bar(title: str) -> "Iterator[Callable[[int, int], None]]":
+    """Show a bar on a terminal; yields what moves it by a number of steps out of a total."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = _console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, advance=done, total=total)
+
+
+def _show_report(report: "DatasetReport") -> None:
+    from itertools import groupby
+
+    from rich.table import Table
+
+    console = _console()
+    for name, split in report.splits.items():
+        sizes = ", ".join(f"{size} ({count})" for size, count in list(split.sizes.items())[:_SHOWN_SIZES])
+        more = len(split.sizes) - _SHOWN_SIZES
+        sizes += f" and {more} more" if more > 0 else ""
+        console.print(
+            f"{name}: {split.images} images, {split.labels} labels, about {_bytes(split.packed_bytes)} packed"
+        )
+        console.print(f"  sizes: {sizes or '-'}", soft_wrap=True)
+        labelled = sum(split.pixels.values())
+        if labelled:
+            table = Table(box=None, title=f"{report.kind} {name}: classes")
+            for column in ("class", "pixels", "labels with it"):
+                table.add_column(column, justify="left" if column == "class" else "right")
+            for label, pixels in split.pixels.items():
+                table.add_row(label, f"{pixels / labelled:.2%}", str(split.images_with.get(label, "")))
+            console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    for problem, faults in groupby(sorted(report.faults, key=lambda fault: fault.problem), lambda fault: fault.problem):
+        found = list(faults)
+        console.print(f"\n{problem} ({len(found)}):", markup=False)
+        for fault in found:
+            console.print(f"  {fault.path}  {fault.detail}".rstrip(), markup=False, soft_wrap=True)
+    console.print(f"\n{len(report.faults)} faults in {report.root}" if report.faults else f"{report.root} is sound.")
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
 
 
 def _console(*, stderr: bool = False) -> "Console":

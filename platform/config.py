@@ -140,16 +140,27 @@ def read_experiment(path: Path) -> dict[str, Any]:
         raise UsageError(f"An experiment file must be YAML, but {path} is not: {error}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"An experiment file must hold KEY: VALUE pairs, but {path} holds {type(content).__name__}.")
-    return dict(_flatten(content))
+    return dict(flatten(content))
 
 
-def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings by dotted key."""
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            yield from _flatten(value, f"{name}.")
+            yield from flatten(value, f"{name}.")
         else:
             yield name, value
+
+
+def anchored(values: Values) -> dict[str, Any]:
+    """Return the settings with the roots of datasets made absolute: trials run in other working directories."""
+    found = dict(values)
+    for key in ("data.source", "data.target"):
+        kind, separator, root = str(values.get(key, "")).partition(":")
+        if separator and root and "://" not in root:
+            found[key] = f"{kind}:{Path(root).expanduser().absolute()}"
+    return found
 
 
 def resolve(method: str, values: Values) -> TrialConfig:

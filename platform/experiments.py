@@ -234,6 +234,8 @@ class _Session:
 
     def run(self, clock: _Clock) -> tuple[int, bool]:
         """Run what is to do; returns the number of failed trials and whether some did not end."""
+        for note in self._data_notes():
+            self.options.say(note)
         if self.record.kind == "finish":  # hangs under the trial that it continues, and starts from its checkpoint
             results = self._run_trials()
             clock.lap("trials")
@@ -285,11 +287,20 @@ class _Session:
         title += f", {self.concurrent} at a time)" if record.kind == "search" else ")"
         return run_experiment(self.spec, labels, steps, self.tracker, title, plan)
 
+    def _data_notes(self) -> list[str]:
+        """Return what was decided about the data, such as the classes that are trained."""
+        from segadapt.trainables.core.data.datasets import load_data
+
+        configs = {config.data: None for config in self.record.configs().values() if config.data.source is not None}
+        return [note for config in configs for note in load_data(config)[0].notes]
+
     def _open_parent(self) -> None:
         from segadapt.platform.tracking import KIND_TAG, METHOD_TAG, STATE_TAG, RunInfo
 
         record, found = self.record, environment()
         tags = {KIND_TAG: record.kind, METHOD_TAG: record.methods, STATE_TAG: "running", **git_tags(found)}
+        if notes := self._data_notes():
+            tags["segadapt.data"] = "\n".join(notes)
         params = {"method": record.methods, "objective": record.objective, "trials": record.trials, "seed": record.seed}
         if len(record.candidates) == 1:
             params |= next(iter(record.candidates.values())).fixed

@@ -47,8 +47,8 @@ def own_steps(config: TrialConfig) -> int:
 def stage_keys(config: TrialConfig, fingerprint: str) -> list[StageKey]:
     """Return the keys of a trial's shared stages in order; each depends on the one before.
 
-    The warm-up depends on data, network, `warmup.*`, the optimiser's and trainer's settings that act in it, and the
-    seed; later shared stages on their method besides.
+    The warm-up depends on data, network, `warmup.*`, the optimiser's, trainer's and augmentation's settings that act in
+    it, and the seed; later shared stages on their method besides.
 
     Args:
         config: Without searched values (`TrialSpec.shared_config`): what a trial varies never acts on a shared stage.
@@ -66,6 +66,9 @@ def stage_keys(config: TrialConfig, fingerprint: str) -> list[StageKey]:
         "batch": [config.trainer.batch_size, config.trainer.accumulate, config.trainer.precision],
         "seed": config.seed,
     }
+    augmentation = config.augmentation.in_every_stage()
+    if augmentation:
+        content["augmentation"] = augmentation
     keys: list[StageKey] = []
     for stage in split_plan(config)[0]:
         content = {"parent": keys[-1].hash, "method": config.method_name} if keys else content

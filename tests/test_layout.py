@@ -14,6 +14,8 @@ FORBIDDEN = {
     "trainables": {"ray", "mlflow", "optuna", "yaml", "pydantic", "segadapt.platform", "segadapt.search_spaces"},
     "search_spaces": {"ray", "mlflow", "torch", "segadapt.platform"},
 }
+ALLOWED = {"trainables/core/data/folder.py": {"yaml"}}
+"""Own data lists its classes in YAML; imported when such a folder is opened."""
 
 
 def test_the_standard_library_platform_is_found_from_the_root() -> None:
@@ -45,7 +47,7 @@ def test_imports_point_one_way(folder: str) -> None:
             elif isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             for name in names:
-                for forbidden in FORBIDDEN[folder]:
+                for forbidden in FORBIDDEN[folder] - ALLOWED.get(path.relative_to(ROOT).as_posix(), set()):
                     assert not f"{name}.".startswith(f"{forbidden}."), f"{path} imports {name}"
 
 

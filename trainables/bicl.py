@@ -5,7 +5,8 @@ Source: Lee et al., Bi-directional Contrastive Learning for Domain Adaptive Sema
 Differs: the paper's dynamic labels and calibration are missing from the code; the variant `full` adds them in formulas
 of our own. A pair without common class and a batch without labels cost 0, there NaN. Pseudo labels come from the
 network in evaluation mode, and are made before the first round too; the target is shuffled. Batch norm follows the
-network's setting. There is no random scale and crop. The schedule's length is `optimizer.horizon`, 1.2 in the code.
+network's setting. Random scale and crop are off by default. The schedule's length is `optimizer.horizon`,
+1.2 in the code.
 """
 
 import copy

@@ -5,8 +5,8 @@ Segmentation, arXiv 2105.02001, IJCNN 2022. No official code was found; only tit
 a contrastive loss on category-wise centroids across domains, and pseudo labels from a memory-efficient temporal
 ensemble; the formulas here are ours, some values are from the authors' mariodoebler/test-time-adaptation.
 Differs: the learning rate starts anew in each round, as do the optimiser's moments; the schedule's length is
-`optimizer.horizon`. There is no random scale and crop, and blur and colour follow `augmentation.*`. Batch norm follows
-the network's setting. The warm-up is the one all methods share, with its Lovász-Softmax.
+`optimizer.horizon`. Scale, crop, blur and colour follow `augmentation.*`. Batch norm follows the network's setting. The
+warm-up is the one all methods share, with its Lovász-Softmax.
 """
 
 from collections.abc import Iterator

@@ -6,8 +6,8 @@ figure's caption could be read. The losses of the modes follow Karlinsky et al.,
 training follow Zou et al., Confidence Regularized Self-Training, ICCV 2019, yzou2/CRST, whose rule the authors' earlier
 engrjavediqbal/MLSL shares. What is our own choice is marked in the settings.
 Differs from those: every batch has as many source as target images and any source image may come, there 3 % of them
-per round; target images are enlarged around rare classes, but not scaled otherwise; the learning rate follows the
-trainer's schedule, there it is constant.
+per round; target images are enlarged around rare classes, and by default not scaled otherwise; the learning rate
+follows the trainer's schedule, there it is constant.
 """
 
 from dataclasses import dataclass

@@ -53,6 +53,7 @@ class AggregatingSegmenter(Segmenter):
             feature_channels=segmenter.feature_channels,
             num_classes=segmenter.num_classes,
             align_corners=False,
+            normalisation=segmenter.normalisation,
         )
         self.mean, self.std = segmenter.mean, segmenter.std
         self.weight = weight

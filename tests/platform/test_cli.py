@@ -1,6 +1,5 @@
 """The command line as a user meets it: what is wrong is said once, before anything starts."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -25,7 +24,12 @@ Call = Callable[..., CompletedProcess[str]]
         (("train", "sdca", "steps"), "A setting must be written KEY=VALUE"),
         (("search", "sdca", "--trials", "0"), "must be positive"),
         (("search", "sdca", "--objective", "accuracy"), "--objective must be one of target_val/miou"),
-        (("search", "sdca", "data.name=folder", "data.root=absent"), "data.root must be an existing folder"),
+        (("search", "sdca", "data.source=gta5:absent"), "data.source and data.target must be given together"),
+        (
+            ("search", "sdca", "data.source=gta5:absent", "data.target=cityscapes:absent"),
+            "The root of a gta5 dataset must be an existing folder",
+        ),
+        (("train", "sdca", "data.source=kitti:a", "data.target=gta5:b"), "data.source must be KIND:ROOT with KIND one"),
         (("search", "sdca", "--name", "../escape"), "A name must be 1 to 100 letters"),
         (("search", "sdca", "--launcher", "rocket"), "--launcher must be auto, train or inprocess"),
         (("search", "sdca", "--storage", "s3://bucket"), "--storage must be a folder"),
@@ -44,6 +48,10 @@ Call = Callable[..., CompletedProcess[str]]
         (("ui",), "must hold runs"),
         (("describe", "nonesuch"), "A method must be one of"),
         (("data", "show", "absent/sheet.png"), "The folder of the picture must exist"),
+        (("data", "make", "town", "--format", "kitti"), "--format must be one of gta5, synthia, cityscapes, folder"),
+        (("data", "check", "kitti", "."), "The kind of a dataset must be one of gta5"),
+        (("data", "check", "gta5", "absent"), "The root of a gta5 dataset must be an existing folder"),
+        (("data", "check", "folder", "."), "classes.yaml must list the classes"),
     ],
 )
 def test_wrong_usage_is_one_clear_error(
@@ -125,34 +133,6 @@ def test_a_full_disk_is_refused(segadapt: Call, monkeypatch: pytest.MonkeyPatch)
     done = segadapt("search", "sdca")
     assert done.returncode == 2
     assert "MiB free" in done.stderr
-
-
-def test_streets_as_a_folder_reads_back_and_a_broken_file_names_itself(segadapt: Call, tmp_path: Path) -> None:
-    import torch
-
-    from segadapt.platform.config import resolve
-    from segadapt.trainables.core.data.datasets import load_data
-
-    small = ["data.streets.train_images=3", "data.streets.val_images=2"]
-    assert segadapt("data", "make", "town", *small).returncode == 0
-    assert "must be new or empty" in segadapt("data", "make", "town").stderr
-    values = {"data.name": "folder", "data.root": str(tmp_path / "town")}
-    data, evaluation = load_data(resolve("sdca", values).data)
-    streets, _ = load_data(resolve("sdca", {"data.streets.train_images": 3, "data.streets.val_images": 2}).data)
-    assert data.classes == streets.classes
-    assert len(data.target) == 3
-    assert len(evaluation.target) == 2
-    for index in range(3):
-        assert torch.equal(data.source.image(index), streets.source.image(index))
-        assert torch.equal(data.source.label(index), streets.source.label(index))
-        assert torch.equal(data.target.image(index), streets.target.image(index))
-    assert not hasattr(data.target, "label")
-    victim = sorted((tmp_path / "town" / "source" / "train" / "images").iterdir())[0]
-    victim.write_bytes(victim.read_bytes()[:50])
-    with pytest.raises(ValueError, match=victim.name):
-        data.source.image(0)
-    (tmp_path / "town" / "classes.json").write_text(json.dumps([{"name": "road"}]))
-    assert "must list the classes" in segadapt("train", "source_only", *[f"{k}={v}" for k, v in values.items()]).stderr
 
 
 def test_the_contact_sheet_is_a_picture(segadapt: Call, tmp_path: Path) -> None:

@@ -77,6 +77,19 @@ def test_shapes_must_agree() -> None:
         confusion_matrix(torch.zeros(1, 4, 4), torch.zeros(1, 8, 8), 2)
 
 
+def test_labels_of_no_class_are_refused_by_value() -> None:
+    labels = torch.tensor([0, 1, 7, 200, IGNORE_INDEX], dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"below 3 or 255, but got \[7, 200\]. Check the class map"):
+        confusion_matrix(torch.zeros(5, dtype=torch.int64), labels, 3)
+
+
+@pytest.mark.parametrize("num_classes", [127, 128, 255])
+def test_many_classes_fit(num_classes: int) -> None:
+    classes = torch.arange(num_classes, dtype=torch.uint8)
+    expected = torch.eye(num_classes, dtype=torch.int64).flip(0)
+    assert torch.equal(confusion_matrix(classes.flip(0), classes, num_classes), expected)
+
+
 def joined_set() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 4, (6, 8, 8), generator=generator)

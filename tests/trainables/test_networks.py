@@ -1,6 +1,8 @@
 """Promises of the networks: one interface, two parts, reproducible, honest about weights."""
 
 import copy
+import sys
+import types
 import urllib.error
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segadapt.trainables.core.networks import (
+    CAFFE_BGR,
+    IMAGENET_RGB,
     NETWORKS,
     FrozenBatchNorm,
     NetworkConfig,
@@ -26,10 +30,12 @@ CLASSES = 5
 SHAPES = {  # output stride and feature channels
     "compact": (4, 64),
     "deeplabv2_resnet101": (8, 2048),
+    "deeplabv2_resnet101_caffe": (8, 2048),
     "deeplabv3_resnet50": (8, 2048),
     "lraspp_mobilenet_v3_large": (8, 168),
 }
-WITH_BATCH_NORM = [name for name in NETWORKS if name != "compact"]
+PUBLISHED = [name for name, recipe in NETWORKS.items() if recipe.published]
+CAFFE = "deeplabv2_resnet101_caffe"
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -54,9 +60,10 @@ def test_every_network_is_listed_with_its_shapes() -> None:
 
 def test_logits_and_features_lie_on_one_grid(segmenter: Segmenter, name: str) -> None:
     stride, channels = SHAPES[name]
+    more = int(name == CAFFE)  # its pooling rounds up: PLCA's 512x1024 gives 65x129 cells
     output = segmenter.train()(small_images())
-    assert output.logits.shape == (2, CLASSES, 32 // stride, 48 // stride)
-    assert output.features.shape == (2, channels, 32 // stride, 48 // stride)
+    assert output.logits.shape == (2, CLASSES, 32 // stride + more, 48 // stride + more)
+    assert output.features.shape == (2, channels, 32 // stride + more, 48 // stride + more)
     assert segmenter.feature_channels == channels
     assert segmenter.num_classes == CLASSES
 
@@ -97,12 +104,36 @@ def test_names_are_unique_once_places_are_dropped(segmenter: Segmenter) -> None:
     assert load_weights(segmenter, segmenter.state_dict()).missing == ()
 
 
-def test_normalised_images_are_a_float_in_imagenet_units(segmenter: Segmenter) -> None:
+def test_normalised_images_are_a_float_in_imagenet_units(segmenter: Segmenter, name: str) -> None:
+    if name == CAFFE:
+        return
+    assert segmenter.normalisation is IMAGENET_RGB
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     normalised = segmenter.normalise(images)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(normalised[:, :, 0, 0], torch.stack([-mean / std, (1 - mean) / std]))
     assert "mean" not in segmenter.state_dict()
+
+
+def test_caffe_networks_see_blue_first_and_unscaled() -> None:
+    segmenter = build_segmenter(CAFFE, CLASSES)
+    assert segmenter.normalisation is CAFFE_BGR
+    images = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    normalised = segmenter.normalise(images)
+    expected = torch.tensor([30 - 104.00698793, 20 - 116.66876762, 10 - 122.67891434])
+    torch.testing.assert_close(normalised, expected.view(1, 3, 1, 1).expand(2, 3, 4, 4))
+    assert normalised.dtype == torch.float32
+    torch.testing.assert_close(segmenter.normalise(images[0]), normalised[0])
+    assert "mean" not in segmenter.state_dict()
+
+
+def test_plca_deploys_the_networks_normalisation() -> None:
+    from segadapt.trainables.core.method import WarmupConfig
+    from segadapt.trainables.plca import PLCA
+
+    segmenter = build_segmenter("compact", CLASSES)
+    segmenter.normalisation = CAFFE_BGR
+    assert PLCA(segmenter, PLCA.Config(), WarmupConfig()).deployed.normalisation is CAFFE_BGR
 
 
 @pytest.mark.parametrize("name", ["compact", "lraspp_mobilenet_v3_large"])
@@ -290,6 +321,137 @@ def test_deeplabv2_backbone_equals_torchvision() -> None:
         torch.testing.assert_close(features.flatten(1), original.double().eval()(images))
 
 
+class CaffeBottleneck(nn.Module):
+    """A block of the public DeepLab-v2 networks in PyTorch, written out."""
+
+    def __init__(self, inputs: int, planes: int, stride: int, dilation: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, planes, 1, stride=stride, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.downsample = None
+        if inputs != 4 * planes:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, 4 * planes, 1, stride=stride, bias=False), nn.BatchNorm2d(4 * planes)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.bn1(self.conv1(x)))
+        inner = F.relu(self.bn2(self.conv2(inner)))
+        inner = self.bn3(self.conv3(inner))
+        return F.relu(inner + (x if self.downsample is None else self.downsample(x)))
+
+
+class CaffeDeepLab(nn.Module):
+    """The public DeepLab-v2 networks in PyTorch, written out; the source of Caffe-converted weights' names."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        plan = [(64, 64, 3, 1, 1), (256, 128, 4, 2, 1), (512, 256, 23, 1, 2), (1024, 512, 3, 1, 4)]
+        for number, (inputs, planes, blocks, stride, dilation) in enumerate(plan, 1):
+            stage = [CaffeBottleneck(inputs, planes, stride, dilation)]
+            stage += [CaffeBottleneck(4 * planes, planes, 1, dilation) for _ in range(blocks - 1)]
+            self.add_module(f"layer{number}", nn.Sequential(*stage))
+        self.layer5 = nn.Module()
+        self.layer5.conv2d_list = nn.ModuleList(
+            nn.Conv2d(2048, num_classes, 3, padding=rate, dilation=rate) for rate in (6, 12, 18, 24)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        for number in range(1, 5):
+            x = self.get_submodule(f"layer{number}")(x)
+        return sum(convolution(x) for convolution in self.layer5.conv2d_list), x  # type: ignore[union-attr, return-value]
+
+
+@pytest.mark.parametrize("prefix", ["", "Scale."])
+def test_caffe_layout_fills_the_whole_network_and_gives_the_same_logits(
+    tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(1)
+    original = CaffeDeepLab(CLASSES).eval()
+    for module in original.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            module.running_mean.uniform_(-1, 1)  # type: ignore[union-attr]
+    path = saved(tmp_path, {f"{prefix}{key}": value for key, value in original.state_dict().items()})
+    with caplog.at_level("INFO"):
+        segmenter = build_segmenter(CAFFE, CLASSES, weights=path).eval()
+    assert "missing: none; unexpected: none" in caplog.text
+    assert any(isinstance(module, FrozenBatchNorm) for module in segmenter.backbone.modules())
+    images = torch.randn(1, 3, 34, 51, dtype=torch.float64)
+    with torch.no_grad():
+        logits, features = original.double()(images)
+        found = segmenter.double()(images)
+    torch.testing.assert_close(found.features, features)
+    torch.testing.assert_close(found.logits, logits)
+
+
+def test_caffe_backbone_without_head_leaves_the_head_fresh(tmp_path: Path) -> None:
+    state = CaffeDeepLab(CLASSES).state_dict()
+    state = {key: value for key, value in state.items() if not key.startswith("layer5")}
+    state |= {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
+    report = load_weights(build_segmenter(CAFFE, CLASSES), state)
+    assert report.unexpected == ("fc.weight", "fc.bias")
+    assert report.missing
+    assert all(key.startswith("head.") for key in report.missing)
+
+
+def test_caffe_weights_are_not_downloaded() -> None:
+    with pytest.raises(ValueError, match=r"must be none or a \.pth, .*no weights are published"):
+        build_segmenter(CAFFE, CLASSES, weights="IMAGENET1K_V1")
+
+
+def test_a_backbone_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    state = build_segmenter("compact", CLASSES).state_dict()
+    name = next(key for key in state if key.startswith("backbone.") and state[key].ndim == 4)
+    state[name] = state[name][:, :1]
+    with pytest.raises(ValueError, match=rf"1 tensors differ: {name} is \(.*\), not \(.*\)\. Choose the network.name"):
+        build_segmenter("compact", CLASSES, weights=saved(tmp_path, state))
+
+
+def test_a_backbone_that_is_not_whole_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = build_segmenter("compact", CLASSES).state_dict()
+    name = next(key for key in state if key.startswith("backbone."))
+    del state[name]
+    with caplog.at_level("WARNING"):
+        build_segmenter("compact", CLASSES, weights=saved(tmp_path, state))
+    assert f"missing: {name}; unexpected: none" in caplog.text
+
+
+def test_a_file_without_names_is_refused(tmp_path: Path) -> None:
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"file of named tensors, but .*list\.pth holds a list"):
+        build_segmenter("compact", CLASSES, weights=str(tmp_path / "list.pth"))
+
+
+def test_safetensors_are_read_by_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = build_segmenter("compact", CLASSES)
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"")
+    package: Any = types.ModuleType("safetensors.torch")
+    package.load_file = lambda given: {str(given == path): torch.zeros(1), **original.state_dict()}
+    monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", package)
+    loaded = build_segmenter("compact", CLASSES, weights=str(path))
+    torch.testing.assert_close(loaded.state_dict(), original.state_dict(), rtol=0, atol=0)
+
+
+def test_safetensors_without_their_package_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match=r"needs the package safetensors, which is not installed. Install it"):
+        build_segmenter("compact", CLASSES, weights=str(path))
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, {"encoder.weight": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"none fits. Missing: .* Unexpected: encoder.weight"):
@@ -314,7 +476,7 @@ def test_unknown_weight_names_list_the_known_ones() -> None:
         build_segmenter("compact", CLASSES, weights="IMAGENET1K_V1")
 
 
-@pytest.mark.parametrize("name", WITH_BATCH_NORM)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_impossible_download_says_what_to_do(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: object, **kwargs: object) -> None:
         raise urllib.error.URLError("no route to host")

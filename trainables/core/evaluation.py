@@ -1,16 +1,47 @@
 """Evaluation on labelled validation images: the one place that sees target labels."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, ClassList, EvaluationData, LabelledImages
-from segadapt.trainables.core.data.loading import one_pass
-from segadapt.trainables.core.metrics import ConfusionMatrix
+from segadapt.trainables.core.data.loading import one_pass, worker_share
+from segadapt.trainables.core.data.sampling import in_threads
+from segadapt.trainables.core.metrics import ConfusionMatrix, intersection_over_union
 from segadapt.trainables.core.networks import Segmenter
+from segadapt.trainables.core.validation import check
+
+_GALLERY_WIDTH = 512
+"""Widest picture in a gallery: a checkpoint carries one, and Cityscapes' own size would take it 20 MB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """How a network is asked about an image: once, or several times with the class probabilities averaged."""
+
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes at which the image is shown, as factors of its own size per side."""
+    flip: bool = False
+    """Whether each size is also shown mirrored left to right."""
+
+    def __post_init__(self) -> None:
+        check(len(self.scales) > 0, "at least one scale must be given", self.scales)
+        check(len(set(self.scales)) == len(self.scales), "scales must differ from each other", self.scales)
+        for scale in self.scales:
+            check(0.1 <= scale <= 10, "a scale must lie in [0.1, 10]", scale)
+
+    def __str__(self) -> str:
+        scales = "single scale" if self.scales == (1.0,) else f"scales {' '.join(f'{s:g}' for s in self.scales)}"
+        return f"{scales}, {'flip' if self.flip else 'no flip'}"
+
+
+ONCE = Inference()
+"""The image as it is, which is how the papers evaluate."""
 
 
 @dataclass(frozen=True)
@@ -42,32 +73,145 @@ class Evaluation:
         return numbers
 
 
-def predict(segmenter: Segmenter, images: Tensor, size: tuple[int, int]) -> Tensor:
+@dataclass(frozen=True)
+class Protocol:
+    """Which classes a published number is the mean of."""
+
+    metric: str
+    """Name of the mean; carries the subset."""
+    counted: frozenset[str] | None
+    """Classes whose true pixels count, those of others are left out; None counts all."""
+    averaged: frozenset[str] | None
+    """Classes in the mean; None averages all."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a protocol makes of a confusion matrix."""
+
+    iou: dict[str, float]
+    """Of the averaged classes, in their order; NaN for one that is neither present nor predicted."""
+    miou: float
+    """Mean over those that have an IoU; NaN if none has."""
+
+    def metrics(self, domain: str, protocol: Protocol) -> dict[str, float]:
+        """Return the numbers to report, by their tracked names; what is NaN is left out."""
+        numbers = {f"{domain}/{protocol.metric}": self.miou}
+        numbers |= {f"{domain}/iou/{name}": iou for name, iou in self.iou.items()}
+        return {name: value for name, value in numbers.items() if value == value}
+
+
+def score(confusion: Tensor, names: Sequence[str], protocol: Protocol) -> Score:
+    """Return the IoUs and their mean under a protocol.
+
+    Pixels of a counted class that were predicted as any other class are misses, whether that is averaged or not.
+
+    Args:
+        confusion: (C, C), rows are the truth, columns the prediction.
+        names: Of the C classes.
+        protocol: Its averaged classes must be among `names`.
+    """
+    counted = torch.tensor([protocol.counted is None or name in protocol.counted for name in names])
+    values = intersection_over_union(confusion * counted[:, None]).tolist()
+    iou = {
+        name: value
+        for name, value in zip(names, values, strict=True)
+        if protocol.averaged is None or name in protocol.averaged
+    }
+    valid = [value for value in iou.values() if value == value]
+    return Score(iou, sum(valid) / len(valid) if valid else float("nan"))
+
+
+def views(segmenter: Segmenter, images: Tensor, inference: Inference = ONCE) -> list[Tensor]:
+    """Return what a network says of uint8 images (B, 3, H, W) each time it is asked.
+
+    Images are resized bilinearly, with antialiasing where they shrink; mirrored answers are mirrored back.
+
+    Returns:
+        Logits at feature resolution, (B, C, h, w) float32 each; h and w differ between scales.
+    """
+    normalised = segmenter.normalise(images)
+    answers = []
+    for scale in inference.scales:
+        size = [max(1, round(side * scale)) for side in images.shape[-2:]]
+        shown = normalised if scale == 1 else F.interpolate(normalised, size=size, mode="bilinear", antialias=True)
+        answers.append(segmenter(shown).logits.float())
+        if inference.flip:
+            answers.append(segmenter(shown.flip(-1)).logits.float().flip(-1))
+    return answers
+
+
+def mean_probabilities(segmenter: Segmenter, answers: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Return class probabilities (B, C, *size), averaged over `answers`, logits (B, C, h, w) of any resolution each."""
+    total = segmenter.upsample(answers[0], size).softmax(1)
+    for logits in answers[1:]:
+        total += segmenter.upsample(logits, size).softmax(1)
+    return total.div_(len(answers))
+
+
+def decide(segmenter: Segmenter, answers: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Return class indices, (B, *size) int64, of one or more `answers`, logits (B, C, h, w)."""
+    if len(answers) == 1:
+        return segmenter.upsample(answers[0], size).argmax(1)
+    return mean_probabilities(segmenter, answers, size).argmax(1)
+
+
+def predict(segmenter: Segmenter, images: Tensor, size: tuple[int, int], inference: Inference = ONCE) -> Tensor:
     """Return class indices, (B, *size) int64, of uint8 images (B, 3, H, W)."""
-    output = segmenter(segmenter.normalise(images))
-    return segmenter.upsample(output.logits.float(), size).argmax(1)
+    return decide(segmenter, views(segmenter, images, inference), size)
 
 
 @torch.no_grad()
 def evaluate_domain(
-    segmenter: Segmenter, images: LabelledImages, classes: ClassList, device: torch.device, batch_size: int
+    segmenter: Segmenter,
+    images: LabelledImages,
+    classes: ClassList,
+    device: torch.device,
+    batch_size: int,
+    *,
+    threads: int = 0,
+    inference: Inference = ONCE,
+    see: Callable[[str, Tensor], None] | None = None,
 ) -> DomainEvaluation:
-    """Count predictions against labels at label size over the whole set, shared out over the workers."""
+    """Count predictions against labels at label size over the whole set, shared out over the workers.
+
+    Memory does not grow with the set: beside what is read ahead, it holds one batch at the size the network sees and
+    one image's logits at label size. Labels may differ in size.
+
+    Args:
+        segmenter: In evaluation mode.
+        images: The set.
+        classes: Of the set and of the network.
+        device: Where the network is.
+        batch_size: Images the network is shown at a time.
+        threads: That read ahead, up to a batch of images and twice as many labels as threads.
+        inference: How it is asked.
+        see: Receives the id and the prediction, (H, W) int64, of each image of this worker.
+    """
     confusion = ConfusionMatrix(len(classes))
-    for batch, indices in one_pass(images, batch_size):
-        labels = torch.stack([images.label(index) for index in indices]).to(device, torch.int64)
-        size = (labels.shape[-2], labels.shape[-1])
-        confusion.update(predict(segmenter, batch.to(device), size), labels)
+    labels = in_threads(images.label, worker_share(images), threads)
+    for batch, indices in one_pass(images, batch_size, threads=threads):
+        answers = views(segmenter, batch.to(device), inference)
+        for row, index in enumerate(indices):
+            label = next(labels).to(device)
+            size = (label.shape[-2], label.shape[-1])
+            prediction = decide(segmenter, [logits[row : row + 1] for logits in answers], size)[0]
+            confusion.update(prediction, label)
+            if see is not None:
+                see(images.ids[index], prediction)
     confusion.reduce()
     return DomainEvaluation(confusion.counts.cpu(), confusion.iou().cpu(), confusion.miou())
 
 
-def evaluate(segmenter: Segmenter, data: EvaluationData, device: torch.device, batch_size: int) -> Evaluation:
+def evaluate(
+    segmenter: Segmenter, data: EvaluationData, device: torch.device, batch_size: int, *, threads: int = 0
+) -> Evaluation:
     """Evaluate both domains; the network is left in the mode it was in."""
     training = segmenter.training
     segmenter.eval()
     source, target = (
-        evaluate_domain(segmenter, images, data.classes, device, batch_size) for images in (data.source, data.target)
+        evaluate_domain(segmenter, images, data.classes, device, batch_size, threads=threads)
+        for images in (data.source, data.target)
     )
     segmenter.train(training)
     return Evaluation(source, target, data.classes)
@@ -84,13 +228,15 @@ def colorize(labels: Tensor, classes: ClassList) -> Tensor:
 def save_gallery(
     segmenter: Segmenter, data: EvaluationData, device: torch.device, path: Path, samples: int = 6
 ) -> None:
-    """Write a picture of target validation samples, one row each: input, label, prediction."""
+    """Write a picture of target validation samples, one row each: input, label, prediction; large ones are reduced."""
     training = segmenter.training
     segmenter.eval()
     rows = []
     step = max(1, len(data.target) // samples)
     for index in range(0, len(data.target), step)[:samples]:
         image, label = data.target.image(index), data.target.label(index)
+        every = -(-label.shape[-1] // _GALLERY_WIDTH)
+        label = label[::every, ::every]
         size = (label.shape[-2], label.shape[-1])
         prediction = predict(segmenter, image[None].to(device), size)[0].cpu()
         shown = torch.nn.functional.interpolate(image[None].float(), size).byte()[0].permute(1, 2, 0)

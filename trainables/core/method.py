@@ -73,7 +73,10 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class StageData:
-    """What a method may look at before a stage: both domains un-augmented, and a folder for what it writes."""
+    """What a method may look at before a stage: both domains un-augmented, and a folder for what it writes.
+
+    Images have the size of `augmentation.source_size` and `augmentation.target_size`, where those are set.
+    """
 
     folder: Path
     target_ids: Sequence[str]

@@ -6,6 +6,9 @@ from torch import Tensor
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.distributed import sum_over_workers
 
+_LABELS = IGNORE_INDEX + 1
+"""Values that a label may take."""
+
 
 def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Count pixels by true and predicted class.
@@ -19,16 +22,34 @@ def confusion_matrix(predictions: Tensor, labels: Tensor, num_classes: int) -> T
         (C, C) int64 on the labels' device; rows are the truth, columns the prediction.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or a label is neither a class index nor 255.
     """
     if predictions.shape != labels.shape:
         raise ValueError(
             f"`predictions` and `labels` must have the same shape, but got {tuple(predictions.shape)} and "
             f"{tuple(labels.shape)}. Upsample the logits to the label size first."
         )
-    counted = labels != IGNORE_INDEX
-    pairs = labels[counted].long() * num_classes + predictions[counted].long()
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    # A row for each of the 256 labels: counting the ignored pixels too is faster than picking out the others.
+    narrow = torch.int16 if _LABELS * num_classes <= torch.iinfo(torch.int16).max else torch.int32
+    pairs = labels.to(narrow) * num_classes + predictions.to(narrow)
+    rows = torch.bincount(pairs.flatten(), minlength=_LABELS * num_classes).view(_LABELS, num_classes)
+    if rows[num_classes:IGNORE_INDEX].any():
+        unknown = rows[num_classes:IGNORE_INDEX].any(1).nonzero().flatten() + num_classes
+        raise ValueError(
+            f"Labels must be class indices below {num_classes} or {IGNORE_INDEX}, but got {unknown.tolist()}. "
+            "Check the class map of the data."
+        )
+    return rows[:num_classes]
+
+
+def intersection_over_union(counts: Tensor) -> Tensor:
+    """Return intersection over union per class, (C,) float64, of counts (C, C).
+
+    NaN for an absent class: one that is neither true nor predicted anywhere, so that its union is empty. A class
+    that is predicted where it never is scores 0.
+    """
+    hits = counts.diagonal().double()
+    return hits / (counts.sum(0) + counts.sum(1) - hits)
 
 
 class ConfusionMatrix:
@@ -51,13 +72,8 @@ class ConfusionMatrix:
         self.counts = sum_over_workers(self.counts)
 
     def iou(self) -> Tensor:
-        """Return intersection over union per class, (C,) float64.
-
-        NaN for an absent class: one that is neither true nor predicted anywhere, so that its union is empty. A class
-        that is predicted where it never is scores 0.
-        """
-        hits = self.counts.diagonal().double()
-        return hits / (self.counts.sum(0) + self.counts.sum(1) - hits)
+        """Return `intersection_over_union` of the counts."""
+        return intersection_over_union(self.counts)
 
     def miou(self) -> float:
         """Return the mean of `iou` over the classes that are not absent; NaN if all are."""

@@ -4,12 +4,14 @@
 |---|---|---|---|
 | compact | 4 | 64 | four dilated convolutions, summed |
 | deeplabv2_resnet101 | 8 | 2048 | four dilated convolutions, summed |
+| deeplabv2_resnet101_caffe | 8 | 2048 | the same on Caffe's ResNet-101, whose input is BGR |
 | deeplabv3_resnet50 | 8 | 2048 | atrous spatial pyramid pooling |
 | lraspp_mobilenet_v3_large | 8 | 168 | lite reduced pyramid pooling |
 
 B images of H x W pixels, D feature channels, C classes, h x w cells of the feature map.
 """
 
+import importlib
 import logging
 import pickle
 from collections import OrderedDict
@@ -25,8 +27,27 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+_FILES = (".pth", ".pt", ".safetensors")
+_FILES_SHOWN = ".pth, .pt or .safetensors"
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How RGB images in 0..255 become a network's input: channels ordered, mean subtracted, divided by deviation."""
+
+    mean: tuple[float, float, float]
+    """In units of `unit`, in the order of the network's channels."""
+    std: tuple[float, float, float]
+    """Likewise."""
+    unit: float = 1.0
+    bgr: bool = False
+    """Whether the network takes blue first."""
+
+
+IMAGENET_RGB = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), unit=255.0)
+"""torchvision's. Paper: SDCA, DRSL."""
+CAFFE_BGR = Normalisation(mean=(104.00698793, 116.66876762, 122.67891434), std=(1.0, 1.0, 1.0), bgr=True)
+"""Caffe's. Paper: PLCA, BiCL, CLST."""
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -38,7 +59,7 @@ class NetworkConfig:
     name: str = "compact"
     """One of `NETWORKS`."""
     weights: str | None = None
-    """None or "none": random. A path ending in .pth or .pt: that file. Else torchvision's name, "IMAGENET1K_V1"."""
+    """Null or "none": random. A path ending in .pth, .pt or .safetensors: that file. Else like "IMAGENET1K_V1"."""
     freeze_norm: bool | None = None
     """Keep the backbone's batch norm constant, affine part and statistics; null: if weights are loaded.
 
@@ -66,6 +87,7 @@ class Segmenter(nn.Module):
         feature_channels: D.
         num_classes: C.
         align_corners: Corner rule of `upsample`.
+        normalisation: Of the backbone's input.
     """
 
     mean: Tensor
@@ -79,6 +101,7 @@ class Segmenter(nn.Module):
         feature_channels: int,
         num_classes: int,
         align_corners: bool = True,
+        normalisation: Normalisation = IMAGENET_RGB,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -86,8 +109,12 @@ class Segmenter(nn.Module):
         self.feature_channels = feature_channels
         self.num_classes = num_classes
         self.align_corners = align_corners
-        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.normalisation = normalisation
+        mean, std = (
+            normalisation.unit * torch.tensor(part).view(3, 1, 1) for part in (normalisation.mean, normalisation.std)
+        )
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(self, images: Tensor) -> SegmenterOutput:
         """Return logits and features of normalised images, (B, 3, H, W) float."""
@@ -95,7 +122,9 @@ class Segmenter(nn.Module):
         return SegmenterOutput(self.head(features), features)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Return RGB images, (..., 3, H, W) uint8, as this network's float input: ImageNet mean and deviation."""
+        """Return RGB images, (..., 3, H, W) uint8, as this network's float input; see `normalisation`."""
+        if self.normalisation.bgr:
+            images = images.flip(-3)
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
     def upsample(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -285,6 +314,31 @@ def _deeplabv2_resnet101(num_classes: int, frozen_norm: NormLayer | None) -> Seg
     )
 
 
+def _deeplabv2_resnet101_caffe(num_classes: int, frozen_norm: NormLayer | None) -> Segmenter:
+    """ResNet-101 as converted from Caffe. Source: kgl-prml/Pixel-Level-Cycle-Association@e01d77a.
+
+    Against torchvision's: a bottleneck strides in its first 1x1 convolution, the max-pool rounds sizes up, the first
+    block of a dilated stage has the stage's dilation, and the input is BGR.
+    Differs: the head has a bias and starts from small weights, as in `deeplabv2_resnet101`.
+    """
+    from torchvision.models import resnet101
+
+    backbone = _resnet_backbone(resnet101, frozen_norm)
+    cast(Any, backbone.stem).maxpool.ceil_mode = True
+    stages = cast(Any, backbone.stages)
+    first = stages.layer2[0]
+    first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+    for block, dilation in ((stages.layer3[0], (2, 2)), (stages.layer4[0], (4, 4))):
+        block.conv2.dilation = block.conv2.padding = dilation
+    return Segmenter(
+        backbone,
+        SummedDilatedHead(2048, num_classes, dilations=(6, 12, 18, 24)),
+        feature_channels=2048,
+        num_classes=num_classes,
+        normalisation=CAFFE_BGR,
+    )
+
+
 def _deeplabv3_resnet50(num_classes: int, frozen_norm: NormLayer | None) -> Segmenter:
     """Its head keeps trainable batch norm with an image-wide pool: training needs two images per worker and domain."""
     from torchvision.models import resnet50
@@ -325,11 +379,13 @@ class NetworkRecipe:
     published: str | None = None
     """torchvision's name of the backbone, which has ImageNet weights; None without."""
     frozen_epsilon: float = 0.0
+    batch_norm: bool = True
 
 
 NETWORKS = {
-    "compact": NetworkRecipe(_compact, base_lr=0.02),
+    "compact": NetworkRecipe(_compact, base_lr=0.02, batch_norm=False),
     "deeplabv2_resnet101": NetworkRecipe(_deeplabv2_resnet101, base_lr=2.5e-4, published="resnet101"),
+    "deeplabv2_resnet101_caffe": NetworkRecipe(_deeplabv2_resnet101_caffe, base_lr=2.5e-4, frozen_epsilon=1e-5),
     "deeplabv3_resnet50": NetworkRecipe(_deeplabv3_resnet50, base_lr=2.5e-4, published="resnet50", frozen_epsilon=1e-5),
     "lraspp_mobilenet_v3_large": NetworkRecipe(
         _lraspp_mobilenet_v3_large, base_lr=2.5e-4, published="mobilenet_v3_large", frozen_epsilon=1e-3
@@ -361,13 +417,13 @@ def build_segmenter(
     """Build a network; equal for equal `torch.manual_seed`. `NetworkConfig` documents the arguments.
 
     Raises:
-        ValueError: If the network is unknown, the weights cannot be had or fit nowhere, or there is no batch norm to
+        ValueError: If the network is unknown, the weights cannot be had or do not fit, or there is no batch norm to
             freeze.
     """
     recipe = _recipe(name)
     if weights == "none":
         weights = None
-    if freeze_norm and recipe.published is None:
+    if freeze_norm and not recipe.batch_norm:
         raise ValueError(f"freeze_norm needs batch norm, but {name!r} has group norm. Leave it out or set it to false.")
     state = None if weights is None else _state(name, recipe, weights)
     frozen = state is not None if freeze_norm is None else freeze_norm
@@ -375,7 +431,9 @@ def build_segmenter(
     segmenter = recipe.build(num_classes, partial(FrozenBatchNorm, epsilon=epsilon) if frozen else None)
     segmenter.align_corners = align_corners
     if state is not None:
-        logger.info("%s from %s: %s", name, weights, load_weights(segmenter, state))
+        report = load_weights(segmenter, state)
+        level = logging.WARNING if any(key.startswith("backbone.") for key in report.missing) else logging.INFO
+        logger.log(level, "%s from %s: %s", name, weights, report)
     return segmenter.to(memory_format=torch.channels_last)
 
 
@@ -388,33 +446,36 @@ class WeightsReport:
     missing: tuple[str, ...]
     """Names of the network that kept their initial value."""
     unexpected: tuple[str, ...]
-    """Names of the state that the network has not, or has in another shape."""
+    """Names of the state that the network has not, or has in its head in another shape."""
 
     def __str__(self) -> str:
         return f"{self.loaded} tensors loaded; missing: {_some(self.missing)}; unexpected: {_some(self.unexpected)}"
 
 
 def load_weights(segmenter: Segmenter, state: Mapping[str, Tensor]) -> WeightsReport:
-    """Copy every tensor of `state` that has a place in `segmenter`.
+    """Copy every tensor of `state` that has a place in `segmenter`; a head for other classes is left out.
 
     Args:
         segmenter: Changed in place.
-        state: Of a segmenter, of its backbone, of a method that holds it, or of torchvision's network of this kind;
-            wrapped for data parallelism or not.
+        state: Of a segmenter, of its backbone, of a method that holds it, or of torchvision's or Caffe's network of
+            this kind; wrapped for data parallelism or not.
 
     Returns:
         What was copied and what was not.
 
     Raises:
-        ValueError: If nothing has a place.
+        ValueError: If nothing has a place, or a tensor of the backbone has another shape.
     """
     own = {_canonical(name): (name, value) for name, value in segmenter.state_dict().items()}
     placed: dict[str, Tensor] = {}
     unexpected = []
+    misfits = []
     for key, value in state.items():
         name, present = own.get(_canonical(key), (key, None))
         if present is not None and present.shape == value.shape:
             placed[name] = value
+        elif present is not None and name.startswith("backbone."):
+            misfits.append(f"{key} is {tuple(value.shape)}, not {tuple(present.shape)}")
         elif not key.endswith("num_batches_tracked"):
             unexpected.append(key)
     missing = [name for name, _ in own.values() if name not in placed and not name.endswith("num_batches_tracked")]
@@ -424,15 +485,24 @@ def load_weights(segmenter: Segmenter, state: Mapping[str, Tensor]) -> WeightsRe
             f"The weights must share tensors with the network, but none fits. Missing: {_some(report.missing)}. "
             f"Unexpected: {_some(report.unexpected)}. Check that both are of the same architecture."
         )
+    if misfits:
+        raise ValueError(
+            f"The weights must have the shapes of the network's backbone, but {len(misfits)} tensors differ: "
+            f"{_some(misfits)}. Choose the network.name they were trained with."
+        )
     segmenter.load_state_dict(placed, strict=False)
     return report
 
 
 def _canonical(name: str) -> str:
     """Return a tensor's name without what only says where a network of this kind keeps it."""
-    places = ("module", "segmenter", "backbone", "features", "stem", "stages", "low", "high")
-    parts = [part for part in name.split(".") if part not in places]
-    return ".".join("head" if part == "classifier" else part for part in parts)
+    places = ("module", "Scale", "segmenter", "backbone", "features", "stem", "stages", "low", "high")
+    renamed = {
+        "classifier": "head",
+        "layer5": "head",
+        "conv2d_list": "convolutions",
+    }  # the last two: public DeepLab-v2s
+    return ".".join(renamed.get(part, part) for part in name.split(".") if part not in places)
 
 
 def _some(names: Sequence[str], shown: int = 3) -> str:
@@ -447,11 +517,11 @@ def _recipe(name: str) -> NetworkRecipe:
 
 
 def _state(name: str, recipe: NetworkRecipe, weights: str) -> Mapping[str, Tensor]:
-    if weights.endswith((".pth", ".pt")):
+    if weights.endswith(_FILES):
         return _local_state(Path(weights).expanduser())
     if recipe.published is None:
         raise ValueError(
-            f"network.weights of {name!r} must be none or a .pth or .pt file, but got {weights!r}: "
+            f"network.weights of {name!r} must be none or a {_FILES_SHOWN} file, but got {weights!r}: "
             "no weights are published for it."
         )
     return _published_state(recipe.published, weights)
@@ -460,6 +530,8 @@ def _state(name: str, recipe: NetworkRecipe, weights: str) -> Mapping[str, Tenso
 def _local_state(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"network.weights must be an existing file, but there is none at {path}. Correct the path.")
+    if path.suffix == ".safetensors":
+        return _safetensors_state(path)
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
@@ -470,7 +542,29 @@ def _local_state(path: Path) -> Mapping[str, Tensor]:
     for wrapper in ("state_dict", "model", "state"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    return {key: value for key, value in dict(content).items() if isinstance(value, Tensor)}
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"network.weights must be a file of named tensors, but {path} holds a {type(content).__name__}. "
+            "Save it again with torch.save(network.state_dict(), path)."
+        )
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _safetensors_state(path: Path) -> Mapping[str, Tensor]:
+    try:
+        load_file = importlib.import_module("safetensors.torch").load_file
+    except ImportError as error:
+        raise ValueError(
+            f"Reading {path} needs the package safetensors, which is not installed. Install it, or save the tensors "
+            "with torch.save and give that .pth file."
+        ) from error
+    try:
+        state: Mapping[str, Tensor] = load_file(path)
+    except Exception as error:  # the package has an error of its own
+        raise ValueError(
+            f"network.weights must be a whole safetensors file, but {path} is not: {error}. Fetch it again."
+        ) from error
+    return state
 
 
 def _published_state(backbone: str, weights: str) -> Mapping[str, Tensor]:
@@ -480,7 +574,7 @@ def _published_state(backbone: str, weights: str) -> Mapping[str, Tensor]:
     known = [choice.name for choice in choices]  # without the alias DEFAULT, which changes between versions
     if weights not in known:
         raise ValueError(
-            f"network.weights must be none, a .pth or .pt file, or one of {', '.join(known)}, but got {weights!r}."
+            f"network.weights must be none, a {_FILES_SHOWN} file, or one of {', '.join(known)}, but got {weights!r}."
         )
     chosen = choices[weights]
     try:

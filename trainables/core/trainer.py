@@ -18,7 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from segadapt.trainables.core import distributed
 from segadapt.trainables.core.checkpoint import load_state, save_state
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch, DomainData, EvaluationData
-from segadapt.trainables.core.data.loading import BatchSource, in_step, one_pass
+from segadapt.trainables.core.data.loading import (
+    BatchSource,
+    ResizedImages,
+    ResizedTargetImages,
+    evaluation_for_network,
+    in_step,
+    one_pass,
+)
 from segadapt.trainables.core.data.sampling import derived_seed
 from segadapt.trainables.core.data.transforms import AugmentationConfig
 from segadapt.trainables.core.evaluation import Evaluation, evaluate, save_gallery
@@ -79,6 +86,8 @@ class TrainerConfig:
     """Steps between evaluations; every evaluation leaves a checkpoint."""
     eval_batch_size: int = 8
     """Images per evaluation batch and worker."""
+    loader_threads: int | None = None
+    """Threads that read and augment ahead; 0 does so between steps; null: the worker's CPUs beside a GPU, else 0."""
     evaluate_start: bool = False
     """Also evaluate before the first step."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -89,6 +98,11 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batch_size"):
             check(getattr(self, name) >= 1, f"trainer.{name} must be at least 1", getattr(self, name))
+        check(
+            self.loader_threads is None or self.loader_threads >= 0,
+            "trainer.loader_threads must be null or not negative",
+            self.loader_threads,
+        )
 
 
 @dataclass(frozen=True)
@@ -223,14 +237,16 @@ class Trainer:
             if steps == 0 or (config.evaluate_start and done == 0):
                 self._evaluate_and_report(stage, done, 0, optimizer, _Progress())
         train_step = self._parallel()
-        batches = self._batches(stage, folder)
+        batches = self._batches(stage, folder).batches(
+            start * config.accumulate, steps * config.accumulate, threads=self._loader_threads
+        )
         self._seed(stage, start)
         progress = _Progress()
         for step in range(start, steps):
             self.method.train()
             self._set_learning_rate(stage, optimizer, step, steps)
             for micro in range(config.accumulate):
-                batch = self._on_device(batches.batch(step * config.accumulate + micro))
+                batch = self._on_device(next(batches))
                 with self._synchronised(train_step, micro == config.accumulate - 1):
                     terms = self._terms(train_step, batch, step)
                     torch.autograd.backward(torch.stack(list(terms.values())).sum() / config.accumulate)
@@ -324,6 +340,13 @@ class Trainer:
             pseudo_labels=pseudo_labels.read if pseudo_labels is not None else None,
         )
 
+    @property
+    def _loader_threads(self) -> int:
+        threads = self.settings.trainer.loader_threads
+        if threads is None:
+            return torch.get_num_threads() if self.device.type == "cuda" else 0
+        return threads
+
     def _normalised(self, images: Tensor) -> Tensor:
         return self.method.segmenter.normalise(images.to(self.device, non_blocking=True)).contiguous(
             memory_format=self.memory_format
@@ -339,16 +362,20 @@ class Trainer:
         )
 
     def _stage_data(self, folder: Path) -> StageData:
+        augmentation, batch_size = self.settings.augmentation, self.settings.trainer.eval_batch_size
+        source_images = ResizedImages(self.data.source, augmentation, "source", labels=True)
+        target_images = ResizedTargetImages(self.data.target, augmentation)
+
         def source() -> Iterator[tuple[Tensor, Tensor]]:
-            for images, indices in one_pass(self.data.source, self.settings.trainer.eval_batch_size):
-                labels = torch.stack([self.data.source.label(index) for index in indices])
+            for images, indices in one_pass(source_images, batch_size, threads=self._loader_threads):
+                labels = torch.stack([source_images.label(index) for index in indices])
                 yield self._normalised(images), labels.to(self.device, torch.int64)
 
         def source_in_step() -> Iterator[tuple[Tensor, Tensor]]:
             return in_step(source(), lambda last: (last[0], torch.full_like(last[1], IGNORE_INDEX)))
 
         def target() -> Iterator[tuple[Tensor, Tensor]]:
-            for images, indices in one_pass(self.data.target, self.settings.trainer.eval_batch_size):
+            for images, indices in one_pass(target_images, batch_size, threads=self._loader_threads):
                 yield self._normalised(images), torch.tensor(indices)
 
         return StageData(
@@ -368,7 +395,8 @@ class Trainer:
                 )
         self._agree_on_buffers()
         started = time.perf_counter()
-        evaluation = evaluate(self.method.deployed, self.evaluation, self.device, self.settings.trainer.eval_batch_size)
+        shown = evaluation_for_network(self.evaluation, self.settings.augmentation)
+        evaluation = evaluate(self.method.deployed, shown, self.device, self.settings.trainer.eval_batch_size)
         metrics: dict[str, Any] = {
             "step": done + step,
             "stage": stage.name,
@@ -413,7 +441,8 @@ class Trainer:
             "optimizer": optimizer.state_dict(),
         }
         save_state(folder, state)
-        save_gallery(self.method.deployed, self.evaluation, self.device, folder / "gallery.png")
+        shown = evaluation_for_network(self.evaluation, self.settings.augmentation)
+        save_gallery(self.method.deployed, shown, self.device, folder / "gallery.png")
         summary = {
             "metrics": metrics,
             "classes": evaluation.classes.names,

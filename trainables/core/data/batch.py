@@ -59,6 +59,8 @@ class DomainData:
     target: TargetImages
     classes: ClassList
     fingerprint: str
+    notes: tuple[str, ...] = ()
+    """What was decided when the data was loaded, for people: classes left out, images set aside, files left out."""
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,116 @@
 """Which images a trial uses."""
 
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 from segadapt.trainables.core.data.batch import DomainData, EvaluationData
-from segadapt.trainables.core.data.folder import load_folder
+from segadapt.trainables.core.data.cityscapes import open_cityscapes
+from segadapt.trainables.core.data.class_lists import SUBSETS, match
+from segadapt.trainables.core.data.files import (
+    Dataset,
+    Fault,
+    FileImages,
+    FileTargetImages,
+    LabelFormat,
+    LabelFormatError,
+    Split,
+    UnreadableError,
+    in_threads,
+    read_image,
+)
+from segadapt.trainables.core.data.folder import open_folder
+from segadapt.trainables.core.data.gta5 import open_gta5
 from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
+from segadapt.trainables.core.data.synthia import open_synthia
 from segadapt.trainables.core.validation import check
+
+KINDS: Mapping[str, Callable[[Path], Dataset]] = {
+    "gta5": open_gta5,
+    "synthia": open_synthia,
+    "cityscapes": open_cityscapes,
+    "folder": open_folder,
+}
+"""How each kind of dataset is opened."""
+
+_TAIL_BYTES = 4096
+_NAMED = 20  # files that a note names at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Source, target and how they are read."""
 
-    name: Literal["streets", "folder"] = "streets"
-    """`streets` is generated; `folder` reads `data.root`."""
-    root: str | None = None
-    """Folder with classes.json, source/ and target/, laid out as `segadapt data make` writes it."""
+    source: str | None = None
+    """Labelled domain as KIND:ROOT, e.g. gta5:/data/GTA5; gta5, synthia, cityscapes or folder. None: streets."""
+    target: str | None = None
+    """Unlabelled domain as KIND:ROOT, e.g. cityscapes:/data/cityscapes; given with `source`. None: streets."""
+    classes: Literal["auto", "19", "16", "13"] = "auto"
+    """Trained classes: `auto` trains all that both domains name; a number trains that subset of Cityscapes' 19."""
+    holdout: int = 100
+    """Images set aside for validation, at most a fifth, of a domain that has no validation split of its own."""
+    skip_bad: bool = False
+    """Decode every file at the start, and leave out those that cannot be. Otherwise such a file ends the trial."""
     oracle: bool = False
     """Train on the labelled target training set in place of the source: the upper bound, never a method's result."""
     streets: StreetsConfig = field(default_factory=StreetsConfig)
 
     def __post_init__(self) -> None:
         check(
-            (self.name == "folder") == (self.root is not None),
-            "data.root must be given with data.name=folder, and only then",
-            {"data.name": self.name, "data.root": self.root},
+            (self.source is None) == (self.target is None),
+            "data.source and data.target must be given together, or neither for streets",
+            {"data.source": self.source, "data.target": self.target},
         )
+        for name, value in (("data.source", self.source), ("data.target", self.target)):
+            if value is not None:
+                split_location(value, name)
+        check(
+            self.classes == "auto" or self.source is not None,
+            "data.classes must be auto with streets, which has 8 classes",
+            self.classes,
+        )
+        check(self.holdout >= 1, "data.holdout must be at least 1", self.holdout)
+
+    @property
+    def name(self) -> str:
+        """Name of the pair, such as gta5-cityscapes."""
+        if self.source is None or self.target is None:
+            return "streets"
+        return "-".join(split_location(value, "")[0] for value in (self.source, self.target))
+
+
+def split_location(text: str, name: str) -> tuple[str, str]:
+    """Split KIND:ROOT.
+
+    Raises:
+        ValueError: If it is not written so, or the kind is not known; says that `name` must be.
+    """
+    kind, separator, root = text.partition(":")
+    check(
+        bool(separator and root) and kind in KINDS,
+        f"{name} must be KIND:ROOT with KIND one of {', '.join(KINDS)}",
+        text,
+        f"Example: {name}=gta5:/data/GTA5",
+    )
+    return kind, root
+
+
+def open_dataset(kind: str, root: str) -> Dataset:
+    """List the files of a dataset.
+
+    Raises:
+        ValueError: If the kind is not known, the folder does not exist or its class list is malformed.
+    """
+    check(kind in KINDS, f"The kind of a dataset must be one of {', '.join(KINDS)}", kind)
+    if not Path(root).is_dir():
+        raise ValueError(
+            f"The root of a {kind} dataset must be an existing folder, but got {root!r}. "
+            f"`segadapt data make FOLDER --format {kind}` writes an example."
+        )
+    return KINDS[kind](Path(root))
 
 
 @lru_cache(maxsize=4)
@@ -37,6 +120,115 @@ def load_data(config: DataConfig) -> tuple[DomainData, EvaluationData]:
     Raises:
         ValueError: If the data is missing or malformed; names what must be there.
     """
-    if config.root is not None:
-        return load_folder(config.root, oracle=config.oracle)
-    return load_streets(config.streets, oracle=config.oracle)
+    if config.source is None or config.target is None:
+        return load_streets(config.streets, oracle=config.oracle)
+    source = open_dataset(*split_location(config.source, "data.source"))
+    target = open_dataset(*split_location(config.target, "data.target"))
+    matching = match(source.classes, target.classes, None if config.classes == "auto" else SUBSETS[config.classes])
+    notes = [str(matching), *(f"{dataset.root}: {note}" for dataset in (source, target) for note in dataset.notes)]
+    source_train, source_val = _parts("source", source, config, not config.oracle, notes)
+    target_train, target_val = _parts("target", target, config, config.oracle, notes)
+
+    names = matching.classes.names
+    source_images = FileImages(source_val, source.format, names)
+    target_images = FileImages(target_val, target.format, names)
+    if config.oracle:
+        training, training_root = FileImages(target_train, target.format, names), target.root
+    else:
+        training, training_root = FileImages(source_train, source.format, names), source.root
+    unlabelled = FileTargetImages(target_train)
+    digest = hashlib.sha256(repr((config.name, config.oracle, matching.classes)).encode())
+    for dataset in (source, target):
+        digest.update(repr(sorted(dataset.format.values.ids.items())).encode())
+    for root, images in (
+        (training_root, training),
+        (target.root, unlabelled),
+        (source.root, source_images),
+        (target.root, target_images),
+    ):
+        digest.update(_content(root, images.files()))
+    data = DomainData(training, unlabelled, matching.classes, digest.hexdigest(), tuple(notes))
+    return data, EvaluationData(source_images, target_images, matching.classes)
+
+
+def _parts(
+    domain: str, dataset: Dataset, config: DataConfig, train_labels: bool, notes: list[str]
+) -> tuple[Split, Split]:
+    """Return the training and the validation part of a domain, checked; adds to the notes.
+
+    Held out, where there is no validation split, are the training images whose hashed ids come first: the same ones
+    wherever the dataset lies.
+    """
+    train, val = dataset.splits["train"], dataset.splits.get("val", Split((), (), ()))
+    least = 1 if len(val) else 2
+    if len(train) < least:
+        raise ValueError(
+            f"A {dataset.kind} dataset must hold {dataset.layout}, with at least {least} training images, but "
+            f"{dataset.root} has {len(train)}. `segadapt data check {dataset.kind} {dataset.root}` says more."
+        )
+    if not len(val):
+        by_hash = sorted(range(len(train)), key=lambda index: hashlib.sha256(train.ids[index].encode()).digest())
+        held_out = set(by_hash[: min(config.holdout, max(1, len(train) // 5))])
+        notes.append(f"{len(held_out)} of {len(train)} {domain} images are set aside for validation.")
+        val = train.subset(sorted(held_out))
+        train = train.subset([index for index in range(len(train)) if index not in held_out])
+    parts = []
+    for name, split, labelled in ((f"{domain} train", train, train_labels), (f"{domain} val", val, True)):
+        _refuse(split.repeated_ids(), f"Images of {name} must differ in name", split, dataset)
+        if labelled:
+            _refuse(split.missing_labels(), f"Every image of {name} must have a label", split, dataset)
+        if config.skip_bad:
+            split = _without_bad(split, dataset.format if labelled else None, name, notes)
+        parts.append(split)
+    return parts[0], parts[1]
+
+
+def _refuse(faults: Sequence[Fault], requirement: str, split: Split, dataset: Dataset) -> None:
+    if faults:
+        raise ValueError(
+            f"{requirement}, but {len(faults)} of {len(split)} do not, e.g. {faults[0].path}. "
+            f"`segadapt data check {dataset.kind} {dataset.root}` lists all."
+        )
+
+
+def _without_bad(split: Split, label_format: LabelFormat | None, name: str, notes: list[str]) -> Split:
+    """Leave out samples whose image or label cannot be decoded, and say which.
+
+    Args:
+        split: What to scan.
+        label_format: How labels are read; None leaves them alone.
+        name: Of the split, for people.
+        notes: Receives what was left out.
+    """
+    images = FileImages(split, label_format, ()) if label_format is not None else None
+
+    def fault_of(index: int) -> str | None:
+        try:
+            read_image(split.images[index])
+            if images is not None:
+                images.label(index)
+        except (UnreadableError, LabelFormatError) as error:
+            return str(error)
+        return None
+
+    faults = in_threads(fault_of, range(len(split)))
+    kept = [index for index, fault in enumerate(faults) if fault is None]
+    if not kept:
+        raise ValueError(f"{name} must hold a file that can be decoded, but none of {len(split)} can: {faults[0]}")
+    if len(kept) < len(split):
+        bad = [split.images[index].name for index, fault in enumerate(faults) if fault is not None]
+        named = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+        notes.append(f"{len(bad)} of {len(split)} images of {name} are left out as bad: {named}.")
+    return split.subset(kept)
+
+
+def _content(root: Path, files: Sequence[Path]) -> bytes:
+    """Hash names, sizes and last bytes of files: PNGs end in the checksum of their last pixels."""
+
+    def content(path: Path) -> bytes:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(0, size - _TAIL_BYTES))
+            return hashlib.sha256(f"{path.relative_to(root)}\0{size}\0".encode() + file.read()).digest()
+
+    return hashlib.sha256(b"".join(in_threads(content, files))).digest()

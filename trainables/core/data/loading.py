@@ -1,19 +1,45 @@
-"""Batches of both domains for a training step, the same whatever the number of workers."""
+"""Batches of both domains for a training step, the same whatever the number of workers and threads."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from segadapt.trainables.core import distributed
-from segadapt.trainables.core.data.batch import DomainBatch, DomainData, LabelledImages, TargetImages
-from segadapt.trainables.core.data.sampling import generator, sample_at
-from segadapt.trainables.core.data.transforms import AugmentationConfig, flips, vary_color
+from segadapt.trainables.core.data.batch import DomainBatch, DomainData, EvaluationData, LabelledImages, TargetImages
+from segadapt.trainables.core.data.sampling import (
+    ClassBalancedOrder,
+    class_counts,
+    generator,
+    in_threads,
+    label_counts,
+    rare_shown,
+    sample_at,
+)
+from segadapt.trainables.core.data.transforms import (
+    AugmentationConfig,
+    Domain,
+    draw_geometry,
+    flips,
+    resized_for_network,
+    resized_label,
+    vary_color,
+)
 
 PseudoLabelReader = Callable[[str], Tensor]
 """Returns the pseudo label of a target image by its id, (H, W) uint8, 255 = ignore."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training image as a step sees it."""
+
+    image: Tensor  # (3, H, W) uint8
+    label: Tensor | None  # (H, W) uint8, true or pseudo; None where there is none
+    index: int  # in its set
 
 
 @dataclass(frozen=True)
@@ -34,51 +60,176 @@ class BatchSource:
 
     def batch(self, index: int) -> DomainBatch:
         """Return this worker's part of batch number `index` of the stage, images as uint8."""
+        return self._assembled([self.sample(domain, position) for domain, position in self._places(index)])
+
+    def batches(self, first: int, last: int, *, threads: int = 0) -> Iterator[DomainBatch]:
+        """Yield `batch(first)` up to, without, `batch(last)`, read and augmented ahead by threads.
+
+        Memory holds two batches more than the caller does. The sets' `image` and `label` and the reader of pseudo
+        labels are called from several threads at once.
+        """
+        self._prepare()
+        places = (place for index in range(first, last) for place in self._places(index))
+        per_batch = len(self._places(0))
+        samples = in_threads(lambda place: self.sample(*place), places, threads, ahead=max(2 * per_batch, threads))
+        for _ in range(first, last):
+            yield self._assembled([next(samples) for _ in range(per_batch)])
+
+    def sample(self, domain: Domain, position: int) -> Sample:
+        """Return the sample drawn at `position`, the number of samples of the domain before it over all workers."""
+        images = self._images(domain)
+        if domain == "source" and self.augmentation.class_balanced:
+            index = self._balanced.at(position)
+        else:
+            index = sample_at(position, len(images), (*self.key, domain))
+        image, label = images.image(index), self._label(domain, index)
+        shape = (image.shape[-2], image.shape[-1])
+        geometry = draw_geometry(
+            shape,
+            self.augmentation,
+            domain,
+            generator(*self.key, domain, "geometry", position),
+            label=label,
+            rare=self._rare_in(domain, index),
+        )
+        image = geometry.cut_image(image)
+        label = geometry.cut_label(label) if label is not None else None
+        draw = generator(*self.key, domain, "augment", position)
+        if domain in self.colored:
+            image = vary_color(image, self.augmentation, draw)
+        image = geometry.pad_image(image)
+        label = geometry.pad_label(label) if label is not None else None
+        if self.flipped and flips(self.augmentation, draw):
+            image = image.flip(-1)
+            label = label.flip(-1) if label is not None else None
+        return Sample(image, label, index)
+
+    def _places(self, index: int) -> list[tuple[Domain, int]]:
+        """Return domain and position of each sample of this worker's part of a batch."""
         per_worker = self.batch_size // distributed.world_size()
         first = index * self.batch_size + distributed.rank() * per_worker
-        positions = range(first, first + per_worker)
-        source_images, source_labels, _ = self._stack("source", self.data.source, positions, self._source_label)
-        if "target" not in self.domains:
+        domains: tuple[Domain, ...] = ("source", "target") if "target" in self.domains else ("source",)
+        return [(domain, position) for domain in domains for position in range(first, first + per_worker)]
+
+    def _assembled(self, samples: Sequence[Sample]) -> DomainBatch:
+        per_domain = self.batch_size // distributed.world_size()
+        source, target = samples[:per_domain], samples[per_domain:]
+        source_images, source_labels = self._stacked("source", source)
+        assert source_labels is not None
+        if not target:
             return DomainBatch(source_images, source_labels.long(), None)
-        label_of = self._pseudo_label if self.pseudo_labels is not None else None
-        target_images, pseudo_labels, indices = self._stack("target", self.data.target, positions, label_of)
+        target_images, pseudo_labels = self._stacked("target", target)
         return DomainBatch(
             source_images,
             source_labels.long(),
             target_images,
-            torch.tensor(indices),
-            pseudo_labels.long() if label_of is not None else None,
+            torch.tensor([sample.index for sample in target]),
+            pseudo_labels.long() if pseudo_labels is not None else None,
         )
 
-    def _source_label(self, index: int) -> Tensor:
-        return self.data.source.label(index)
+    def _stacked(self, domain: Domain, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
+        images = [sample.image for sample in samples]
+        for sample in samples:
+            if sample.image.shape != images[0].shape:
+                ids = self._images(domain).ids
+                raise ValueError(
+                    f"The {domain} images of a batch must have one size, but {ids[samples[0].index]} has "
+                    f"{_shown(images[0])} and {ids[sample.index]} {_shown(sample.image)} (height x width). Set "
+                    f"augmentation.{domain}_size=[height,width] to resize them, or augmentation.crop=[height,width]."
+                )
+        labels = [sample.label for sample in samples if sample.label is not None]
+        return torch.stack(images), torch.stack(labels) if labels else None
 
-    def _pseudo_label(self, index: int) -> Tensor:
-        assert self.pseudo_labels is not None
-        return self.pseudo_labels(self.data.target.ids[index])
+    def _images(self, domain: Domain) -> LabelledImages | TargetImages:
+        return self.data.source if domain == "source" else self.data.target
 
-    def _stack(
-        self,
-        domain: str,
-        images: LabelledImages | TargetImages,
-        positions: range,
-        label_of: Callable[[int], Tensor] | None,
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        samples, labels, indices = [], [], []
-        for position in positions:
-            index = sample_at(position, len(images), (*self.key, domain))
-            draw = generator(*self.key, domain, "augment", position)
-            image = images.image(index)
-            label = label_of(index) if label_of is not None else torch.empty(0, dtype=torch.uint8)
-            if domain in self.colored:
-                image = vary_color(image, self.augmentation, draw)
-            if self.flipped and flips(self.augmentation, draw):
-                image = image.flip(-1)
-                label = label.flip(-1)
-            samples.append(image)
-            labels.append(label)
-            indices.append(index)
-        return torch.stack(samples), torch.stack(labels), indices
+    def _label(self, domain: Domain, index: int) -> Tensor | None:
+        if domain == "source":
+            return self.data.source.label(index)
+        return self.pseudo_labels(self.data.target.ids[index]) if self.pseudo_labels is not None else None
+
+    def _prepare(self) -> None:
+        """Count classes where that is needed, before there are threads."""
+        if self.augmentation.class_balanced:
+            _ = self._balanced
+        if self.augmentation.rare_crop > 0:
+            _ = self._rare
+
+    @cached_property
+    def _balanced(self) -> ClassBalancedOrder:
+        return ClassBalancedOrder(class_counts(self.data.source, len(self.data.classes)), (*self.key, "source"))
+
+    @cached_property
+    def _rare(self) -> dict[Domain, list[list[int]]]:
+        """The rare classes each image shows, by domain; those below 0.1 % of the domain's pixels alone, if any."""
+        classes, number = len(self.data.classes), self.augmentation.rare_classes
+        found: dict[Domain, list[list[int]]] = {"source": rare_shown(class_counts(self.data.source, classes), number)}
+        if self.pseudo_labels is not None:
+            found["target"] = rare_shown(label_counts(self.pseudo_labels, self.data.target.ids, classes), number)
+        return found
+
+    def _rare_in(self, domain: Domain, index: int) -> list[int]:
+        if self.augmentation.rare_crop == 0 or domain not in self._rare:
+            return []
+        return self._rare[domain][index]
+
+
+def _shown(image: Tensor) -> str:
+    return f"{image.shape[-2]} x {image.shape[-1]}"
+
+
+class ResizedTargetImages:
+    """Unlabelled images at the size the network sees outside training.
+
+    Args:
+        images: The set.
+        config: Its `target_size` and `interpolation` hold.
+    """
+
+    domain: Domain = "target"
+
+    def __init__(self, images: TargetImages, config: AugmentationConfig) -> None:
+        self.ids = images.ids
+        self._images = images
+        self._config = config
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def image(self, index: int) -> Tensor:
+        """Return an RGB image, (3, H, W) uint8."""
+        return resized_for_network(self._images.image(index), self._config, self.domain)
+
+
+class ResizedImages(ResizedTargetImages):
+    """Labelled images at the size the network sees outside training.
+
+    Args:
+        images: The set.
+        config: `size(domain)` and `interpolation` hold.
+        domain: Of the images.
+        labels: Whether labels follow their image; otherwise they keep their own size, as evaluation wants them.
+    """
+
+    def __init__(self, images: LabelledImages, config: AugmentationConfig, domain: Domain, *, labels: bool) -> None:
+        super().__init__(images, config)
+        self.domain = domain
+        self._labelled = images
+        self._size = config.size(domain) if labels else None
+
+    def label(self, index: int) -> Tensor:
+        """Return its class indices, (H', W') uint8, 255 = ignore."""
+        label = self._labelled.label(index)
+        return label if self._size is None else resized_label(label, self._size)
+
+
+def evaluation_for_network(data: EvaluationData, config: AugmentationConfig) -> EvaluationData:
+    """Return validation images at the size the network sees outside training; labels keep theirs."""
+    return replace(
+        data,
+        source=ResizedImages(data.source, config, "source", labels=False),
+        target=ResizedImages(data.target, config, "target", labels=False),
+    )
 
 
 def worker_share(images: LabelledImages | TargetImages) -> range:
@@ -86,15 +237,23 @@ def worker_share(images: LabelledImages | TargetImages) -> range:
     return range(distributed.rank(), len(images), distributed.world_size())
 
 
-def one_pass(images: LabelledImages | TargetImages, batch_size: int) -> Iterator[tuple[Tensor, list[int]]]:
+def one_pass(
+    images: LabelledImages | TargetImages, batch_size: int, *, threads: int = 0
+) -> Iterator[tuple[Tensor, list[int]]]:
     """Yield this worker's share of a set once, un-augmented: images (b, 3, H, W) uint8 and their indices.
 
     Images of unlike size are never put into one batch.
+
+    Args:
+        images: The set.
+        batch_size: Images in a batch at most.
+        threads: That read ahead, up to a batch; `images.image` is then called from several threads at once.
     """
     pending: list[Tensor] = []
     indices: list[int] = []
-    for index in worker_share(images):
-        image = images.image(index)
+    share = worker_share(images)
+    read = in_threads(images.image, share, threads, ahead=max(batch_size, threads))
+    for index, image in zip(share, read, strict=True):
         if pending and (image.shape != pending[0].shape or len(pending) == batch_size):
             yield torch.stack(pending), indices
             pending, indices = [], []

@@ -1,0 +1,161 @@
+"""Is a dataset on disk what its kind promises? Every file is decoded, and every fault is reported."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from segadapt.trainables.core.data.datasets import open_dataset
+from segadapt.trainables.core.data.files import (
+    Dataset,
+    Fault,
+    LabelFormatError,
+    Split,
+    UnreadableError,
+    decode_image,
+    in_threads,
+    size_text,
+    unknown_text,
+)
+
+IGNORED = "ignored"
+"""Stands beside the classes in a histogram: pixels of no class."""
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What a split holds."""
+
+    images: int
+    labels: int
+    """Images that have a label."""
+    sizes: Mapping[str, int]
+    """Number of images of each size, WIDTHxHEIGHT."""
+    pixels: Mapping[str, int]
+    """Labelled pixels of each class, and of none."""
+    images_with: Mapping[str, int]
+    """Number of labels that show each class."""
+    packed_bytes: int
+    """Bytes of the files as they are, which is what packing them unchanged takes."""
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """The answer of `check_dataset`."""
+
+    kind: str
+    root: str
+    splits: Mapping[str, SplitReport]
+    faults: tuple[Fault, ...]
+    """Everything that is wrong; empty if the dataset is sound."""
+    notes: tuple[str, ...]
+    """What is unusual but handled."""
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What was seen of an image and its label."""
+
+    faults: tuple[Fault, ...]
+    size: tuple[int, int] | None
+    label_size: tuple[int, int] | None
+    counts: Mapping[int, int]
+    """Pixels of each stored value."""
+    bytes: int
+
+
+def check_dataset(
+    kind: str, root: str, progress: Callable[[int, int], None] = lambda done, total: None
+) -> DatasetReport:
+    """Decode every file of a dataset in parallel and report all that is wrong.
+
+    Args:
+        kind: One of `KINDS`.
+        root: Its folder.
+        progress: Called with the number of samples just done and of all.
+
+    Raises:
+        ValueError: If there is no such kind or folder, or its class list cannot be read.
+    """
+    dataset = open_dataset(kind, root)
+    total = sum(len(split) for split in dataset.splits.values())
+    reports, faults, notes = {}, [], list(dataset.notes)
+    for name, split in dataset.splits.items():
+        pairs = list(zip(split.images, split.labels, strict=True))
+        samples = in_threads(partial(_inspect, dataset), pairs, lambda done: progress(done, total))
+        faults += _pairing_faults(name, split, dataset)
+        faults += [fault for sample in samples for fault in sample.faults]
+        resized = sum(bool(seen.size and seen.label_size and seen.size != seen.label_size) for seen in samples)
+        if resized and dataset.format.resizes:
+            notes.append(f"Labels of {name} that differ in size from their image and are resized to it: {resized}.")
+        if len({sample.size for sample in samples} - {None}) > 1:
+            notes.append(f"Images of {name} differ in size: set augmentation.crop, or a common size.")
+        reports[name] = _summary(split, samples, dataset)
+    if not len(dataset.splits["train"]):
+        faults.append(Fault("no training images", root, f"A {kind} dataset must hold {dataset.layout}."))
+    return DatasetReport(kind, root, reports, tuple(faults), tuple(notes))
+
+
+def _pairing_faults(name: str, split: Split, dataset: Dataset) -> list[Fault]:
+    """Return what is wrong with the names of a split's files; own data may lack the labels of a training set."""
+    faults = split.repeated_ids()
+    unlabelled = dataset.kind == "folder" and name == "train" and not any(split.labels)
+    if not unlabelled:
+        faults += split.missing_labels()
+    return faults + [Fault("label without an image", str(path)) for path in split.stray_labels]
+
+
+def _inspect(dataset: Dataset, files: tuple[Path, Path | None]) -> _Sample:
+    image, label = files
+    faults: list[Fault] = []
+    size = label_size = None
+    counts: dict[int, int] = {}
+    try:
+        height, width, _ = decode_image(image.read_bytes()).shape
+        size = height, width
+    except UnreadableError as error:
+        faults.append(Fault("unreadable image", str(image), str(error)))
+    except OSError as error:
+        faults.append(Fault("unreadable image", str(image), error.strerror or str(error)))
+    if label is not None:
+        try:
+            stored = dataset.format.decode(label.read_bytes(), dataset.format.values)
+            label_size = stored.shape[0], stored.shape[1]
+            found = np.bincount(stored.ravel())
+            counts = {int(value): int(found[value]) for value in np.flatnonzero(found)}
+        except UnreadableError as error:
+            faults.append(Fault("unreadable label", str(label), str(error)))
+        except LabelFormatError as error:
+            faults.append(Fault("label of the wrong kind", str(label), str(error)))
+        except OSError as error:
+            faults.append(Fault("unreadable label", str(label), error.strerror or str(error)))
+        unknown = sorted(set(counts) - dataset.format.values.known)
+        if unknown:
+            faults.append(Fault("label with unknown ids", str(label), unknown_text(unknown)))
+        if size and label_size and size != label_size and not dataset.format.resizes:
+            detail = f"The label is {size_text(label_size)}, its image {size_text(size)}."
+            faults.append(Fault("label and image differ in size", str(label), detail))
+    taken = sum(path.stat().st_size for path in (image, label) if path is not None and path.is_file())
+    return _Sample(tuple(faults), size, label_size, counts, taken)
+
+
+def _summary(split: Split, samples: list[_Sample], dataset: Dataset) -> SplitReport:
+    names = {value: name for name, value in dataset.format.values.ids.items()}
+    pixels = Counter(dict.fromkeys([*dataset.classes.names, IGNORED], 0))
+    images_with = Counter(dict.fromkeys(dataset.classes.names, 0))
+    for sample in samples:
+        for value, count in sample.counts.items():
+            pixels[names.get(value, IGNORED)] += count
+        images_with.update(names[value] for value in sample.counts if value in names)
+    sizes = Counter(size_text(sample.size) for sample in samples if sample.size is not None)
+    return SplitReport(
+        images=len(split),
+        labels=sum(label is not None for label in split.labels),
+        sizes=dict(sizes.most_common()),
+        pixels=dict(pixels),
+        images_with=dict(images_with),
+        packed_bytes=sum(sample.bytes for sample in samples),
+    )
