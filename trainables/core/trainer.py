@@ -396,7 +396,8 @@ class Trainer:
         self._agree_on_buffers()
         started = time.perf_counter()
         shown = evaluation_for_network(self.evaluation, self.settings.augmentation)
-        evaluation = evaluate(self.method.deployed, shown, self.device, self.settings.trainer.eval_batch_size)
+        batch_size, threads = self.settings.trainer.eval_batch_size, self._loader_threads
+        evaluation = evaluate(self.method.deployed, shown, self.device, batch_size, threads=threads)
         metrics: dict[str, Any] = {
             "step": done + step,
             "stage": stage.name,
