@@ -59,6 +59,7 @@ class StudySearch(OptunaSearch):
         self._spaces = spaces
         self._make_sampler = sampler
         self._base_seed = seed
+        self._reported: dict[str, int] = {}
         points = [
             self._choice(method) | {study_name(spaces, method, key): value for key, value in first[method].items()}
             for method in spaces
@@ -107,9 +108,11 @@ class StudySearch(OptunaSearch):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Record an intermediate value at its training step."""
-        value = result.get(self.metric)
-        if trial_id not in self._completed_trials and value is not None and math.isfinite(value):
-            self._ot_trials[trial_id].report(value, int(result["step"]))
+        value, step = result.get(self.metric), int(result.get("step", -1))
+        is_new = trial_id not in self._completed_trials and step > self._reported.get(trial_id, -1)
+        if is_new and value is not None and math.isfinite(value):
+            self._ot_trials[trial_id].report(value, step)
+            self._reported[trial_id] = step
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study how the trial ended: complete, pruned (None to the base class) or failed."""
