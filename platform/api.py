@@ -21,6 +21,7 @@ from segadapt.platform import tracking
 from segadapt.platform.config import Key, TrialConfig, Values, anchored, flatten, keys, resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Candidate, Options, Outcome, Record, run
+from segadapt.platform.selection import REPORTED, Choice, compare
 from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.trial import CONFIG
 from segadapt.trainables import METHODS
@@ -30,9 +31,10 @@ from segadapt.trainables.source_only import SourceOnly
 
 if TYPE_CHECKING:
     from segadapt.trainables.core.data.checking import DatasetReport
+    from segadapt.trainables.core.data.shards import Manifest
 
-OBJECTIVES = ("target_val/miou", "source_val/miou")
-"""What a search may maximise."""
+OBJECTIVES = REPORTED
+"""What a search may maximise: mIoU on target labels, or one of the others, which know none."""
 
 _INHERITED = ("data.", "network.", "augmentation.", "trainer.batch_size", "trainer.accumulate", "trainer.precision")
 """Settings that a finish takes over from its trial; the others act on the adaptation alone."""
@@ -65,6 +67,8 @@ class Leaderboard:
     rows: Sequence[Row]
     baseline: float | None
     """Objective of the source-only network that the trials started from."""
+    selection: Sequence[Choice] = ()
+    """What each label-free score would have chosen; empty unless asked for."""
 
 
 @dataclass(frozen=True)
@@ -398,8 +402,16 @@ def evaluate(
     return result
 
 
-def runs(search_name: str, *, storage: str = "runs", tracking_uri: str | None = None) -> Leaderboard:
+def runs(
+    search_name: str, *, selection: bool = False, storage: str = "runs", tracking_uri: str | None = None
+) -> Leaderboard:
     """Return the leaderboard of a search or single run, read from MLflow.
+
+    Args:
+        search_name: The search or single run.
+        selection: Also judge what label-free scores would have chosen, by target mIoU.
+        storage: The storage folder.
+        tracking_uri: MLflow server that holds the search; None for the storage folder's own.
 
     Raises:
         UsageError: If MLflow knows no search of that name; lists those it knows.
@@ -415,7 +427,8 @@ def runs(search_name: str, *, storage: str = "runs", tracking_uri: str | None = 
     rows = [_row(entry, objective) for entry in found if entry.data.tags.get(tracking.KIND_TAG) in ("trial", "finish")]
     rows.sort(key=lambda row: (row.best is None, -(row.best or 0.0), row.name))
     baseline = parents[0].data.metrics.get(f"start/{objective}") if parents else None
-    return Leaderboard(search_name, objective, rows, baseline)
+    choices = compare(_kept(found)) if selection else ()
+    return Leaderboard(search_name, objective, rows, baseline, choices)
 
 
 def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
@@ -465,8 +478,8 @@ def data_check(
     """Decode every file of a dataset and report what it holds and all that is wrong.
 
     Args:
-        kind: gta5, synthia, cityscapes or folder.
-        root: Its folder.
+        kind: gta5, synthia, cityscapes, folder or shards.
+        root: Its folder, or the URI of packed shards.
         progress: Called with the number of images just done and of all.
 
     Raises:
@@ -476,6 +489,44 @@ def data_check(
 
     try:
         return check_dataset(kind, root, progress)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def data_pack(
+    kind: str,
+    root: str,
+    out: str,
+    *,
+    splits: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    image_format: str = "png",
+    quality: int = 95,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> "Manifest":
+    """Write a dataset as Parquet shards, which are read several times faster; go on if it was interrupted.
+
+    Args:
+        kind: gta5, synthia, cityscapes or folder.
+        root: Its folder.
+        out: A new or empty folder, or one in which the same was packed before.
+        splits: Those to pack; None packs all.
+        size: (H, W) the training split is resized to. The validation split keeps its size, and scores their meaning.
+        image_format: png, without loss, or jpeg.
+        quality: Of JPEG.
+        progress: Called with the number of images just done and of all.
+
+    Raises:
+        UsageError: If there is no such dataset, a file of it is broken, or the folder holds something else.
+    """
+    from segadapt.trainables.core.data.datasets import KINDS, open_dataset
+    from segadapt.trainables.core.data.packing import PackConfig, pack
+
+    if kind not in KINDS:
+        raise UsageError(f"The kind of a dataset to pack must be one of {', '.join(KINDS)}, but got {kind!r}.")
+    try:
+        config = PackConfig(size, image_format, quality)  # type: ignore[arg-type]  # checked there
+        return pack(open_dataset(kind, root), Path(out), config, splits=splits, progress=progress)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -632,6 +683,17 @@ def _row(entry: Any, objective: str) -> Row:
         checkpoint=checkpoint,
         failure=tags.get(tracking.FAILURE_TAG),
     )
+
+
+def _kept(entries: Sequence[Any]) -> dict[str, dict[str, float]]:
+    """Return what was reported with the kept checkpoint of each trial, by its name."""
+    return {
+        entry.info.run_name: {
+            name: entry.data.metrics[f"best/{name}"] for name in REPORTED if f"best/{name}" in entry.data.metrics
+        }
+        for entry in entries
+        if entry.data.tags.get(tracking.KIND_TAG) == "trial"
+    }
 
 
 def _finish_result(record: Record, row: Row, options: Options) -> FinishResult | None:

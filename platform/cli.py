@@ -33,7 +33,7 @@ app = typer.Typer(
     epilog="Exit status: 0 finished, 1 a trial failed or a dataset has faults, 2 wrong usage, 130 interrupted.",
 )
 data_app = typer.Typer(
-    name="data", help="Datasets: write streets, check what is on disk, look at samples.", no_args_is_help=True
+    name="data", help="Datasets: write streets, check and pack what is on disk, look at samples.", no_args_is_help=True
 )
 app.add_typer(data_app)
 
@@ -117,9 +117,14 @@ def search(
     trials: Annotated[int, typer.Option(help="Trials to run, those stopped early included.")] = 20,
     time_budget: Annotated[float | None, typer.Option(help="Stop the search after this many seconds.")] = None,
     concurrent: Annotated[int | None, typer.Option(help="Trials at a time; default: as many as fit.")] = None,
-    objective: Annotated[str, typer.Option(help="Metric to maximise: target_val/miou or source_val/miou.")] = (
-        "target_val/miou"
-    ),
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="Metric to maximise: target_val/miou, or without target labels source_val/miou, score/entropy, "
+            "score/information_maximization, score/soft_neighborhood_density, score/batch_nuclear_norm or "
+            "score/flip_agreement."
+        ),
+    ] = "target_val/miou",
     seed: Annotated[int, typer.Option(help="Of the sampler; `seed=N` as a setting seeds the training.")] = 0,
     name: Annotated[str | None, typer.Option(help="Of the search; default: METHOD-DATA, numbered.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this search.")] = None,
@@ -213,6 +218,9 @@ def train(
 @app.command()
 def runs(
     search_name: Annotated[str, typer.Argument(metavar="SEARCH", help="Name of a search or single run.")],
+    selection: Annotated[
+        bool, typer.Option("--selection", help="Also show what each label-free score would have chosen and lost.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     storage: Storage = "runs",
     tracking_uri: TrackingUri = None,
@@ -220,11 +228,13 @@ def runs(
     """Show the leaderboard of a search."""
     from segadapt.platform import api
 
-    board = api.runs(search_name, storage=storage, tracking_uri=tracking_uri)
+    board = api.runs(search_name, selection=selection, storage=storage, tracking_uri=tracking_uri)
     if as_json:
         print(json.dumps(dataclasses.asdict(board), default=dict, indent=1))
     else:
         _show_leaderboard(board)
+        if selection:
+            _show_selection(board)
 
 
 @app.command()
@@ -364,11 +374,11 @@ def data_make(
 
 @data_app.command("check")
 def data_check(
-    kind: Annotated[str, typer.Argument(help="gta5, synthia, cityscapes or folder.")],
-    root: Annotated[str, typer.Argument(help="Its folder.")],
+    kind: Annotated[str, typer.Argument(help="gta5, synthia, cityscapes, folder or shards.")],
+    root: Annotated[str, typer.Argument(help="Its folder; of shards also a URI such as s3://bucket/path.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Decode every file of a dataset: what it holds, and all that is wrong.
+    """Decode every file of a dataset: what it holds, and all that is wrong. Of shards, the checksums are verified.
 
     Exit status: 0 sound, 1 faults were found, 2 wrong usage.
 
@@ -383,6 +393,38 @@ def data_check(
     else:
         _show_report(report)
     sys.exit(1 if report.faults else 0)
+
+
+@data_app.command("pack")
+def data_pack(
+    kind: Annotated[str, typer.Argument(help="gta5, synthia, cityscapes or folder.")],
+    root: Annotated[str, typer.Argument(help="Its folder.")],
+    out: Annotated[str, typer.Argument(help="A new folder, or one in which this was interrupted.")],
+    split: Annotated[list[str] | None, typer.Option(help="train or val; may be repeated. Default: all.")] = None,
+    size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="HEIGHT WIDTH", help="Resize the training split; validation keeps its size."),
+    ] = None,
+    image_format: Annotated[str, typer.Option("--format", help="png, without loss, or jpeg, smaller and faster.")] = (
+        "png"
+    ),
+    quality: Annotated[int, typer.Option(help="Of JPEG, 1 to 100.")] = 95,
+) -> None:
+    """Write a dataset as Parquet shards, which are read several times faster: data.source=shards:OUT.
+
+    After an interruption the same command goes on with what is missing.
+
+    Example: segadapt data pack cityscapes /data/cityscapes packed/cityscapes --size 512 1024 --format jpeg
+    """
+    from segadapt.platform import api
+
+    with _progress_bar(f"packing {root}") as progress:
+        manifest = api.data_pack(
+            kind, root, out, splits=split, size=size, image_format=image_format, quality=quality, progress=progress
+        )
+    held = ", ".join(f"{name} {counts['images']} images" for name, counts in manifest.splits.items())
+    size_text = _bytes(sum(shard.bytes for shard in manifest.shards))
+    _console().print(f"{out}: {held}, {size_text} in {len(manifest.shards)} shards", markup=False, soft_wrap=True)
 
 
 @data_app.command("show")
@@ -499,6 +541,22 @@ def _show_leaderboard(board: "Leaderboard") -> None:
     for row in board.rows:
         if row.failure:
             console.print(f"{row.name} failed: {row.failure}", markup=False)
+
+
+def _show_selection(board: "Leaderboard") -> None:
+    from rich.table import Table
+
+    console = _console()
+    if not board.selection:
+        console.print("Nothing to compare: no trial has both label-free scores and target mIoU.")
+        return
+    table = Table(title="choosing by a label-free score instead, judged by target_val/miou", box=None)
+    for column in ("score", "trials", "rank correlation", "would choose", "its target_val/miou", "regret"):
+        table.add_column(column, justify="left" if column in ("score", "would choose") else "right")
+    for choice in board.selection:
+        numbers = (_number(value) for value in (choice.target_miou, choice.regret))
+        table.add_row(choice.score, str(choice.trials), _number(choice.correlation), choice.chosen, *numbers)
+    console.print(table)
 
 
 def _show_finish(result: "FinishResult") -> None:

@@ -154,12 +154,15 @@ def flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def anchored(values: Values) -> dict[str, Any]:
-    """Return the settings with the roots of datasets made absolute: trials run in other working directories."""
+    """Return the settings with roots of datasets and files of weights made absolute: trials run in other folders."""
     found = dict(values)
     for key in ("data.source", "data.target"):
         kind, separator, root = str(values.get(key, "")).partition(":")
         if separator and root and "://" not in root:
             found[key] = f"{kind}:{Path(root).expanduser().absolute()}"
+    weights = Path(str(values.get("network.weights", "")))
+    if weights.suffix:  # published weights go by a name, without a dot
+        found["network.weights"] = str(weights.expanduser().absolute())
     return found
 
 

@@ -1,5 +1,6 @@
 """Tune's events on their way to tracking and to the screen. Lives in the driver."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from ray import tune
 from segadapt.platform.checkpoints import best_checkpoint
 from segadapt.platform.environment import environment, git_tags
 from segadapt.platform.progress import Progress
+from segadapt.platform.selection import REPORTED
 from segadapt.platform.tracking import (
     CHECKPOINT_TAG,
     FAILURE_TAG,
@@ -84,6 +86,10 @@ class Events(tune.Callback):
     def key(self, trial_id: str) -> str:
         """Return the key of a trial's run."""
         return f"{self._spec.experiment}/{trial_id}"
+
+    def name(self, trial_id: str) -> str:
+        """Return the name of a trial's run; the id of a trial that was never started."""
+        return self._names.get(trial_id, trial_id)
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Before anything else: close runs of trials that a killed driver started but had not yet saved."""
@@ -176,8 +182,9 @@ class Events(tune.Callback):
         if best is not None:
             tags[CHECKPOINT_TAG] = str(best.path)
             tags["segadapt.best_step"] = str(best.metrics["step"])
-            value = best.metrics[self._spec.objective]
-            self._tracker.log_summary(key, {f"best/{self._spec.objective}": value}, best.metrics["step"])
+            known = {name: best.metrics.get(name, math.nan) for name in REPORTED}
+            kept = {f"best/{name}": value for name, value in known.items() if math.isfinite(value)}
+            self._tracker.log_summary(key, kept, best.metrics["step"])
             self._tracker.log_evaluation(key, best.path)
         if state == "failed":
             tags[FAILURE_TAG] = self._failures.get(trial_id, "a process or node died too often; see Ray's error file")

@@ -317,19 +317,31 @@ class _Session:
         from segadapt.platform.search import load_study
 
         record, key = self.record, self.record.name
-        found = {result.trial_id: self._best(result.trial_id) for result in results}
-        ranked = [(best.metrics[record.objective], trial_id) for trial_id, best in found.items() if best is not None]
-        if ranked:
-            value, trial_id = max(ranked)
-            best = found[trial_id]
-            assert best is not None
-            self.tracker.log_summary(key, {f"best/{record.objective}": value}, best.metrics["step"])
-            self.tracker.set_tags(key, {"segadapt.best_trial": trial_id})
-            self.tracker.log_file(f"{record.name}/{trial_id}", best.path, "checkpoint")
+        found = {result: best for result in results if (best := self._best(result.trial_id)) is not None}
+        if found:
+            winner = min(found, key=lambda result: (-found[result].metrics[record.objective], result.name))
+            best = found[winner]
+            self.tracker.log_summary(
+                key, {f"best/{record.objective}": best.metrics[record.objective]}, best.metrics["step"]
+            )
+            self.tracker.set_tags(key, {"segadapt.best_trial": winner.trial_id})
+            self.tracker.log_file(f"{record.name}/{winner.trial_id}", best.path, "checkpoint")
+        if found and record.kind == "search":
+            self._log_selection({result.name: checkpoint.metrics for result, checkpoint in found.items()})
         if record.kind == "search":
             for name, make in study_figures(load_study(self.spec), record.objective):
                 self.tracker.log_figure(key, make, name)
-        return bool(ranked)
+        return bool(found)
+
+    def _log_selection(self, kept: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record what label-free selection among the trials would have lost; it changes no choice."""
+        from segadapt.platform.selection import compare
+
+        choices = compare(kept)
+        last = max(int(metrics["step"]) for metrics in kept.values())
+        regrets = {f"regret/{choice.score}": choice.regret for choice in choices}
+        self.tracker.log_summary(self.record.name, regrets, last)
+        self.tracker.log_json(self.record.name, [dataclasses.asdict(choice) for choice in choices], "selection.json")
 
     def _close_parent(self, state: str) -> None:
         from segadapt.platform.tracking import STATE_TAG
@@ -389,8 +401,9 @@ class _Session:
         """Record what the trials start from on the parent run."""
         if not folders:
             return
-        baseline = {f"start/{self.record.objective}": read_metrics(folders[0])[self.record.objective]}
-        self.tracker.log_summary(self.record.name, baseline, 0)
+        metrics, objective = read_metrics(folders[0]), self.record.objective
+        if objective in metrics:  # a stage that an earlier version left has no label-free scores
+            self.tracker.log_summary(self.record.name, {f"start/{objective}": metrics[objective]}, 0)
         self.tracker.set_tags(self.record.name, {f"segadapt.stage.{key.stage.name}": key.hash for key in keys})
 
 

@@ -41,6 +41,8 @@ class TrialResult:
     """How a trial of an experiment ended."""
 
     trial_id: str
+    name: str
+    """Of its run."""
     error: str | None
     ended: bool
     """False if an interruption left it unfinished."""
@@ -113,6 +115,7 @@ def run_experiment(
     return [
         TrialResult(
             trial.trial_id,
+            events.name(trial.trial_id),
             _last_line(trial) if trial.status == "ERROR" else None,
             trial.trial_id not in events.interrupted,
         )

@@ -70,7 +70,7 @@ class BiCL(Method):
         share_step: float = 0.0
         """Growth of the share per class from round to round. Paper: 0."""
         excluded_classes: tuple[int, ...] = ()
-        """Classes that no pixel gets labelled by the share per class. Paper (SYNTHIA): 9, 14, 16."""
+        """Classes that no pixel gets labelled by the share per class. Paper (SYNTHIA): the 3 of 19 it does not have."""
         rounds: int = 4
         """Rounds R, which share `trainer.steps` equally. Paper: 10, of 10000 steps each."""
         round_lr_factor: float = 0.5

@@ -113,3 +113,57 @@ def test_a_run_says_what_it_trains_and_what_it_left_out(segadapt: Call, tmp_path
     experiment = client.get_experiment_by_name("train-source_only-synthia-cityscapes")
     tags = [run.data.tags for run in client.search_runs([experiment.experiment_id])]
     assert any("16 classes are trained" in tag.get("segadapt.data", "") for tag in tags)
+
+
+def test_a_packed_dataset_is_checked_and_trained_from(segadapt: Call, tmp_path: Path) -> None:
+    api.data_make(str(tmp_path / "gta5"), SMALL, layout="gta5")
+    api.data_make(str(tmp_path / "city"), SMALL, layout="cityscapes")
+    done = segadapt("data", "pack", "gta5", "gta5", "packed/gta5")
+    assert done.returncode == 0, done.stderr
+    assert "packed/gta5: train 6 images, " in done.stdout
+    words = ["data", "pack", "cityscapes", "city", "packed/city", "--size", "16", "32", "--format", "jpeg"]
+    done = segadapt(*words, "--quality", "90")
+    assert done.returncode == 0, done.stderr
+    assert "packed/city: train 6 images, val 2 images, " in done.stdout
+    done = segadapt(*words)
+    assert done.returncode == 2
+    assert "but --format or --quality differs from what packed/city was begun with" in done.stderr
+
+    done = segadapt("data", "check", "shards", "packed/city")
+    assert done.returncode == 0, done.stderr
+    assert "train: 6 images, 6 labels, about" in done.stdout
+    assert "sizes: 32x16 (6)" in done.stdout
+    assert "note: packed from cityscapes, resized to 32x16 for training and images compressed as JPEG." in done.stdout
+    assert "packed/city is sound." in done.stdout
+
+    words = ["data.source=shards:packed/gta5", "data.target=shards:packed/city", "augmentation.source_size=[32,64]"]
+    words += ["trainer.steps=2", "trainer.eval_every=2", "trainer.batch_size=2", "warmup.steps=2"]
+    done = segadapt("train", "source_only", *words)
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "19 classes are trained: road, sidewalk" in said
+    assert "packed from cityscapes, resized to 32x16" in said
+
+    shard = tmp_path / "packed" / "city" / "train-00000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = segadapt("data", "check", "shards", "packed/city", "--json")
+    assert done.returncode == 1
+    assert [fault["problem"] for fault in json.loads(done.stdout)["faults"]] == ["shard with a wrong checksum"]
+
+
+def test_packing_what_cannot_be_packed_is_wrong_usage(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="must be one of gta5, synthia, cityscapes, folder, but got 'shards'"):
+        api.data_pack("shards", "a", "b")
+    with pytest.raises(UsageError, match="must be an existing folder"):
+        api.data_pack("gta5", str(tmp_path / "absent"), str(tmp_path / "out"))
+    root = api.data_make(str(tmp_path / "gta5"), SMALL, layout="gta5")
+    with pytest.raises(UsageError, match="--format must be png or jpeg"):
+        api.data_pack("gta5", str(root), str(tmp_path / "out"), image_format="tiff")
+    with pytest.raises(UsageError, match="`segadapt data pack` writes last"):
+        api.data_check("shards", str(root))
+
+
+def test_an_address_of_shards_is_not_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = {"data.source": "shards:s3://bucket/gta5", "data.target": "shards:packed"}
+    assert anchored(values) == {"data.source": "shards:s3://bucket/gta5", "data.target": f"shards:{tmp_path}/packed"}

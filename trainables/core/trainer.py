@@ -5,6 +5,7 @@ It knows neither Ray nor MLflow: results leave through a `Report` function.
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from segadapt.trainables.core.data.transforms import AugmentationConfig
 from segadapt.trainables.core.evaluation import Evaluation, evaluate, save_gallery
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, trained_parameters
 from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder
+from segadapt.trainables.core.selection import ScoredImages, label_free_scores
 from segadapt.trainables.core.validation import check
 
 Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
@@ -38,7 +40,7 @@ Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss term became NaN or infinite; the trial cannot recover."""
+    """A loss term or the network's predictions became NaN or infinite; the trial cannot recover."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,14 +400,25 @@ class Trainer:
         shown = evaluation_for_network(self.evaluation, self.settings.augmentation)
         batch_size, threads = self.settings.trainer.eval_batch_size, self._loader_threads
         evaluation = evaluate(self.method.deployed, shown, self.device, batch_size, threads=threads)
+        evaluated = time.perf_counter()
+        scores = label_free_scores(
+            self.method.deployed, ScoredImages(shown.target), self.device, batch_size, threads=threads
+        )
+        if not all(map(math.isfinite, scores.values())):
+            raise NonFiniteLossError(
+                f"Predictions must be finite, but those on target images are not after step {step} of stage "
+                f"'{stage.name}'. Lower the learning rate."
+            )
         metrics: dict[str, Any] = {
             "step": done + step,
             "stage": stage.name,
             "stage_finished": step == self.steps[stage.name],
             "finished": stage is self.plan[-1] and step == self.steps[stage.name],
             **evaluation.metrics(),
+            **{f"score/{name}": value for name, value in scores.items()},
             **{f"loss/{name}": value for name, value in losses.items()},
-            "time/evaluation": time.perf_counter() - started,
+            "time/evaluation": evaluated - started,
+            "time/scores": time.perf_counter() - evaluated,
         }
         if progress.batches:
             metrics["loss/total"] = sum(losses.values())

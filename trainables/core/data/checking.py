@@ -20,6 +20,7 @@ from segadapt.trainables.core.data.files import (
     size_text,
     unknown_text,
 )
+from segadapt.trainables.core.data.shards import ShardDataset
 
 IGNORED = "ignored"
 """Stands beside the classes in a histogram: pixels of no class."""
@@ -73,7 +74,7 @@ def check_dataset(
     """Decode every file of a dataset in parallel and report all that is wrong.
 
     Args:
-        kind: One of `KINDS`.
+        kind: One of `KINDS`, or `shards`: files are then compared with the checksums of the manifest, not decoded.
         root: Its folder.
         progress: Called with the number of samples just done and of all.
 
@@ -81,6 +82,8 @@ def check_dataset(
         ValueError: If there is no such kind or folder, or its class list cannot be read.
     """
     dataset = open_dataset(kind, root)
+    if isinstance(dataset, ShardDataset):
+        return _check_shards(dataset, progress)
     total = sum(len(split) for split in dataset.splits.values())
     reports, faults, notes = {}, [], list(dataset.notes)
     for name, split in dataset.splits.items():
@@ -97,6 +100,35 @@ def check_dataset(
     if not len(dataset.splits["train"]):
         faults.append(Fault("no training images", root, f"A {kind} dataset must hold {dataset.layout}."))
     return DatasetReport(kind, root, reports, tuple(faults), tuple(notes))
+
+
+def _check_shards(dataset: ShardDataset, progress: Callable[[int, int], None]) -> DatasetReport:
+    """Report what a packed dataset holds, by its index, and the shards that are not as they were packed."""
+    manifest, index, location = dataset.manifest, dataset.index, dataset.location
+    faults, total = [], len(index.ids)
+    for shard in manifest.shards:
+        path = f"{location}/{shard.name}"
+        try:
+            if location.sha256(shard.name) != shard.sha256:
+                faults.append(Fault("shard with a wrong checksum", path, f"It holds {shard.rows} images."))
+        except OSError as error:
+            faults.append(Fault("unreadable shard", path, error.strerror or str(error)))
+        progress(shard.rows, total)
+    reports = {}
+    for name in dataset.splits:
+        rows = [row for row, split in enumerate(index.splits) if split == name]
+        histograms = index.histograms[rows]
+        pixels = dict(zip(dataset.classes.names, histograms.sum(0).tolist(), strict=True))
+        ignored = int(index.sizes[rows][index.labelled[rows]].prod(1).sum()) - sum(pixels.values())
+        reports[name] = SplitReport(
+            images=len(rows),
+            labels=int(index.labelled[rows].sum()),
+            sizes=dict(Counter(size_text(size) for size in index.sizes[rows].tolist()).most_common()),
+            pixels={**pixels, IGNORED: ignored},
+            images_with=dict(zip(dataset.classes.names, (histograms > 0).sum(0).tolist(), strict=True)),
+            packed_bytes=sum(shard.bytes for shard in manifest.shards if shard.split == name),
+        )
+    return DatasetReport(dataset.kind, str(location), reports, tuple(faults), dataset.notes)
 
 
 def _pairing_faults(name: str, split: Split, dataset: Dataset) -> list[Fault]:

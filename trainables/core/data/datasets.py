@@ -13,17 +13,14 @@ from segadapt.trainables.core.data.class_lists import SUBSETS, match
 from segadapt.trainables.core.data.files import (
     Dataset,
     Fault,
-    FileImages,
-    FileTargetImages,
-    LabelFormat,
     LabelFormatError,
     Split,
     UnreadableError,
     in_threads,
-    read_image,
 )
 from segadapt.trainables.core.data.folder import open_folder
 from segadapt.trainables.core.data.gta5 import open_gta5
+from segadapt.trainables.core.data.shards import SHARDS, is_uri, open_shards
 from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
 from segadapt.trainables.core.data.synthia import open_synthia
 from segadapt.trainables.core.validation import check
@@ -34,9 +31,10 @@ KINDS: Mapping[str, Callable[[Path], Dataset]] = {
     "cityscapes": open_cityscapes,
     "folder": open_folder,
 }
-"""How each kind of dataset is opened."""
+"""How each kind of dataset in files is opened."""
 
-_TAIL_BYTES = 4096
+_READ = (*KINDS, SHARDS)
+
 _NAMED = 20  # files that a note names at most
 
 
@@ -45,10 +43,10 @@ class DataConfig:
     """Source, target and how they are read."""
 
     source: str | None = None
-    """Labelled domain as KIND:ROOT, e.g. gta5:/data/GTA5; gta5, synthia, cityscapes or folder. None: streets."""
+    """Labelled domain as KIND:ROOT, e.g. gta5:/data/GTA5; or synthia, cityscapes, folder, shards. None: streets."""
     target: str | None = None
     """Unlabelled domain as KIND:ROOT, e.g. cityscapes:/data/cityscapes; given with `source`. None: streets."""
-    classes: Literal["auto", "19", "16", "13"] = "auto"
+    classes: Literal["auto", 19, 16, 13] = "auto"
     """Trained classes: `auto` trains all that both domains name; a number trains that subset of Cityscapes' 19."""
     holdout: int = 100
     """Images set aside for validation, at most a fifth, of a domain that has no validation split of its own."""
@@ -90,8 +88,8 @@ def split_location(text: str, name: str) -> tuple[str, str]:
     """
     kind, separator, root = text.partition(":")
     check(
-        bool(separator and root) and kind in KINDS,
-        f"{name} must be KIND:ROOT with KIND one of {', '.join(KINDS)}",
+        bool(separator and root) and kind in _READ,
+        f"{name} must be KIND:ROOT with KIND one of {', '.join(_READ)}",
         text,
         f"Example: {name}=gta5:/data/GTA5",
     )
@@ -104,11 +102,13 @@ def open_dataset(kind: str, root: str) -> Dataset:
     Raises:
         ValueError: If the kind is not known, the folder does not exist or its class list is malformed.
     """
-    check(kind in KINDS, f"The kind of a dataset must be one of {', '.join(KINDS)}", kind)
+    check(kind in _READ, f"The kind of a dataset must be one of {', '.join(_READ)}", kind)
+    if kind == SHARDS and (is_uri(root) or Path(root).is_dir()):
+        return open_shards(root)
     if not Path(root).is_dir():
         raise ValueError(
             f"The root of a {kind} dataset must be an existing folder, but got {root!r}. "
-            f"`segadapt data make FOLDER --format {kind}` writes an example."
+            f"`segadapt data {'pack' if kind == SHARDS else f'make FOLDER --format {kind}'}` writes one."
         )
     return KINDS[kind](Path(root))
 
@@ -124,31 +124,27 @@ def load_data(config: DataConfig) -> tuple[DomainData, EvaluationData]:
         return load_streets(config.streets, oracle=config.oracle)
     source = open_dataset(*split_location(config.source, "data.source"))
     target = open_dataset(*split_location(config.target, "data.target"))
-    matching = match(source.classes, target.classes, None if config.classes == "auto" else SUBSETS[config.classes])
+    matching = match(source.classes, target.classes, None if config.classes == "auto" else SUBSETS[str(config.classes)])
     notes = [str(matching), *(f"{dataset.root}: {note}" for dataset in (source, target) for note in dataset.notes)]
     source_train, source_val = _parts("source", source, config, not config.oracle, notes)
     target_train, target_val = _parts("target", target, config, config.oracle, notes)
 
     names = matching.classes.names
-    source_images = FileImages(source_val, source.format, names)
-    target_images = FileImages(target_val, target.format, names)
-    if config.oracle:
-        training, training_root = FileImages(target_train, target.format, names), target.root
-    else:
-        training, training_root = FileImages(source_train, source.format, names), source.root
-    unlabelled = FileTargetImages(target_train)
+    trained, trained_split = (target, target_train) if config.oracle else (source, source_train)
     digest = hashlib.sha256(repr((config.name, config.oracle, matching.classes)).encode())
     for dataset in (source, target):
         digest.update(repr(sorted(dataset.format.values.ids.items())).encode())
-    for root, images in (
-        (training_root, training),
-        (target.root, unlabelled),
-        (source.root, source_images),
-        (target.root, target_images),
+    for dataset, split, labels in (
+        (trained, trained_split, True),
+        (target, target_train, False),
+        (source, source_val, True),
+        (target, target_val, True),
     ):
-        digest.update(_content(root, images.files()))
-    data = DomainData(training, unlabelled, matching.classes, digest.hexdigest(), tuple(notes))
-    return data, EvaluationData(source_images, target_images, matching.classes)
+        digest.update(dataset.content(split, labels=labels))
+    labelled, unlabelled = trained.labelled(trained_split, names), target.unlabelled(target_train)
+    data = DomainData(labelled, unlabelled, matching.classes, digest.hexdigest(), tuple(notes))
+    validation = source.labelled(source_val, names), target.labelled(target_val, names)
+    return data, EvaluationData(*validation, matching.classes)
 
 
 def _parts(
@@ -178,7 +174,7 @@ def _parts(
         if labelled:
             _refuse(split.missing_labels(), f"Every image of {name} must have a label", split, dataset)
         if config.skip_bad:
-            split = _without_bad(split, dataset.format if labelled else None, name, notes)
+            split = _without_bad(split, dataset, name, notes, labels=labelled)
         parts.append(split)
     return parts[0], parts[1]
 
@@ -191,22 +187,24 @@ def _refuse(faults: Sequence[Fault], requirement: str, split: Split, dataset: Da
         )
 
 
-def _without_bad(split: Split, label_format: LabelFormat | None, name: str, notes: list[str]) -> Split:
+def _without_bad(split: Split, dataset: Dataset, name: str, notes: list[str], *, labels: bool) -> Split:
     """Leave out samples whose image or label cannot be decoded, and say which.
 
     Args:
         split: What to scan.
-        label_format: How labels are read; None leaves them alone.
+        dataset: Its dataset.
         name: Of the split, for people.
         notes: Receives what was left out.
+        labels: Whether labels are decoded as well.
     """
-    images = FileImages(split, label_format, ()) if label_format is not None else None
+    images = dataset.unlabelled(split)
+    labelled = dataset.labelled(split, ()) if labels else None
 
     def fault_of(index: int) -> str | None:
         try:
-            read_image(split.images[index])
-            if images is not None:
-                images.label(index)
+            images.image(index)
+            if labelled is not None:
+                labelled.label(index)
         except (UnreadableError, LabelFormatError) as error:
             return str(error)
         return None
@@ -220,15 +218,3 @@ def _without_bad(split: Split, label_format: LabelFormat | None, name: str, note
         named = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
         notes.append(f"{len(bad)} of {len(split)} images of {name} are left out as bad: {named}.")
     return split.subset(kept)
-
-
-def _content(root: Path, files: Sequence[Path]) -> bytes:
-    """Hash names, sizes and last bytes of files: PNGs end in the checksum of their last pixels."""
-
-    def content(path: Path) -> bytes:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            file.seek(max(0, size - _TAIL_BYTES))
-            return hashlib.sha256(f"{path.relative_to(root)}\0{size}\0".encode() + file.read()).digest()
-
-    return hashlib.sha256(b"".join(in_threads(content, files))).digest()

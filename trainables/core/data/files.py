@@ -1,5 +1,6 @@
 """Datasets in files: which image belongs to which label, how both are decoded, and how a broken file names itself."""
 
+import hashlib
 import io
 import os
 import struct
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from segadapt.trainables.core.data.batch import ClassList
+from segadapt.trainables.core.data.batch import ClassList, LabelledImages, TargetImages
 from segadapt.trainables.core.data.class_lists import UNKNOWN_COLOR, LabelValues
 
 Stored = NDArray[np.uint8] | NDArray[np.uint16]
@@ -25,6 +26,7 @@ Stored = NDArray[np.uint8] | NDArray[np.uint16]
 
 _EIGHT_BIT_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "CMYK", "YCbCr", "1")
 _GREY, _TRUE_COLOR, _PALETTE = 0, 2, 3  # colour types of PNG
+_TAIL_BYTES = 4096
 _COLOR_TYPES = {0: "grey", 2: "RGB", 3: "with a palette", 4: "grey with alpha", 6: "RGB with alpha"}
 
 Item = TypeVar("Item")
@@ -139,7 +141,7 @@ class Dataset:
     """One domain on disk."""
 
     kind: str
-    root: Path
+    root: Path | str
     splits: Mapping[str, Split]
     format: LabelFormat
     layout: str
@@ -150,6 +152,27 @@ class Dataset:
     def classes(self) -> ClassList:
         """The classes that its labels name."""
         return self.format.values.classes
+
+    def unlabelled(self, split: Split) -> TargetImages:
+        """Return a split's images without a way to its labels."""
+        return FileTargetImages(split)
+
+    def labelled(self, split: Split, names: Sequence[str]) -> LabelledImages:
+        """Return a split's images with labels of the classes `names`; all must have one."""
+        return FileImages(split, self.format, names)
+
+    def content(self, split: Split, *, labels: bool) -> bytes:
+        """Return a hash of names, sizes and last bytes of a split's files: PNGs end in the checksum of their pixels."""
+        root = Path(self.root)
+
+        def content(path: Path) -> bytes:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                file.seek(max(0, size - _TAIL_BYTES))
+                return hashlib.sha256(f"{path.relative_to(root)}\0{size}\0".encode() + file.read()).digest()
+
+        files = [*split.images, *(label for label in split.labels if labels and label is not None)]
+        return hashlib.sha256(b"".join(in_threads(content, files))).digest()
 
 
 class FileTargetImages:
@@ -316,7 +339,8 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
     picture = _opened(data)
     if picture.mode not in _EIGHT_BIT_MODES:
         raise UnreadableError(f"an image must have 8 bits per channel, but this one has PIL's mode {picture.mode}")
-    return np.array(_loaded(picture, data).convert("RGB"))
+    picture = _loaded(picture, data)
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB")).copy()
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
