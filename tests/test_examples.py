@@ -247,11 +247,16 @@ def test_a_file_trains_at_a_tiny_size(name: str, datasets: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_paper_is_trained_and_evaluated_from_the_command_line(
+def test_a_paper_is_trained_from_packed_data_and_evaluated_from_the_command_line(
     segadapt: Callable[..., CompletedProcess[str]], datasets: Path
 ) -> None:
+    for kind in ("gta5", "cityscapes"):
+        packed = segadapt("data", "pack", kind, str(datasets / kind), f"packed-{kind}")
+        assert packed.returncode == 0, packed.stderr
     words = [f"{key}={json.dumps(value)}" for key, value in tiny("plca_gta5", datasets).items()]
     words = [word.replace('="', "=").removesuffix('"') for word in words]
+    words = [word for word in words if not word.startswith(("data.source=", "data.target="))]
+    words += ["data.source=shards:packed-gta5", "data.target=shards:packed-cityscapes"]
     file = str(PAPERS / "plca_gta5_cityscapes.yaml")
     done = segadapt("train", "plca", "--config", file, "--name", "plca-gta5", *words)
     assert done.returncode == 0, done.stderr
