@@ -50,6 +50,9 @@ LauncherName = Annotated[
 Workers = Annotated[int, typer.Option("--workers-per-trial", help="Data-parallel workers of each trial.")]
 Gpus = Annotated[float | None, typer.Option("--gpus-per-trial", help="GPUs of each worker; default: 1 if any.")]
 Preset = Annotated[str, typer.Option(help="Where to start from; `segadapt describe METHOD` shows the presets.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out files that cannot be decoded; data.skip_bad=true.")
+]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML experiment file; KEY=VALUE overrides it.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what workers print.")]
 
@@ -129,6 +132,7 @@ def search(
     name: Annotated[str | None, typer.Option(help="Of the search; default: METHOD-DATA, numbered.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this search.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; touch nothing.")] = False,
+    skip_bad: SkipBad = False,
     config: ConfigFile = None,
     storage: Storage = "runs",
     tracking_uri: TrackingUri = None,
@@ -161,7 +165,7 @@ def search(
     else:
         record = api.plan_search(
             [word for word in words or [] if "=" not in word],
-            _values(config, [word for word in words or [] if "=" in word]),
+            _values(config, [word for word in words or [] if "=" in word], skip_bad=skip_bad),
             preset=preset,
             trials=trials,
             time_budget_s=time_budget,
@@ -188,6 +192,7 @@ def train(
     preset: Preset = "paper",
     name: Annotated[str | None, typer.Option(help="Of the run; default: train-METHOD-DATA, numbered.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this run.")] = None,
+    skip_bad: SkipBad = False,
     config: ConfigFile = None,
     storage: Storage = "runs",
     tracking_uri: TrackingUri = None,
@@ -211,7 +216,9 @@ def train(
     else:
         if method is None:
             raise UsageError("METHOD must be given, or --resume NAME. `segadapt list` shows the methods.")
-        name, outcome = api.train(method, _values(config, settings), options, preset=preset, name=name)
+        name, outcome = api.train(
+            method, _values(config, settings, skip_bad=skip_bad), options, preset=preset, name=name
+        )
     _conclude(name, outcome, options, advise=False)
 
 
@@ -463,13 +470,14 @@ def _options(
     )
 
 
-def _values(config: str | None, settings: list[str] | None) -> dict[str, Any]:
+def _values(config: str | None, settings: list[str] | None, *, skip_bad: bool = False) -> dict[str, Any]:
     from pathlib import Path
 
     from segadapt.platform.config import parse_assignments, read_experiment
 
     file_values = read_experiment(Path(config)) if config else {}
-    return {**file_values, **parse_assignments(settings or [])}
+    own = {"data.skip_bad": True} if skip_bad else {}
+    return {**file_values, **own, **parse_assignments(settings or [])}
 
 
 def _conclude(name: str, outcome: "Outcome", options: "Options", *, advise: bool) -> None:

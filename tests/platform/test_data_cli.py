@@ -103,7 +103,7 @@ def test_a_run_says_what_it_trains_and_what_it_left_out(segadapt: Call, tmp_path
     (synthia / "RGB" / "0000003.png").write_bytes(b"")
     words = ["data.source=synthia:synthia", "data.target=cityscapes:city", "trainer.steps=2", "trainer.eval_every=2"]
     words += ["trainer.batch_size=2", "warmup.steps=2"]
-    done = segadapt("train", "source_only", *words, "data.skip_bad=true")
+    done = segadapt("train", "source_only", *words, "--skip-bad")
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())
     assert "16 classes are trained: road, sidewalk" in said
