@@ -300,7 +300,7 @@ class _Session:
         record, found = self.record, environment()
         tags = {KIND_TAG: record.kind, METHOD_TAG: record.methods, STATE_TAG: "running", **git_tags(found)}
         if notes := self._data_notes():
-            tags["segadapt.data"] = "\n".join(notes)
+            tags["segadapt.data_notes"] = "\n".join(notes)  # `segadapt.data` is a trial's fingerprint
         params = {"method": record.methods, "objective": record.objective, "trials": record.trials, "seed": record.seed}
         if len(record.candidates) == 1:
             params |= next(iter(record.candidates.values())).fixed
@@ -401,9 +401,8 @@ class _Session:
         """Record what the trials start from on the parent run."""
         if not folders:
             return
-        metrics, objective = read_metrics(folders[0]), self.record.objective
-        if objective in metrics:  # a stage that an earlier version left has no label-free scores
-            self.tracker.log_summary(self.record.name, {f"start/{objective}": metrics[objective]}, 0)
+        objective = self.record.objective
+        self.tracker.log_summary(self.record.name, {f"start/{objective}": read_metrics(folders[0])[objective]}, 0)
         self.tracker.set_tags(self.record.name, {f"segadapt.stage.{key.stage.name}": key.hash for key in keys})
 
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -25,11 +26,6 @@ LOST = "lost"
 
 Spaces = Mapping[str, Mapping[str, BaseDistribution]]
 """What varies, by method and dotted key."""
-
-
-def study_name(spaces: Spaces, method: str, key: str) -> str:
-    """Return what a setting is called in the study: methods of a joint search have parameters of their own."""
-    return key if len(spaces) == 1 else f"{method}.{key}"
 
 
 class StudySearch(OptunaSearch):
@@ -61,14 +57,13 @@ class StudySearch(OptunaSearch):
         self._base_seed = seed
         self._reported: dict[str, int] = {}
         points = [
-            self._choice(method) | {study_name(spaces, method, key): value for key, value in first[method].items()}
+            _choice(spaces, method) | {_study_name(spaces, method, key): value for key, value in first[method].items()}
             for method in spaces
         ]
         self._ot_study: Any
-        super().__init__(space=_unused, points_to_evaluate=[point for point in points if point], **settings)
-
-    def _choice(self, method: str) -> dict[str, Any]:
-        return {METHOD: method} if len(self._spaces) > 1 else {}
+        super().__init__(
+            space=partial(_propose, spaces), points_to_evaluate=[point for point in points if point], **settings
+        )
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
         """Return the searched values of a new trial: its method, if there are several, and settings by dotted key."""
@@ -80,19 +75,10 @@ class StudySearch(OptunaSearch):
                 self._ot_study.sampler = self._make_sampler(seed=seed)
             starved = self._starved([trial.params.get(METHOD) for trial in proposed])
             if starved is not None:
-                self._ot_study.enqueue_trial(self._choice(starved))
+                self._ot_study.enqueue_trial(_choice(self._spaces, starved))
             self._ot_trials[trial_id] = self._ot_study.ask()
             self._ot_trials[trial_id].set_user_attr(TRIAL_ID, trial_id)
-        return self._propose(self._ot_trials[trial_id])
-
-    def _propose(self, trial: Any) -> dict[str, Any]:
-        methods = list(self._spaces)
-        method = trial.suggest_categorical(METHOD, methods) if len(methods) > 1 else methods[0]
-        values = {
-            key: _suggest(trial, study_name(self._spaces, method, key), distribution)
-            for key, distribution in self._spaces[method].items()
-        }
-        return self._choice(method) | values
+        return _propose(self._spaces, self._ot_trials[trial_id])
 
     def _proposed(self) -> list[FrozenTrial]:
         """Return the study's trials that were proposed so far, each once."""
@@ -123,9 +109,24 @@ class StudySearch(OptunaSearch):
         super().on_trial_complete(trial_id, result=result, error=error)
 
 
-def _unused(trial: Any) -> None:
-    """Stand in for a define-by-run space: `StudySearch.suggest` proposes by itself."""
-    raise NotImplementedError
+def _study_name(spaces: Spaces, method: str, key: str) -> str:
+    """Return what a setting is called in the study: methods of a joint search have parameters of their own."""
+    return key if len(spaces) == 1 else f"{method}.{key}"
+
+
+def _choice(spaces: Spaces, method: str) -> dict[str, Any]:
+    return {METHOD: method} if len(spaces) > 1 else {}
+
+
+def _propose(spaces: Spaces, trial: Any) -> dict[str, Any]:
+    """Return the searched values of a trial of the study: the space, as Optuna's define-by-run has it."""
+    methods = list(spaces)
+    method = trial.suggest_categorical(METHOD, methods) if len(methods) > 1 else methods[0]
+    values = {
+        key: _suggest(trial, _study_name(spaces, method, key), distribution)
+        for key, distribution in spaces[method].items()
+    }
+    return _choice(spaces, method) | values
 
 
 def _suggest(trial: Any, name: str, distribution: BaseDistribution) -> Any:

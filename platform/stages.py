@@ -18,7 +18,8 @@ from segadapt.trainables.core.checkpoint import MANIFEST
 from segadapt.trainables.core.method import Stage
 from segadapt.trainables.core.trainer import Report, stage_steps
 
-_FORMAT = 1
+_FORMAT = 2
+"""Of what a stage leaves; 2: label-free scores."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_a_run_says_what_it_trains_and_what_it_left_out(segadapt: Call, tmp_path
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     experiment = client.get_experiment_by_name("train-source_only-synthia-cityscapes")
     tags = [run.data.tags for run in client.search_runs([experiment.experiment_id])]
-    assert any("16 classes are trained" in tag.get("segadapt.data", "") for tag in tags)
+    assert any("16 classes are trained" in tag.get("segadapt.data_notes", "") for tag in tags)
 
 
 def test_a_packed_dataset_is_checked_and_trained_from(segadapt: Call, tmp_path: Path) -> None:
