@@ -620,6 +620,55 @@ def _kind(entry: Any) -> str | None:
     return kind
 
 
+def report(
+    search_name: str,
+    out: str | None = None,
+    *,
+    storage: str = "runs",
+    tracking_uri: str | None = None,
+    study_uri: str | None = None,
+) -> Path:
+    """Write a search as one HTML file that needs no network, and return its path.
+
+    Args:
+        search_name: The search.
+        out: The file; None for `SEARCH.html` in the current folder.
+        storage: The storage folder.
+        tracking_uri: MLflow server that holds the search; None for the storage folder's own.
+        study_uri: Optuna's storage; None for the file in the storage folder.
+
+    Raises:
+        UsageError: If there is no such search, or the file cannot be written.
+    """
+    from segadapt.platform.report import render
+
+    board = runs(search_name, selection=True, storage=storage, tracking_uri=tracking_uri)
+    client = _client(storage, tracking_uri)
+    entries = client.search_runs([client.get_experiment_by_name(search_name).experiment_id], max_results=50_000)
+    if not any(_kind(entry) == "search" for entry in entries):
+        raise UsageError(f"SEARCH must name a search, but {search_name!r} is a single run. `segadapt runs` shows it.")
+    opened = Storage(Path(storage).expanduser().absolute())
+    study = _study(search_name, opened, study_uri)
+    path = Path(out or f"{search_name}.html")
+    try:
+        path.write_text(render(board, entries, client, study))
+    except OSError as error:
+        raise UsageError(f"The report must be writable, but {path} is not: {error.strerror}.") from error
+    return path
+
+
+def _study(name: str, storage: Storage, uri: str | None) -> Any:
+    """Return the study of a search; None where only MLflow is at hand."""
+    from segadapt.platform.search import load_study
+
+    if uri is None and not storage.study_database.is_file():
+        return None
+    try:
+        return load_study(name, storage.study_url(uri))
+    except KeyError:
+        return None
+
+
 def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
     """Write the streets benchmark in the layout of a kind of dataset.
 

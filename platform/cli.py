@@ -301,6 +301,21 @@ def runs(
 
 
 @app.command()
+def report(
+    search_name: Annotated[str, typer.Argument(metavar="SEARCH", help="Name of a search.")],
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="HTML file to write; default: SEARCH.html.")] = None,
+    storage: Storage = "runs",
+    study_uri: StudyUri = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Write a search as one HTML page that needs no network: results, how sure they are, cost, what to do next."""
+    from segadapt.platform import api
+
+    path = api.report(search_name, out, storage=storage, tracking_uri=tracking_uri, study_uri=study_uri)
+    print(f"Wrote {path}")
+
+
+@app.command()
 def ui(
     storage: Storage = "runs", port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000
 ) -> None:

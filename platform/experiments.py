@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 
 from segadapt.platform import stages
-from segadapt.platform.checkpoints import TrialCheckpoint, best_checkpoint, read_metrics
+from segadapt.platform.checkpoints import TrialCheckpoint, best_checkpoint, iou_table, read_metrics
 from segadapt.platform.cluster import Capacity, connect
 from segadapt.platform.config import TrialConfig, Values, resolve
 from segadapt.platform.environment import environment, git_tags
@@ -527,6 +527,8 @@ class _Session:
         metrics = read_metrics(folders[0])
         start = {f"start/{goal}": metrics[goal] for goal in self.spec.objective.goals if goal in metrics}
         self.tracker.log_summary(self.record.name, start, 0)
+        self.tracker.log_file(self.record.name, folders[0] / "gallery.png", "start")
+        self.tracker.log_json(self.record.name, iou_table(folders[0]), "start/per_class_iou.json")
         self.tracker.set_tags(self.record.name, {f"segadapt.stage.{key.stage.name}": key.hash for key in keys})
 
 

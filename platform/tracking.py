@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from segadapt.platform.checkpoints import iou_table
 from segadapt.platform.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def client(uri: str) -> Any:
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is ours
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -264,9 +266,9 @@ class Tracker:
         for domain in ("target_val", "source_val"):
             figure = confusion_figure(summary[domain]["confusion"], summary["classes"], domain)
             self._client.log_figure(run_id, figure, f"confusion/{domain}.png")
-        iou = {name: summary["metrics"].get(f"target_val/iou/{name}") for name in summary["classes"]}
-        table = {"columns": ["class", "target_val_iou"], "data": list(iou.items())}
-        self._client.log_dict(run_id, table, _TABLE)  # `log_table` would add to the table of an earlier session
+        self._client.log_dict(
+            run_id, iou_table(checkpoint), _TABLE
+        )  # `log_table` would add to the table of an earlier session
         self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": _TABLE, "type": "table"}]))
         self._client.log_artifact(run_id, str(checkpoint / "gallery.png"))
 
