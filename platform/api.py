@@ -27,7 +27,7 @@ from segadapt.platform.reranking import Reranked, rerank, verdict
 from segadapt.platform.samplers import check_sampler
 from segadapt.platform.selection import TARGET, Choice, compare
 from segadapt.platform.storage import Storage, open_storage
-from segadapt.platform.study import SCHEDULERS
+from segadapt.platform.study import SCHEDULERS, open_study_storage
 from segadapt.platform.trial import CONFIG
 from segadapt.trainables import METHODS
 from segadapt.trainables.core.evaluation import Inference, score
@@ -35,6 +35,7 @@ from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.source_only import SourceOnly
 
 if TYPE_CHECKING:
+    from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
     from segadapt.trainables.core.data.shards import Manifest
 
@@ -558,11 +559,7 @@ def runs(
         UsageError: If MLflow knows no search of that name; lists those it knows.
     """
     client = _client(storage, tracking_uri)
-    experiment = client.get_experiment_by_name(search_name)
-    if experiment is None:
-        known = ", ".join(sorted(found.name for found in client.search_experiments() if found.name != "Default"))
-        raise UsageError(f"There must be a search {search_name!r}, but there is not. Known: {known or 'none'}.")
-    found = client.search_runs([experiment.experiment_id], max_results=50_000)
+    found = _entries(client, search_name)
     parents = [entry for entry in found if entry.data.tags.get(tracking.KIND_TAG) in ("search", "train")]
     parent = parents[0].data if parents else None
     objective = Objective.parse(parent.params.get("objective", TARGET) if parent else TARGET)
@@ -644,11 +641,8 @@ def report(
 
     board = runs(search_name, selection=True, storage=storage, tracking_uri=tracking_uri)
     client = _client(storage, tracking_uri)
-    entries = client.search_runs([client.get_experiment_by_name(search_name).experiment_id], max_results=50_000)
-    if not any(_kind(entry) == "search" for entry in entries):
-        raise UsageError(f"SEARCH must name a search, but {search_name!r} is a single run. `segadapt runs` shows it.")
-    opened = Storage(Path(storage).expanduser().absolute())
-    study = _study(search_name, opened, study_uri)
+    entries = _search_entries(client, search_name)
+    study = _study(search_name, storage, study_uri)
     path = Path(out or f"{search_name}.html")
     try:
         path.write_text(render(board, entries, client, study))
@@ -657,14 +651,53 @@ def report(
     return path
 
 
-def _study(name: str, storage: Storage, uri: str | None) -> Any:
-    """Return the study of a search; None where only MLflow is at hand."""
-    from segadapt.platform.search import load_study
+def status(
+    search_name: str, *, storage: str = "runs", tracking_uri: str | None = None, study_uri: str | None = None
+) -> "SearchStatus":
+    """Return how a search stands; runs beside it, on this machine or another that sees its storage or its servers.
 
-    if uri is None and not storage.study_database.is_file():
+    Args:
+        search_name: The search.
+        storage: The storage folder.
+        tracking_uri: MLflow server that holds the search; None for the storage folder's own.
+        study_uri: Optuna's storage; None for the file in the storage folder.
+
+    Raises:
+        UsageError: If there is no such search.
+    """
+    from segadapt.platform.status import search_status
+
+    client = _client(storage, tracking_uri)
+    entries = _search_entries(client, search_name)
+    return search_status(search_name, entries, client, _study(search_name, storage, study_uri))
+
+
+def _entries(client: Any, name: str) -> list[Any]:
+    """Return the MLflow runs of an experiment."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        known = ", ".join(sorted(found.name for found in client.search_experiments() if found.name != "Default"))
+        raise UsageError(f"There must be a search {name!r}, but there is not. Known: {known or 'none'}.")
+    return list(client.search_runs([experiment.experiment_id], max_results=50_000))
+
+
+def _search_entries(client: Any, name: str) -> list[Any]:
+    """Return the MLflow runs of a search."""
+    found = _entries(client, name)
+    if not any(_kind(entry) == "search" for entry in found):
+        raise UsageError(f"SEARCH must name a search, but {name!r} is a single run. `segadapt runs` shows it.")
+    return found
+
+
+def _study(name: str, storage: str, uri: str | None) -> Any:
+    """Return the study of a search; None where only MLflow is at hand."""
+    import optuna
+
+    opened = Storage(Path(storage).expanduser().absolute())
+    if uri is None and not opened.study_database.is_file():
         return None
     try:
-        return load_study(name, storage.study_url(uri))
+        return optuna.load_study(study_name=name, storage=open_study_storage(opened.study_url(uri)))
     except KeyError:
         return None
 

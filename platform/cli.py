@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from segadapt.platform.api import EvaluationResult, FinishResult, Leaderboard
     from segadapt.platform.experiments import Options, Outcome, Record
+    from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
 
 _SHOWN_PARAMS = 8
@@ -23,6 +24,9 @@ _SHOWN_PARAMS = 8
 
 _SHOWN_SIZES = 5
 """Most image sizes that a report on a dataset names."""
+
+_WATCH_S = 5.0
+"""Between two looks of `status --watch`."""
 
 app = typer.Typer(
     name="segadapt",
@@ -298,6 +302,31 @@ def runs(
         _show_leaderboard(board)
         if selection:
             _show_selection(board)
+
+
+@app.command()
+def status(
+    search_name: Annotated[str, typer.Argument(metavar="SEARCH", help="Name of a search.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every few seconds until it ends.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: Storage = "runs",
+    study_uri: StudyUri = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Show how a search stands: trials by state, best, rungs, failures, time left. Runs on any machine that sees it."""
+    import time
+
+    from segadapt.platform import api
+
+    while True:
+        found = api.status(search_name, storage=storage, tracking_uri=tracking_uri, study_uri=study_uri)
+        if as_json:
+            print(json.dumps(dataclasses.asdict(found), default=dict))
+        else:
+            _show_status(found, clear=watch)
+        if not watch or found.state != "running":
+            return
+        time.sleep(_WATCH_S)
 
 
 @app.command()
@@ -635,6 +664,39 @@ def _show_leaderboard(board: "Leaderboard") -> None:
         if row.failure:
             console.print(f"{row.name} failed: {row.failure}", markup=False)
     _show_reranked(board)
+
+
+def _show_status(found: "SearchStatus", *, clear: bool) -> None:
+    from rich.table import Table
+
+    console = _console()
+    if clear and console.is_terminal:
+        console.clear()
+    states = ", ".join(f"{count} {state}" for state, count in found.states.items()) or "none yet"
+    console.print(f"{found.search}: {found.state} · trials, of {found.asked}: {states}", markup=False)
+    if found.best is not None:
+        console.print(f"best so far {found.best:.3f} ({found.best_name}), for {found.objective}", markup=False)
+    if found.left_s is not None:
+        console.print(f"about {_duration(found.left_s)} left")
+    if found.running:
+        table = Table(box=None)
+        for column in ("trial", "state", "step", "best", "last heard"):
+            table.add_column(column, justify="left" if column in ("trial", "state") else "right")
+        for trial in found.running:
+            heard = f"{_duration(trial.heard_s)} ago"
+            table.add_row(trial.name, trial.state, str(trial.step), _number(trial.value), heard)
+        console.print(table)
+    for rung in found.rungs:
+        console.print(f"rung {rung.step}: {rung.reached} came, {rung.continued} went on")
+    for name, reason in found.failures.items():
+        console.print(f"{name} failed: {reason}", markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _show_reranked(board: "Leaderboard") -> None:

@@ -21,7 +21,7 @@ from segadapt.platform.objective import Objective
 from segadapt.platform.reranking import Reranked, rerank, verdict
 from segadapt.platform.samplers import SamplerName
 from segadapt.platform.storage import Storage, open_storage
-from segadapt.platform.study import SchedulerName
+from segadapt.platform.study import SchedulerName, open_study_storage
 from segadapt.platform.trial import Launcher, Resources, TrialSpec
 from segadapt.trainables.core.trainer import stage_steps
 
@@ -217,6 +217,8 @@ def run(record: Record, options: Options) -> Outcome:
 
     clock = _Clock()
     storage = open_storage(options.storage)
+    if record.kind == "search":
+        open_study_storage(storage.study_url(options.study_uri))  # answers, or nothing is begun
     needs_dashboard = options.launcher == "train" or options.workers > 1 or torch.cuda.is_available()
     tracker = Tracker(storage, options.tracking_uri)  # connects while Ray starts
     try:

@@ -13,7 +13,7 @@ from segadapt.platform.optuna_search import Given, Proposals, StudySearch
 from segadapt.platform.progress import Progress
 from segadapt.platform.rungs import scheduler
 from segadapt.platform.samplers import SamplerName, make_sampler
-from segadapt.platform.study import LOST, TRIAL_ID, SchedulerName, Spaces, values_by_step
+from segadapt.platform.study import LOST, TRIAL_ID, SchedulerName, Spaces, open_study_storage, values_by_step
 from segadapt.platform.tracking import Tracker
 from segadapt.platform.trial import WORKER_RETRIES, TrialSpec, run_in_process, run_with_ray_train
 
@@ -206,7 +206,7 @@ def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(plan.study_url)
+    storage = open_study_storage(plan.study_url)
     names = optuna.get_all_study_names(storage)
     begun = (spec.folder / "tuner.pkl").is_file()
     if spec.experiment in names and not begun:  # left by a driver killed before its first trial
@@ -233,7 +233,7 @@ def load_study(name: str, url: str) -> Any:
     """Return the study of a search."""
     import optuna
 
-    return optuna.load_study(study_name=name, storage=optuna.storages.RDBStorage(url))
+    return optuna.load_study(study_name=name, storage=open_study_storage(url))
 
 
 def _close_lost(searcher: StudySearch, known: Collection[str]) -> None:
