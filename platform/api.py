@@ -405,7 +405,7 @@ def evaluate(
 def runs(
     search_name: str, *, selection: bool = False, storage: str = "runs", tracking_uri: str | None = None
 ) -> Leaderboard:
-    """Return the leaderboard of a search or single run, read from MLflow.
+    """Return the leaderboard of a search or single run, read from MLflow; records that wait for it are sent first.
 
     Args:
         search_name: The search or single run.
@@ -416,6 +416,7 @@ def runs(
     Raises:
         UsageError: If MLflow knows no search of that name; lists those it knows.
     """
+    tracking.send_waiting(Storage(Path(storage).expanduser().absolute()), tracking_uri)
     client = _client(storage, tracking_uri)
     experiment = client.get_experiment_by_name(search_name)
     if experiment is None:
@@ -549,6 +550,7 @@ def ui(*, storage: str = "runs", port: int = 5000) -> int:
         UsageError: If there is nothing to show, or the port is taken.
     """
     opened = Storage(Path(storage).expanduser().absolute())
+    tracking.send_waiting(opened, None)
     if not opened.mlflow_database.is_file():
         raise UsageError(
             f"--storage must hold runs, but {opened.root} has none yet. `segadapt search sdca` makes some."

