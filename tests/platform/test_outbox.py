@@ -129,6 +129,34 @@ def test_sessions_killed_anywhere_leave_what_an_undisturbed_one_does(
         assert left_over(root / "tracking" / "local") == []
 
 
+def search(root: Path, key: str) -> None:
+    tracker = Tracker(Storage(root), None)
+    tracker.start(RunInfo(key, "town", key, {}, {"lr": 0.1}))
+    for step in range(1, 21):
+        tracker.log_metrics(key, {"miou": step / 100, "loss": 1 / step}, step)
+    tracker.set_tags(key, {STATE_TAG: "finished"})
+    tracker.log_file(key, root / "gallery.png")
+    tracker.end(key, "FINISHED")
+    tracker.close()
+
+
+def test_four_searches_that_begin_a_storage_folder_at_once_lose_nothing(tmp_path: Path) -> None:
+    (tmp_path / "gallery.png").write_text("picture")
+    keys = [f"search-{number}" for number in range(4)]
+    searches = [PROCESSES.Process(target=search, args=(tmp_path, key)) for key in keys]
+    for process in searches:
+        process.start()
+    for process in searches:
+        process.join(120)
+    found = arrived(tmp_path)
+    assert sorted(found) == keys
+    for status, tags, params, points, artifacts in found.values():
+        assert (status, tags[STATE_TAG], params, artifacts) == ("FINISHED", "finished", {"lr": "0.1"}, ["gallery.png"])
+        assert points["miou"] == [(step, step / 100) for step in range(1, 21)]
+        assert points["loss"] == [(step, 1 / step) for step in range(1, 21)]
+    assert left_over(tmp_path / "tracking" / "local") == []
+
+
 def test_a_box_is_taken_by_one_and_only_after_its_process(tmp_path: Path) -> None:
     box = Outbox.create(tmp_path)
     box.append("set_tags", {"key": "a"})

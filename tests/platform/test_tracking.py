@@ -390,35 +390,6 @@ def test_a_lost_server_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     assert "did not take 3 records" in said, "its start and, as nobody ended it, its end"
 
 
-def test_four_sessions_that_begin_a_storage_folder_at_once_lose_nothing(tmp_path: Path) -> None:
-    script = """
-        import sys
-        from pathlib import Path
-        from segadapt.platform.storage import Storage
-        from segadapt.platform.tracking import RunInfo, Tracker
-
-        storage, key = Storage(Path(sys.argv[1])), sys.argv[2]
-        tracker = Tracker(storage, None)
-        tracker.start(RunInfo(key, "shared", key, {}, {"lr": 0.1}))
-        for step in range(1, 21):
-            tracker.log_metrics(key, {"miou": step / 100, "loss": 1 / step}, step)
-        tracker.set_tags(key, {"step": "20"})
-        tracker.log_json(key, {"steps": 20}, "config.yaml")
-        tracker.end(key, "FINISHED")
-        tracker.close()
-        """
-    sessions = [python(script, str(tmp_path), f"search-{number}") for number in range(4)]
-    said = [process.communicate(timeout=120)[1] for process in sessions]
-    arrived = Arrived(f"sqlite:///{tmp_path}/mlflow.db", "shared")
-    runs = arrived.runs()
-    assert len(runs) == 4, said
-    for key, run in runs.items():
-        assert arrived.steps(key) == arrived.steps(key, "loss") == list(range(1, 21)), said
-        assert (run.info.status, run.data.tags["step"]) == ("FINISHED", "20")
-        assert arrived.artifact(key, "config.yaml") == "steps: 20\n"
-    assert waiting(tmp_path) == []
-
-
 def checkpoint(folder: Path) -> Path:
     """What a trial leaves of its best evaluation."""
     folder.mkdir()
