@@ -547,7 +547,7 @@ def evaluate(
 def runs(
     search_name: str, *, selection: bool = False, storage: str = "runs", tracking_uri: str | None = None
 ) -> Leaderboard:
-    """Return the leaderboard of a search or single run, read from MLflow.
+    """Return the leaderboard of a search or single run, read from MLflow; records that wait for it are sent first.
 
     Args:
         search_name: The search or single run.
@@ -558,6 +558,7 @@ def runs(
     Raises:
         UsageError: If MLflow knows no search of that name; lists those it knows.
     """
+    tracking.send_waiting(Storage(Path(storage).expanduser().absolute()), tracking_uri)
     client = _client(storage, tracking_uri)
     found = _entries(client, search_name)
     parents = [entry for entry in found if entry.data.tags.get(tracking.KIND_TAG) in ("search", "train")]
@@ -820,6 +821,7 @@ def ui(*, storage: str = "runs", port: int = 5000) -> int:
         UsageError: If there is nothing to show, or the port is taken.
     """
     opened = Storage(Path(storage).expanduser().absolute())
+    tracking.send_waiting(opened, None)
     if not opened.mlflow_database.is_file():
         raise UsageError(
             f"--storage must hold runs, but {opened.root} has none yet. `segadapt search sdca` makes some."

@@ -586,7 +586,15 @@ def _conclude(name: str, outcome: "Outcome", options: "Options", *, advise: bool
     """Show what came out and what to do next, and exit."""
     from segadapt.platform import api
 
-    board = api.runs(name, storage=options.storage, tracking_uri=options.tracking_uri)
+    try:
+        board = api.runs(name, storage=options.storage, tracking_uri=options.tracking_uri)
+    except Exception as error:
+        if options.tracking_uri is None:
+            raise
+        options.say(
+            f"{name} ended, but its MLflow server does not answer: {error}\n`segadapt runs {name}` shows it later."
+        )
+        sys.exit(_status(outcome))
     _show_leaderboard(board)
     say: Callable[[str], None] = options.say
     where = "" if options.storage == "runs" else f" --storage {options.storage}"

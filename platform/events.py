@@ -129,6 +129,7 @@ class Events(tune.Callback):
                 continue
             if waits:
                 self._paused.add(trial_id)
+                self._progress.started(trial_id, self.name(trial_id), _step(trial))  # maybe in an earlier session
                 self._progress.paused(trial_id)
             else:
                 self._paused.remove(trial_id)
@@ -168,7 +169,7 @@ class Events(tune.Callback):
         self._tracker.start(run)
         self._tracker.log_json(run.key, config.as_dict(), "config.yaml")
         self._tracker.log_json(run.key, self._environment, "environment.json")
-        self._progress.started(trial_id, name, int((trial.last_result or {}).get("step", 0)))
+        self._progress.started(trial_id, name, _step(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -227,3 +228,8 @@ class Events(tune.Callback):
         self._tracker.set_tags(key, tags)
         self._tracker.end(key, _STATUS.get(state, "FINISHED"))
         self._progress.ended(trial_id, state)
+
+
+def _step(trial: Any) -> int:
+    """Return the training steps that a trial has done."""
+    return int((trial.last_result or {}).get("step", 0))
