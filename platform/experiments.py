@@ -1,7 +1,9 @@
 """An experiment from its record to its end: shared stages, trials, tracking, plots. The one path of all training."""
 
 import dataclasses
+import itertools
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from segadapt.platform.search import TrialResult
 
 RECORD = "record.json"
+
+BEGUN = "begun.json"
+"""File in the folder of a trial that computes shared stages, with their hashes, until it has ended well."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,7 @@ def run(record: Record, options: Options) -> Outcome:
                 resources=resources,
                 objective=record.objective,
                 start=Path(record.start) if record.start else None,
+                code=stages.code_versions(record.candidates),
             )
             clock.lap("start")
             failed, interrupted = _Session(record, spec, tracker, options, capacity, concurrent).run(clock)
@@ -346,6 +352,8 @@ class _Session:
     def _close_parent(self, state: str) -> None:
         from segadapt.platform.tracking import STATE_TAG
 
+        if state == "finished":
+            stages.need_no_more(self.spec.storage, self.record.name)
         self.tracker.set_tags(self.record.name, {STATE_TAG: state})
         status = {"interrupted": "KILLED", "finished": "FINISHED", "failed": "FAILED"}[state]
         self.tracker.end(self.record.name, status)
@@ -355,55 +363,88 @@ class _Session:
 
     def _ensure_shared_stages(self) -> bool:
         """Compute the shared stages that are not in the store; returns False if interrupted."""
-        return all(self._ensure_stages_of(method) for method in self.record.candidates)
+        keys = {method: self._stage_keys(method) for method in self.record.candidates}
+        stages.need(self.spec.storage, self.record.name, itertools.chain.from_iterable(keys.values()))
+        return all(self._ensure_stages_of(method, keys[method]) for method in self.record.candidates)
 
-    def _ensure_stages_of(self, method: str) -> bool:
-        """Compute a method's missing shared stages, as a trial of its own that uses the whole machine.
+    def _stage_keys(self, method: str) -> list[stages.StageKey]:
+        from segadapt.trainables.core.data.datasets import load_data
+
+        config = self.spec.shared_config(method)
+        return stages.stage_keys(config, load_data(config.data)[0].fingerprint, self.spec.code)
+
+    def _ensure_stages_of(self, method: str, keys: list[stages.StageKey]) -> bool:
+        """Load a method's shared stages, wait for those that others compute, and compute what is missing."""
+        storage, say = self.spec.storage, self.options.say
+        with stages.turn_to_compute(storage, keys, self.record.name, say) as done:
+            if done:
+                names = ", ".join(key.stage.name for key in keys[: len(done)])
+                say(f"{method}: stages computed earlier are loaded: {names}.")
+            if len(done) < len(keys):
+                self._compute_stages(method, keys, len(done))
+            else:
+                self._close_lost_stage_run(method)
+        done = stages.longest_prefix(storage, keys)
+        if len(done) < len(keys):
+            return False
+        self._log_baseline(keys, done)
+        return True
+
+    def _compute_stages(self, method: str, keys: list[stages.StageKey], done: int) -> None:
+        """Compute a method's shared stages but the first `done`, as a trial of its own that uses the whole machine.
+
+        What this experiment began before is continued, if the stages are the same.
 
         Raises:
             StageFailedError: If the trial fails.
         """
         from segadapt.platform.events import Labels
         from segadapt.platform.search import run_experiment
-        from segadapt.trainables.core.data.datasets import load_data
 
         config = self.spec.shared_config(method)
-        data, _ = load_data(config.data)
-        keys = stages.stage_keys(config, data.fingerprint)
-        done = stages.longest_prefix(self.spec.storage, keys)
-        if done:
-            names = ", ".join(key.stage.name for key in keys[: len(done)])
-            self.options.say(f"{method}: stages computed earlier are loaded: {names}.")
-        if len(done) < len(keys):
-            missing = tuple(key.stage for key in keys[len(done) :])
-            resources, _ = resources_of(self.options, self.capacity, 1, 1)
-            spec = dataclasses.replace(
-                self.spec,
-                experiment=f"{self.record.name}.stages-{method}",
-                fixed={method: self.spec.fixed[method]},
-                resources=resources,
-                shared_stages=True,
-            )
-            steps = sum(stage_steps(missing, config.warmup.steps, config.trainer.steps).values())
-            title = f"shared stages {', '.join(stage.name for stage in missing)}"
-            labels = Labels(self.record.name, "stage", missing[0].name, {}, self.parent_key)
-            results = run_experiment(spec, labels, steps, self.tracker, title)
-            reason = next((result.error for result in results if result.error), None)
-            if reason is not None:
-                raise StageFailedError(f"The shared stages did not finish: {reason}")
-            done = stages.longest_prefix(self.spec.storage, keys)
-        if len(done) < len(keys):
-            return False
-        self._log_baseline(keys, done)
-        return True
+        resources, _ = resources_of(self.options, self.capacity, 1, 1)
+        spec = dataclasses.replace(
+            self.spec,
+            experiment=stages.stage_experiment(self.record.name, method),
+            fixed={method: self.spec.fixed[method]},
+            resources=resources,
+            shared_stages=True,
+        )
+        begun, content = spec.folder / BEGUN, json.dumps([key.hash for key in keys])
+        if spec.folder.exists() and not (begun.exists() and begun.read_text() == content):
+            shutil.rmtree(spec.folder)  # it was finished and pruned since, or the code was edited
+        spec.folder.mkdir(exist_ok=True)
+        begun.write_text(content)
+        missing = tuple(key.stage for key in keys[done:])
+        steps = sum(stage_steps(missing, config.warmup.steps, config.trainer.steps).values())
+        names = [stage.name for stage in missing]
+        labels = Labels(self.record.name, "stage", names[0], {}, self.parent_key)
+        results = run_experiment(spec, labels, steps, self.tracker, f"shared stages {', '.join(names)}")
+        reason = next((result.error for result in results if result.error), None)
+        if reason is not None:
+            raise StageFailedError(f"The shared stages did not finish: {reason}")
+        if not _missing(results):
+            begun.unlink()
+
+    def _close_lost_stage_run(self, method: str) -> None:
+        """Close the run of stages that this experiment began and, after it was killed, another one computed."""
+        self.tracker.end_lost(self.record.name, f"{stages.stage_experiment(self.record.name, method)}/", known=())
 
     def _log_baseline(self, keys: list[stages.StageKey], folders: list[Path]) -> None:
-        """Record what the trials start from on the parent run."""
+        """Record what the trials start from on the parent run, and whether the cache had it."""
         if not folders:
             return
         objective = self.record.objective
         self.tracker.log_summary(self.record.name, {f"start/{objective}": read_metrics(folders[0])[objective]}, 0)
-        self.tracker.set_tags(self.record.name, {f"segadapt.stage.{key.stage.name}": key.hash for key in keys})
+        own = {stages.stage_experiment(self.record.name, method) for method in self.record.candidates}
+        tags = {}
+        for key, folder in zip(keys, folders, strict=True):
+            stages.mark_used(folder)
+            found = stages.describe(folder)
+            computed = found is not None and found.experiment in own
+            tags[f"segadapt.stage.{key.stage.name}"] = key.hash
+            tags[f"segadapt.cache.{key.stage.name}"] = "computed here" if computed else "hit"
+        self.tracker.set_tags(self.record.name, tags)
 
 
 def _failed(results: "list[TrialResult]") -> int:
