@@ -131,8 +131,7 @@ def _leases(storage: Storage) -> Iterator[RunningLease]:
     for folder in sorted((storage.stages / stages.LEASES).glob("*")):
         held = leases.holder_of(folder)
         if held is not None:
-            alive = held.age_s <= leases.STALE_AFTER_S
-            yield RunningLease(folder.name, held.owner.stage, str(held.owner), alive, held.age_s)
+            yield RunningLease(folder.name, held.owner.stage, str(held.owner), held.alive, held.age_s)
 
 
 def _guards(lease: RunningLease, stage_hash: str) -> bool:

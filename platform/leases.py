@@ -55,6 +55,11 @@ class Held:
     age_s: float
     """Seconds since the last heartbeat, by the file system's clock."""
 
+    @property
+    def alive(self) -> bool:
+        """Whether the holder must be left in peace."""
+        return self.age_s <= STALE_AFTER_S
+
 
 class Lease:
     """A lease of this process, renewed by a thread until it is released or the process ends.
@@ -103,13 +108,12 @@ class Lease:
                 continue  # the next heartbeat may pass
 
 
-def take(folder: Path, owner: Owner, stale_after_s: float = STALE_AFTER_S) -> Lease | Held:
+def take(folder: Path, owner: Owner) -> Lease | Held:
     """Take a lease that is free or not renewed any more; otherwise return who holds it. Does not wait.
 
     Args:
         folder: Of the lease, on a file system that all processes see; made if need be.
         owner: Who asks.
-        stale_after_s: Seconds without heartbeat after which the holder counts as dead.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +122,7 @@ def take(folder: Path, owner: Owner, stale_after_s: float = STALE_AFTER_S) -> Le
             holder = _read(folder, number) if number else None
         except FileNotFoundError:
             continue  # others were faster
-        if holder is not None and holder.age_s <= stale_after_s:
+        if holder is not None and holder.alive:
             return holder
         if _append(folder, number + 1, owner):
             return Lease(folder, number + 1, holder)
