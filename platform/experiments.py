@@ -376,14 +376,17 @@ class _Session:
     def _ensure_stages_of(self, method: str, keys: list[stages.StageKey]) -> bool:
         """Load a method's shared stages, wait for those that others compute, and compute what is missing."""
         storage, say = self.spec.storage, self.options.say
-        with stages.turn_to_compute(storage, keys, self.record.name, say) as done:
-            if done:
-                names = ", ".join(key.stage.name for key in keys[: len(done)])
-                say(f"{method}: stages computed earlier are loaded: {names}.")
-            if len(done) < len(keys):
-                self._compute_stages(method, keys, len(done))
-            else:
-                self._close_lost_stage_run(method)
+        try:
+            with stages.turn_to_compute(storage, keys, self.record.name, say) as done:
+                if done:
+                    names = ", ".join(key.stage.name for key in keys[: len(done)])
+                    say(f"{method}: stages computed earlier are loaded: {names}.")
+                if len(done) < len(keys):
+                    self._compute_stages(method, keys, len(done))
+                else:
+                    self._close_lost_stage_run(method)
+        except KeyboardInterrupt:  # while it waited for others
+            return False
         done = stages.longest_prefix(storage, keys)
         if len(done) < len(keys):
             return False

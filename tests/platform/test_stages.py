@@ -70,7 +70,7 @@ def started() -> Iterator[Callable[..., BaseProcess]]:
 Started = Callable[..., BaseProcess]
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 120) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -367,12 +367,12 @@ def test_drivers_compute_a_stage_once_when_the_first_of_them_is_killed(tmp_path:
         drivers[killed].kill()
         survivors = [name for name in drivers if name != killed]
         for name in survivors:
-            assert drivers[name].wait(timeout=300) == 0, outputs[name].read_text()
+            assert drivers[name].wait(timeout=600) == 0, outputs[name].read_text()
         texts = [outputs[name].read_text() for name in survivors]
         assert sum("gave no sign for" in text for text in texts) == 1
         assert sum("stages computed earlier are loaded: source_only." in text for text in texts) == 1
         start("resumed", "--resume", killed)
-        assert drivers["resumed"].wait(timeout=300) == 0, outputs["resumed"].read_text()
+        assert drivers["resumed"].wait(timeout=600) == 0, outputs["resumed"].read_text()
     finally:
         for driver in drivers.values():
             driver.kill()
