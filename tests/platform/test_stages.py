@@ -223,11 +223,11 @@ def contend(folder: Path, turns: int, seed: int) -> None:
 
 
 def test_at_most_one_holds_a_lease_whatever_the_order(tmp_path: Path, started: Started) -> None:
-    processes = [started(contend, tmp_path / "lease", 60, seed) for seed in range(8)]
+    processes = [started(contend, tmp_path / "lease", 40, seed) for seed in range(8)]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 8
-    assert (tmp_path / "turns").stat().st_size == 8 * 60
+    assert (tmp_path / "turns").stat().st_size == 8 * 40
     assert len(list((tmp_path / "lease").iterdir())) == 1, "only the last record is kept"
 
 
@@ -358,19 +358,16 @@ def test_drivers_compute_a_stage_once_when_the_first_of_them_is_killed(tmp_path:
 
     storage = Storage(tmp_path / "runs")
     try:
-        for name, method in (("first", "bicl"), ("second", "drsl"), ("third", "bicl")):
+        for name, method in (("first", "bicl"), ("second", "drsl")):
             start(name, method, "--name", name, *TINY_WORDS)
         held: list[leases.Held] = []
         wait_for(lambda: held.extend(filter(None, map(leases.holder_of, storage.stages.glob(".leases/*")))) or held)
         killed = held[0].owner.experiment
         assert drivers[killed].pid == held[0].owner.pid
         drivers[killed].kill()
-        survivors = [name for name in drivers if name != killed]
-        for name in survivors:
-            assert drivers[name].wait(timeout=600) == 0, outputs[name].read_text()
-        texts = [outputs[name].read_text() for name in survivors]
-        assert sum("gave no sign for" in text for text in texts) == 1
-        assert sum("stages computed earlier are loaded: source_only." in text for text in texts) == 1
+        (survivor,) = set(drivers) - {killed}
+        assert drivers[survivor].wait(timeout=600) == 0, outputs[survivor].read_text()
+        assert "gave no sign for" in outputs[survivor].read_text()
         start("resumed", "--resume", killed)
         assert drivers["resumed"].wait(timeout=600) == 0, outputs["resumed"].read_text()
     finally:
@@ -389,7 +386,7 @@ def test_drivers_compute_a_stage_once_when_the_first_of_them_is_killed(tmp_path:
     hits = sorted(
         run.data.tags["segadapt.cache.source_only"] for run in runs if run.data.tags["segadapt.kind"] == "train"
     )
-    assert hits == ["computed here", "hit", "hit"]
+    assert hits == ["computed here", "hit"]
 
     (kept,) = api.cache_list(storage=str(storage.root)).stages
     assert kept.needed_by == [], "all experiments finished"
