@@ -1,5 +1,6 @@
 """What lies in the stage cache, who needs it, and how it is made smaller."""
 
+import contextlib
 import json
 import shutil
 import uuid
@@ -77,14 +78,17 @@ def content(storage: Storage) -> CacheContent:
         return CacheContent([], [], [], 0)
     now = leases.clock(storage.stages)
     needs, held = _needs(storage), list(_leases(storage))
-    found = []
-    for folder in storage.stages.iterdir():
-        if not folder.name.startswith(".") and (folder / MANIFEST).is_file():
-            needed = needs.get(folder.name, []) + [entry.owner for entry in held if _guards(entry, folder.name)]
-            found.append(_stage(folder, now, needed))
+    found, left_over = [], []
+    for folder in sorted(storage.stages.iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # published or pruned while it is looked at
+            if folder.name.startswith("."):
+                if folder.name != stages.LEASES and now - _last_change(folder) > _LEFT_OVER_S:
+                    left_over.append(folder.name)
+            elif (folder / MANIFEST).is_file():
+                holders = [entry.owner for entry in held if entry.alive and entry.hash == folder.name]
+                found.append(_stage(folder, now, needs.get(folder.name, []) + holders))
     found.sort(key=lambda stage: stage.unused_s)
-    left_over = [folder.name for folder in _unfinished(storage) if now - _last_change(folder) > _LEFT_OVER_S]
-    return CacheContent(found, held, sorted(left_over), sum(stage.bytes for stage in found))
+    return CacheContent(found, held, left_over, sum(stage.bytes for stage in found))
 
 
 def prune(storage: Storage, unused_for_s: float, *, dry_run: bool = False) -> Pruned:
@@ -122,8 +126,9 @@ def _needs(storage: Storage) -> dict[str, list[str]]:
     """Return the experiments that have not finished by the hashes of the stages they need."""
     needs: dict[str, list[str]] = {}
     for path in sorted(storage.experiments.glob(f"*/{stages.NEEDS}")):
-        for stage_hash in json.loads(path.read_text()):
-            needs.setdefault(stage_hash, []).append(path.parent.name)
+        with contextlib.suppress(FileNotFoundError):  # it has just finished
+            for stage_hash in json.loads(path.read_text()):
+                needs.setdefault(stage_hash, []).append(path.parent.name)
     return needs
 
 
@@ -132,10 +137,6 @@ def _leases(storage: Storage) -> Iterator[RunningLease]:
         held = leases.holder_of(folder)
         if held is not None:
             yield RunningLease(folder.name, held.owner.stage, str(held.owner), held.alive, held.age_s)
-
-
-def _guards(lease: RunningLease, stage_hash: str) -> bool:
-    return lease.alive and lease.hash == stage_hash
 
 
 def _stage(folder: Path, now: float, needed_by: list[str]) -> CachedStage:
@@ -177,13 +178,6 @@ def _end(storage: Storage, stage_hash: str) -> bool:
         return False
     lease.release()
     return True
-
-
-def _unfinished(storage: Storage) -> Iterator[Path]:
-    """Yield the folders of copies into the store and of stages put aside."""
-    for folder in storage.stages.glob(".*"):
-        if folder.is_dir() and folder.name != stages.LEASES:
-            yield folder
 
 
 def _last_change(folder: Path) -> float:

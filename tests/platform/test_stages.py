@@ -346,6 +346,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_drivers_compute_a_stage_once_when_the_first_of_them_is_killed(tmp_path: Path) -> None:
     outputs = {}
     drivers = {}
