@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from segadapt import search_spaces
-from segadapt.platform import tracking
+from segadapt.platform import cache, tracking
 from segadapt.platform.config import Key, TrialConfig, Values, anchored, flatten, keys, resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Candidate, Options, Outcome, Record, run
@@ -812,6 +812,45 @@ def data_show(path: str, values: Values) -> Path:
         raise UsageError(f"The folder of the picture must exist, but {target.parent} does not. Make it first.")
     contact_sheet(_streets(values).data.streets, target)
     return target
+
+
+def cache_list(*, storage: str = "runs") -> cache.CacheContent:
+    """Return what is in the stage cache: finished stages, the leases of those being computed, what was left over.
+
+    Raises:
+        UsageError: If there is no storage folder.
+    """
+    return cache.content(_stage_storage(storage))
+
+
+def cache_prune(
+    *, older_than_days: float | None = None, everything: bool = False, dry_run: bool = False, storage: str = "runs"
+) -> cache.Pruned:
+    """Remove stages that were not used of late, and what dead processes left; never what an experiment still needs.
+
+    Args:
+        older_than_days: Removes stages that were not used for so many days.
+        everything: Removes all stages that may be removed; in place of `older_than_days`.
+        dry_run: Only return what would be removed.
+        storage: The storage folder.
+
+    Raises:
+        UsageError: If not exactly one of both is given, or there is no storage folder.
+    """
+    if everything == (older_than_days is not None) or (older_than_days is not None and older_than_days < 0):
+        shown = f"{older_than_days:g} days" if older_than_days is not None else "no days"
+        raise UsageError(
+            "Either --older-than DAYS, not negative, or --all must be given, but got "
+            f"{shown} and {'--all' if everything else 'no --all'}."
+        )
+    return cache.prune(_stage_storage(storage), 86400 * (older_than_days or 0.0), dry_run=dry_run)
+
+
+def _stage_storage(storage: str) -> Storage:
+    opened = Storage(Path(storage).expanduser().absolute())
+    if not opened.root.is_dir():
+        raise UsageError(f"--storage must be an existing folder, but {opened.root} is not. Name the one of your runs.")
+    return opened
 
 
 def ui(*, storage: str = "runs", port: int = 5000) -> int:

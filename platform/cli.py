@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from segadapt.platform.api import EvaluationResult, FinishResult, Leaderboard
+    from segadapt.platform.cache import CacheContent, CachedStage, Pruned, RunningLease
     from segadapt.platform.experiments import Options, Outcome, Record
     from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
@@ -40,6 +41,10 @@ data_app = typer.Typer(
     name="data", help="Datasets: write streets, check and pack what is on disk, look at samples.", no_args_is_help=True
 )
 app.add_typer(data_app)
+cache_app = typer.Typer(
+    name="cache", help="The stage cache: stages that all searches in a storage folder share.", no_args_is_help=True
+)
+app.add_typer(cache_app)
 
 Assignments = Annotated[
     list[str] | None,
@@ -544,6 +549,39 @@ def data_show(
     print(f"Wrote {api.data_show(path, _values(None, settings))}")
 
 
+@cache_app.command("list")
+def cache_list(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, storage: Storage = "runs"
+) -> None:
+    """List the shared stages: what each is, its size, when it was last used and which experiments need it."""
+    from segadapt.platform import api
+
+    found = api.cache_list(storage=storage)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=1))
+    else:
+        _show_cache(found)
+
+
+@cache_app.command("prune")
+def cache_prune(
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", help="Remove stages that were not used for so long.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all stages.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; touch nothing.")] = False,
+    storage: Storage = "runs",
+) -> None:
+    """Remove shared stages that no unfinished experiment needs, and what dead processes left.
+
+    Example: segadapt cache prune --older-than 30
+    """
+    from segadapt.platform import api
+
+    pruned = api.cache_prune(older_than_days=older_than, everything=everything, dry_run=dry_run, storage=storage)
+    _show_pruned(pruned, dry_run=dry_run)
+
+
 def _options(
     storage: str,
     tracking_uri: str | None,
@@ -700,13 +738,6 @@ def _show_status(found: "SearchStatus", *, clear: bool) -> None:
         console.print(f"{name} failed: {reason}", markup=False, soft_wrap=True)
 
 
-def _duration(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def _show_reranked(board: "Leaderboard") -> None:
     from rich.table import Table
 
@@ -771,6 +802,62 @@ def _show_evaluation(result: "EvaluationResult") -> None:
             console.print(f"{name} {value:.4f}    in MLflow: {result.tracked}/{name}", soft_wrap=True)
     if result.predictions is not None:
         console.print(f"predictions: {result.predictions}", soft_wrap=True, markup=False)
+
+
+def _show_cache(found: "CacheContent") -> None:
+    from rich.table import Table
+
+    console = _console()
+    table = Table(box=None)
+    for column in ("stage", "by", "data", "network", "seed", "steps", "size", "age", "unused", "hash", "needed by"):
+        table.add_column(column, justify="right" if column in ("seed", "steps", "size", "age", "unused") else "left")
+    for stage in found.stages:
+        told = stage.description
+        what = (
+            [told.stage, told.method, told.data, told.network, str(told.seed), str(told.steps)] if told else ["?"] * 6
+        )
+        times = [_duration(stage.age_s), _duration(stage.unused_s)]
+        table.add_row(*what, _bytes(stage.bytes), *times, stage.hash[:12], ", ".join(stage.needed_by) or "-")
+    if found.stages:
+        console.print(table)
+    for lease in found.leases:
+        console.print(_lease_text(lease), markup=False, soft_wrap=True)
+    if found.left_over:
+        console.print(f"{len(found.left_over)} left-over copies of dead processes; `segadapt cache prune` removes them")
+    console.print(f"{len(found.stages)} stages, {_bytes(found.bytes)}")
+
+
+def _show_pruned(pruned: "Pruned", *, dry_run: bool) -> None:
+    console = _console()
+    removed = "would be removed" if dry_run else "removed"
+    for stage in pruned.stages:
+        console.print(f"{removed}: {_stage_text(stage)}, {_bytes(stage.bytes)}", markup=False, soft_wrap=True)
+    for stage in pruned.kept:
+        why = f"needed by {', '.join(stage.needed_by)}" if stage.needed_by else "an experiment began to need it"
+        console.print(f"kept: {_stage_text(stage)}, {why}", markup=False, soft_wrap=True)
+    for lease in pruned.leases:
+        console.print(f"{removed}: the lease of a dead process: {_lease_text(lease)}", markup=False, soft_wrap=True)
+    if pruned.left_over:
+        console.print(f"{removed}: {len(pruned.left_over)} left-over copies of dead processes")
+    console.print(f"{'would free' if dry_run else 'freed'} {_bytes(pruned.bytes)}")
+
+
+def _stage_text(stage: "CachedStage") -> str:
+    told = stage.description
+    what = f"{told.stage} ({told.data}, {told.network}, seed {told.seed}, {told.steps} steps)" if told else "a stage"
+    return f"{stage.hash[:12]} {what}, unused for {_duration(stage.unused_s)}"
+
+
+def _lease_text(lease: "RunningLease") -> str:
+    state = "computes" if lease.alive else f"gave no sign for {_duration(lease.age_s)} while computing"
+    return f"{lease.owner} {state} {lease.stage} {lease.hash[:12]}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 @contextlib.contextmanager

@@ -63,6 +63,8 @@ class TrialSpec:
     """Checkpoint folder to begin from; None begins from the shared stages."""
     shared_stages: bool = False
     """Compute the method's shared stages instead of its own."""
+    code: stages.CodeVersions | None = None
+    """Of the shared stages, as the driver found it: an edit while trials run must not hide their stages from them."""
 
     def method(self, values: Values) -> str:
         """Return the method of the trial with these searched values."""
@@ -116,11 +118,12 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
     data, evaluation = load_data(config.data)
     report = _describing(report, config, data.fingerprint)
     method = build_method(config, len(data.classes))
-    keys = stages.stage_keys(spec.shared_config(config.method_name, config.seed), data.fingerprint)
+    shared_config = spec.shared_config(config.method_name, config.seed)
+    keys = stages.stage_keys(shared_config, data.fingerprint, spec.code)
     done = stages.longest_prefix(spec.storage, keys)
     if spec.shared_stages:
         plan = tuple(key.stage for key in keys[len(done) :])
-        report = stages.publishing(spec.storage, {key.stage.name: key for key in keys}, report)
+        report = stages.publishing(spec.storage, keys, shared_config, spec.experiment, report)
     else:
         plan = stages.split_plan(config)[1]
     trainer = Trainer(
@@ -145,6 +148,8 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
             )
         if start is not None:
             trainer.start_from(start)
+        if start is not None and start in done:
+            stages.mark_used(start)
     trainer.run(resume)
 
 
