@@ -45,6 +45,8 @@ _CHECKED_SHAPES = ((2, 64, 96), (1, 131, 173))
 
 _EXAMPLE_SHAPE = (2, 96, 128)
 
+_SERVED_EXAMPLE_SIZE = (64, 96)
+
 _PREFIX = "segadapt."
 
 
@@ -78,7 +80,6 @@ class Card:
     run: str
     run_id: str
     """In MLflow."""
-    checkpoint: str
     checkpoint_sha256: str
     step: int
     """Training steps of the checkpoint."""
@@ -157,7 +158,6 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
         search=origin.search,
         run=origin.run,
         run_id=origin.run_id,
-        checkpoint=str(origin.checkpoint),
         checkpoint_sha256=json.loads((origin.checkpoint / MANIFEST).read_text())["sha256"][STATE],
         step=deployed.step,
         data_fingerprint=origin.data_fingerprint,
@@ -384,17 +384,15 @@ def _save_pyfunc(folder: Path, card: Card, onnx: Path) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    batch, height, width = 1, 64, 96
-    example = np.random.default_rng(0).integers(0, 256, (batch, 3, height, width), np.uint8)
-    mlflow.pyfunc.save_model(
-        str(folder),
-        python_model=str(Path(__file__).with_name("served_model.py")),
-        artifacts={"network": str(onnx)},
-        signature=ModelSignature(
-            Schema([TensorSpec(np.dtype(np.uint8), (-1, 3, -1, -1))]),
-            Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))]),
-        ),
-        input_example=example,
-        pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime")],
-        metadata=card.as_dict(),
-    )
+    images, labels = (TensorSpec(np.dtype(np.uint8), shape) for shape in ((-1, 3, -1, -1), (-1, -1, -1)))
+    with warnings.catch_warnings():  # about type hints that a signature makes needless
+        warnings.simplefilter("ignore")
+        mlflow.pyfunc.save_model(
+            str(folder),
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"network": str(onnx)},
+            signature=ModelSignature(Schema([images]), Schema([labels])),
+            input_example=np.random.default_rng(0).integers(0, 256, (1, 3, *_SERVED_EXAMPLE_SIZE), np.uint8),
+            pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime")],
+            metadata=card.as_dict(),
+        )

@@ -193,13 +193,13 @@ def _items(images: Path, out: Path) -> list[_Item]:
         return [_Item(images, images.stem)]
     if not images.is_dir():
         raise UsageError(f"IMAGES must be an image or a folder of images, but there is none at {images}.")
-    written = out.absolute()
+    written = out.absolute() if (out / RECORD).is_file() else None  # may lie among the images
     found = sorted(
         path
         for path in images.rglob("*")
         if path.suffix.lower() in SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(images).parts)
-        and not path.absolute().is_relative_to(written)
+        and not (written and path.absolute().is_relative_to(written))
         and path.is_file()
     )
     if not found:
