@@ -31,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Exit status: 0 finished, 1 a trial failed or a dataset has faults, 2 wrong usage, 130 interrupted.",
+    epilog="Exit status: 0 finished, 1 a trial failed or a file has faults, 2 wrong usage, 130 interrupted.",
 )
 data_app = typer.Typer(
     name="data", help="Datasets: write streets, check and pack what is on disk, look at samples.", no_args_is_help=True

@@ -385,14 +385,12 @@ def _save_pyfunc(folder: Path, card: Card, onnx: Path) -> None:
     from mlflow.types import Schema, TensorSpec
 
     images, labels = (TensorSpec(np.dtype(np.uint8), shape) for shape in ((-1, 3, -1, -1), (-1, -1, -1)))
-    with warnings.catch_warnings():  # about type hints that a signature makes needless
-        warnings.simplefilter("ignore")
-        mlflow.pyfunc.save_model(
-            str(folder),
-            python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"network": str(onnx)},
-            signature=ModelSignature(Schema([images]), Schema([labels])),
-            input_example=np.random.default_rng(0).integers(0, 256, (1, 3, *_SERVED_EXAMPLE_SIZE), np.uint8),
-            pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime")],
-            metadata=card.as_dict(),
-        )
+    mlflow.pyfunc.save_model(
+        str(folder),
+        python_model=str(Path(__file__).with_name("served_model.py")),
+        artifacts={"network": str(onnx)},
+        signature=ModelSignature(Schema([images]), Schema([labels])),
+        input_example=np.random.default_rng(0).integers(0, 256, (1, 3, *_SERVED_EXAMPLE_SIZE), np.uint8),
+        pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime")],
+        metadata=card.as_dict(),
+    )

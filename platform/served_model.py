@@ -16,8 +16,8 @@ class ServedSegmenter(PythonModel):
         providers = onnxruntime.get_available_providers()
         self._session = onnxruntime.InferenceSession(context.artifacts["network"], providers=providers)
 
-    # mlflow takes a type hint of the input for a schema, and warns of those it does not know
-    def predict(self, context: Any, model_input, params: Any = None) -> Any:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    # mlflow takes the type hint of the input for a schema, and leaves it to the signature if it is this one
+    def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> Any:
         """Return class indices, (B, H, W) uint8, of RGB images, (B, 3, H, W) uint8."""
         (probabilities,) = self._session.run(None, {"images": np.asarray(model_input, np.uint8)})
         return probabilities.argmax(1).astype(np.uint8)
