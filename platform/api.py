@@ -448,11 +448,12 @@ def export(
 
     from segadapt.platform import deploy
 
+    name = register or search_name
+    deploy.check_name(name)
     origin = _origin(run_name, search_name, storage, tracking_uri)
     network, card = deploy.load_network(origin, torch.device("cpu"))
-    folder = Path(out or f"{origin.search}-{origin.run}")
+    folder = Path(out or f"{origin.search}-{origin.run}").expanduser()
     differences = deploy.write(network, card, folder)
-    name = register or search_name
     version = deploy.register(_client(storage, tracking_uri), name, card, folder / deploy.ONNX)
     return ExportResult(origin.run, str(folder), differences, name, version)
 

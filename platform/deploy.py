@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -201,6 +202,7 @@ def write(network: DeployedNetwork, card: Card, folder: Path) -> dict[str, float
         ExportError: If a file computes something else than the network.
     """
     target = evaluating.new_folder(folder.expanduser().absolute())
+    target.rmdir()  # it appears with its content
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         whole = Path(temporary) / "whole"
         whole.mkdir()
@@ -337,6 +339,14 @@ def _open_pt2(path: Path, device: torch.device) -> tuple[Predict, Card]:
         return probabilities
 
     return predict, Card.from_dict(json.loads(extra[CARD]))
+
+
+def check_name(name: str) -> None:
+    """Raise a UsageError unless MLflow and its search expressions take `name` for a model."""
+    if not re.fullmatch(r"[\w .-]+", name):
+        raise UsageError(
+            f"--register must be letters, digits, spaces, '.', '_' or '-', but got {name!r}. Choose another name."
+        )
 
 
 def register(client: Any, name: str, card: Card, onnx: Path) -> str:

@@ -106,6 +106,8 @@ def test_a_checkpoint_is_one_version_of_a_registered_model_and_names_its_run(
     assert version.tags["segadapt.checkpoint_sha256"] == card["checkpoint_sha256"]
     with pytest.raises(UsageError, match="must be new or empty"):
         api.export("best", search_name="tiny", out=exported.folder, storage=str(trained / "runs"))
+    with pytest.raises(UsageError, match="--register must be letters"):
+        api.export("best", search_name="tiny", register="a/b", storage=str(trained / "runs"))
 
 
 def test_mlflow_serves_the_registered_model(trained: Path, exported: api.ExportResult, tmp_path: Path) -> None:
@@ -328,7 +330,7 @@ def test_what_cannot_be_exported_or_differs_is_refused_and_nothing_is_written(
         ExportError, match=r"must be within 0\.001 of the network's, but those of model\.pt2 differ by nan"
     ):
         deploy.write(DeployedNetwork(plain, None), a_card(), tmp_path / "out")
-    assert not any((tmp_path / "out").iterdir())
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
