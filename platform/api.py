@@ -35,6 +35,8 @@ from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.source_only import SourceOnly
 
 if TYPE_CHECKING:
+    from segadapt.platform.deploy import Origin
+    from segadapt.platform.predicting import PredictionResult
     from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
     from segadapt.trainables.core.data.shards import Manifest
@@ -123,6 +125,20 @@ class EvaluationResult:
     """Prefix of the metrics in the MLflow run."""
     predictions: str | None
     """Folder of the saved predictions."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A run's network in files and in MLflow's registry."""
+
+    run: str
+    folder: str
+    """Holds model.onnx, model.pt2 and model.json."""
+    differences: Mapping[str, float]
+    """Largest difference of a class probability from the run's network, by file."""
+    model: str
+    """Name in the registry."""
+    version: str
 
 
 def list_methods() -> list[tuple[str, str]]:
@@ -542,6 +558,112 @@ def evaluate(
     tracker.log_json(key, {**dataclasses.asdict(result), "settings": dict(settings)}, f"{result.tracked}.json")
     tracker.close()
     return result
+
+
+def export(
+    run_name: str,
+    *,
+    search_name: str,
+    out: str | None = None,
+    register: str | None = None,
+    storage: str = "runs",
+    tracking_uri: str | None = None,
+) -> ExportResult:
+    """Write a run's network as ONNX and torch.export files and register it in MLflow, as a version linked to the run.
+
+    The network alone: no teacher, no extra heads; normalisation, resizing and up-sampling are part of it. The files are
+    compared with the run's network at several sizes before they are kept.
+
+    Args:
+        run_name: `best` for the best trial, or the name or id of a trial or finish in the search.
+        search_name: The search (or single run) that holds the run.
+        out: New or empty folder; None makes one named after search and run here.
+        register: Name of the registered model; None takes the search's.
+        storage: The storage folder.
+        tracking_uri: MLflow server that holds the search; None for the storage folder's own.
+
+    Raises:
+        UsageError: If there is no such run, it cannot be exported, or the folder holds something.
+        ExportError: If an exported file differs from the network; nothing is written.
+    """
+    import torch
+
+    from segadapt.platform import deploy
+
+    name = register or search_name
+    deploy.check_name(name)
+    origin = _origin(run_name, search_name, storage, tracking_uri)
+    network, card = deploy.load_network(origin, torch.device("cpu"))
+    folder = Path(out or f"{origin.search}-{origin.run}").expanduser()
+    differences = deploy.write(network, card, folder)
+    version = deploy.register(_client(storage, tracking_uri), name, card, folder / deploy.ONNX)
+    return ExportResult(origin.run, str(folder), differences, name, version)
+
+
+def predict(
+    source: str,
+    images: str,
+    out: str,
+    *,
+    search_name: str | None = None,
+    batch_size: int = 8,
+    overlay: bool = True,
+    confidence: bool = False,
+    storage: str = "runs",
+    tracking_uri: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> "PredictionResult":
+    """Label an image or a folder of images, on a GPU if there is one, and go on if that was interrupted.
+
+    Args:
+        source: An exported .onnx or .pt2 file; or, with `search_name`, `best` or the name or id of a trial or finish.
+        images: An image, or a folder that is searched recursively.
+        out: New, empty, or begun by the same command. Gets `labels`, `overlays` and `confidence`, with the images'
+            paths.
+        search_name: The search (or single run) that holds the run.
+        batch_size: Images of equal size that are predicted at a time, at most.
+        overlay: Also write the images under their classes' colours.
+        confidence: Also write the probability of the predicted class, 0 to 255.
+        storage: The storage folder.
+        tracking_uri: MLflow server that holds the search; None for the storage folder's own.
+        progress: Called with the number of images just done and of all.
+
+    Raises:
+        UsageError: If there is no such run or file, there are no images, or `out` holds something else.
+    """
+    import torch
+
+    from segadapt.platform import deploy, predicting
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if source.endswith((".onnx", ".pt2")):
+        network, card = deploy.open_exported(Path(source), device)
+    elif search_name is None:
+        raise UsageError(
+            f"RUN needs --search NAME, and a file must end in .onnx or .pt2, but got {source!r} alone. "
+            "`segadapt runs NAME` shows the runs of a search."
+        )
+    else:
+        origin = _origin(source, search_name, storage, tracking_uri)
+        network, card = deploy.from_run(origin, device)
+    return predicting.predict(
+        predicting.Labeller(network, card),
+        Path(images).expanduser(),
+        Path(out).expanduser(),
+        batch_size=batch_size,
+        overlay=overlay,
+        confidence=confidence,
+        progress=progress,
+    )
+
+
+def _origin(run_name: str, search_name: str, storage: str, tracking_uri: str | None) -> "Origin":
+    from segadapt.platform.deploy import Origin
+
+    row = _pick(runs(search_name, storage=storage, tracking_uri=tracking_uri), run_name, kinds=("trial", "finish"))
+    assert row.checkpoint is not None
+    tags = _client(storage, tracking_uri).get_run(row.run_id).data.tags
+    return Origin(search_name, row.name, row.run_id, Path(row.checkpoint), tags.get("segadapt.data", ""))
 
 
 def runs(

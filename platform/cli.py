@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from segadapt.platform.api import EvaluationResult, FinishResult, Leaderboard
     from segadapt.platform.cache import CacheContent, CachedStage, Pruned, RunningLease
     from segadapt.platform.experiments import Options, Outcome, Record
+    from segadapt.platform.predicting import PredictionResult
     from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
 
@@ -35,7 +36,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Exit status: 0 finished, 1 a trial failed or a dataset has faults, 2 wrong usage, 130 interrupted.",
+    epilog="Exit status: 0 finished, 1 a trial failed or a file has faults, 2 wrong usage, 130 interrupted.",
 )
 data_app = typer.Typer(
     name="data", help="Datasets: write streets, check and pack what is on disk, look at samples.", no_args_is_help=True
@@ -444,6 +445,74 @@ def evaluate(
         print(json.dumps(dataclasses.asdict(result), indent=1))
     else:
         _show_evaluation(result)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="`best`, or the name or id of a trial or finish in the search.")],
+    search_name: Annotated[str, typer.Option("--search", help="The search that holds the run.")],
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="New or empty; default: SEARCH-RUN here.")] = None,
+    register: Annotated[
+        str | None, typer.Option(metavar="MODEL_NAME", help="In MLflow's registry; default: the search's name.")
+    ] = None,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    debug: Debug = False,
+) -> None:
+    """Write a run's network as ONNX and torch.export files, checked against PyTorch, and register it in MLflow.
+
+    Example: segadapt export best --search sdca-streets --out sdca
+    """
+    from segadapt.platform import api
+
+    result = api.export(
+        run, search_name=search_name, out=out, register=register, storage=storage, tracking_uri=tracking_uri
+    )
+    for name, difference in result.differences.items():
+        print(f"{result.folder}/{name}: class probabilities within {difference:.1e} of the run's network")
+    print(f"registered in MLflow: models:/{result.model}/{result.version}")
+
+
+@app.command()
+def predict(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|FILE", help="`best`, a run's name or id, or an exported .onnx or .pt2 file.")
+    ],
+    images: Annotated[str, typer.Argument(help="An image, or a folder that is searched recursively.")],
+    out: Annotated[str, typer.Argument(help="A new folder, or one in which this was interrupted.")],
+    search_name: Annotated[str | None, typer.Option("--search", help="The search that holds the run.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images of equal size predicted at a time, at most.")] = 8,
+    overlay: Annotated[bool, typer.Option(help="Write the images under their classes' colours.")] = True,
+    confidence: Annotated[
+        bool, typer.Option("--confidence", help="Write the probability of the predicted class, 0 to 255.")
+    ] = False,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    debug: Debug = False,
+) -> None:
+    """Label images of any size: palette PNGs of class indices, colour overlays, confidence.
+
+    Exit status: 0 finished, 1 an image could not be read, 2 wrong usage.
+
+    Example: segadapt predict best photos labels --search sdca-streets; segadapt predict sdca/model.onnx photos labels
+    """
+    from segadapt.platform import api
+
+    with _progress_bar(f"labelling {images}") as progress:
+        result = api.predict(
+            source,
+            images,
+            out,
+            search_name=search_name,
+            batch_size=batch_size,
+            overlay=overlay,
+            confidence=confidence,
+            storage=storage,
+            tracking_uri=tracking_uri,
+            progress=progress,
+        )
+    _show_prediction(result)
+    sys.exit(1 if result.unreadable else 0)
 
 
 def _scales(options: list[str] | None, words: list[str]) -> list[float]:
@@ -858,6 +927,16 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def _show_prediction(result: "PredictionResult") -> None:
+    console = _console()
+    for image in result.unreadable:
+        console.print(f"unreadable: {image.path}: {image.reason}", markup=False, soft_wrap=True)
+    parts = [f"{result.written} images labelled in {result.folder}"]
+    parts += [f"{result.skipped} were before"] * (result.skipped > 0)
+    parts += [f"{len(result.unreadable)} unreadable"] * (len(result.unreadable) > 0)
+    console.print(", ".join(parts), markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -74,4 +74,10 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
 def treat_termination_as_interrupt() -> None:
     """Make SIGTERM end this process as Ctrl-C does, with everything it started; Ray's own handler aborts it instead."""
     if threading.current_thread() is threading.main_thread():  # Python allows it there alone
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell script's background jobs
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)

@@ -134,3 +134,13 @@ def process_group_is_gone(group: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny run named `tiny`; no test changes its files."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = _command(["train", "source_only", "--name", "tiny", *TINY_WORDS])
+    done = run_process(words, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -460,6 +460,7 @@ class Trainer:
         summary = {
             "metrics": metrics,
             "classes": evaluation.classes.names,
+            "colors": evaluation.classes.colors,
             "target_val": {"confusion": evaluation.target_val.confusion.tolist()},
             "source_val": {"confusion": evaluation.source_val.confusion.tolist()},
         }
