@@ -22,12 +22,17 @@ from segadapt.platform.tracking import (
     Status,
     Tracker,
 )
-from segadapt.platform.trial import TrialSpec
+from segadapt.platform.trial import INFEASIBLE, TrialSpec
 
-_STATUS: dict[str, Status] = {"failed": "FAILED", "interrupted": "KILLED", "out of time": "KILLED"}
+_STATUS: dict[str, Status] = {
+    "failed": "FAILED",
+    "infeasible": "FAILED",
+    "interrupted": "KILLED",
+    "out of time": "KILLED",
+}
 """How the run of a trial in this state ends in MLflow; FINISHED otherwise."""
 
-METRIC_PREFIXES = ("target_val/", "source_val/", "score/", "loss/", "time/", "lr")
+METRIC_PREFIXES = ("target_val/", "source_val/", "score/", "loss/", "time/", "memory/", "lr")
 """Reported numbers that are tracked; Tune adds bookkeeping of its own."""
 
 
@@ -149,6 +154,8 @@ class Events(tune.Callback):
         self._tracker.log_metrics(self.key(trial_id), metrics, int(result["step"]))
         if "fingerprint" in result:
             self._tracker.set_tags(self.key(trial_id), {"segadapt.data": result["fingerprint"]})
+        if "memory_note" in result:
+            self._tracker.set_tags(self.key(trial_id), {"segadapt.memory": result["memory_note"]})
         self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -157,7 +164,8 @@ class Events(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that failed."""
-        self._end(trial.trial_id, "failed")
+        reason = self._failures.get(trial.trial_id, "")
+        self._end(trial.trial_id, "infeasible" if reason.startswith(INFEASIBLE) else "failed")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Close the runs of trials that the end of the time budget or an interruption left unfinished."""
@@ -186,7 +194,7 @@ class Events(tune.Callback):
             kept = {f"best/{name}": value for name, value in known.items() if math.isfinite(value)}
             self._tracker.log_summary(key, kept, best.metrics["step"])
             self._tracker.log_evaluation(key, best.path)
-        if state == "failed":
+        if state in ("failed", "infeasible"):
             tags[FAILURE_TAG] = self._failures.get(trial_id, "a process or node died too often; see Ray's error file")
         self._tracker.set_tags(key, tags)
         self._tracker.end(key, _STATUS.get(state, "FINISHED"))

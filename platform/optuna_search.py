@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from segadapt.platform.config import Values
-from segadapt.platform.trial import METHOD
+from segadapt.platform.trial import INFEASIBLE, METHOD
 from segadapt.trainables.core.data.sampling import derived_seed
 
 FLOOR = 0.5
@@ -99,6 +99,8 @@ class StudySearch(OptunaSearch):
         if is_new and value is not None and math.isfinite(value):
             self._ot_trials[trial_id].report(value, step)
             self._reported[trial_id] = step
+        if str(result.get("failure", "")).startswith(INFEASIBLE):  # fails, without a value that the sampler would learn
+            self._ot_trials[trial_id].set_user_attr("infeasible", True)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study how the trial ended: complete, pruned (None to the base class) or failed."""
