@@ -30,6 +30,7 @@ from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.source_only import SourceOnly
 
 if TYPE_CHECKING:
+    from segadapt.platform.cost import Estimate
     from segadapt.trainables.core.data.checking import DatasetReport
     from segadapt.trainables.core.data.shards import Manifest
 
@@ -249,6 +250,19 @@ def _preset(method: str, name: str) -> dict[str, Any]:
     if name not in presets:
         raise UsageError(f"--preset of {method} must be one of {', '.join(presets)}, but got {name!r}.")
     return presets[name]
+
+
+def estimate(record: Record, options: Options) -> "Estimate":
+    """Measure a few real steps of each method of a planned search and predict its time, memory and disk space.
+
+    `Estimate.check` refuses what cannot fit. Nothing is kept and no Ray is started.
+
+    Raises:
+        UsageError: If a trial can never run here, or a method's steps fail.
+    """
+    from segadapt.platform import cost
+
+    return cost.estimate(record, options)
 
 
 def search(record: Record, options: Options) -> Outcome:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from segadapt.platform.api import EvaluationResult, FinishResult, Leaderboard
+    from segadapt.platform.cost import Estimate
     from segadapt.platform.experiments import Options, Outcome, Record
     from segadapt.trainables.core.data.checking import DatasetReport
 
@@ -131,7 +132,11 @@ def search(
     seed: Annotated[int, typer.Option(help="Of the sampler; `seed=N` as a setting seeds the training.")] = 0,
     name: Annotated[str | None, typer.Option(help="Of the search; default: METHOD-DATA, numbered.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this search.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; touch nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would run, measure a few steps and what follows; keep nothing."),
+    ] = False,
+    probe: Annotated[bool, typer.Option(help="With --dry-run: measure a few steps of each method.")] = True,
     skip_bad: SkipBad = False,
     config: ConfigFile = None,
     storage: Storage = "runs",
@@ -178,6 +183,10 @@ def search(
         )
         if dry_run:
             _show_plan(record)
+            if probe:
+                estimate = api.estimate(record, options)
+                _show_estimate(estimate)
+                estimate.check()
             return
         outcome = api.search(record, options)
     _conclude(record.name, outcome, options, advise=True)
@@ -521,6 +530,46 @@ def _show_plan(record: "Record") -> None:
         candidate = record.candidates[method]
         for key, distribution in candidate.space.items():
             console.print(f"  {key:32} {show_range(distribution):24} first {candidate.first[key]}")
+
+
+def _show_estimate(estimate: "Estimate") -> None:
+    from rich.table import Table
+
+    console = _console()
+    table = Table(title="measured here, and predicted from it", box=None)
+    columns = ("s/step", "s/evaluation", "memory", "checkpoint", "full trial", "stopped early", "shared stages", "disk")
+    for column in ("method", *columns):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method, cost in estimate.methods.items():
+        step_s = max(stage.step_s for stage in cost.probe.stages.values())
+        table.add_row(
+            method,
+            f"{step_s:.3g}",
+            f"{cost.probe.evaluation_s:.3g}",
+            _bytes(cost.probe.memory_bytes),
+            _bytes(cost.probe.checkpoint_bytes),
+            *map(_duration, (cost.trial_s, cost.early_stopped_s, cost.shared_s)),
+            _bytes(cost.trial_bytes),
+        )
+    console.print(table)
+    limit = "" if estimate.memory_limit is None else f" of {_bytes(estimate.memory_limit)} that a worker may take"
+    most = max(cost.probe.memory_bytes for cost in estimate.methods.values())
+    lines = [
+        f"search, {estimate.concurrent} trials at a time: at most {_duration(estimate.search_s)} (no trial stopped "
+        f"early), about {_duration(estimate.early_stopped_s)} if half of the trials end at each rung",
+        f"memory: {_bytes(most)}{limit} ({estimate.device})",
+        f"disk: {_bytes(estimate.storage_bytes)} of {_bytes(estimate.free_bytes)} free",
+    ]
+    if estimate.gpu_hours > 0:
+        lines.insert(1, f"GPU hours: at most {estimate.gpu_hours:.3g}")
+    for line in (*lines, *(f"note: {note}" for note in estimate.notes)):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
 def _show_leaderboard(board: "Leaderboard") -> None:

@@ -55,6 +55,11 @@ class Options:
             raise UsageError(
                 f"--launcher inprocess must have 1 worker per trial, but got {self.workers}. Use --launcher train."
             )
+        if self.gpus is not None and self.gpus > 1 and self.gpus != int(self.gpus):
+            raise UsageError(
+                "--gpus-per-trial must be a part of one GPU or a whole number of them, as Ray shares them out, but got "
+                f"{self.gpus:g}. Take {int(self.gpus)} or {int(self.gpus) + 1}."
+            )
 
 
 @dataclass(frozen=True)
@@ -158,14 +163,16 @@ def resources_of(options: Options, capacity: Capacity, trials: int, concurrent: 
         UsageError: If the cluster can never run one trial.
     """
     gpus = options.gpus if options.gpus is not None else float(capacity.gpus > 0)
-    if options.workers > capacity.cpus or gpus * options.workers > capacity.gpus:
+    room = capacity.workers(1, gpus)
+    if room < options.workers:
         raise UsageError(
-            f"The cluster must have what one trial takes ({options.workers} workers of 1 CPU and {gpus:g} GPUs), "
-            f"but has {capacity.cpus} CPUs and {capacity.gpus} GPUs. Lower --workers-per-trial or --gpus-per-trial."
+            f"The nodes must have room for what one trial takes, {options.workers} workers of 1 CPU and {gpus:g} GPUs, "
+            f"each on one node, but there is room for {room}. Nodes: {capacity}. "
+            "Lower --workers-per-trial or --gpus-per-trial."
         )
-    fitting = int(capacity.gpus / (gpus * options.workers)) if gpus else capacity.cpus // options.workers
-    at_a_time = max(1, min(fitting, trials, concurrent or trials))
-    cpus = max(1, capacity.cpus // (at_a_time * options.workers))
+    at_a_time = min(room // options.workers, trials, concurrent or trials)
+    most = max(node.cpus for node in capacity.nodes)
+    cpus = next(n for n in range(most, 0, -1) if capacity.workers(n, gpus) >= at_a_time * options.workers)
     return Resources(options.workers, gpus, cpus, options.launcher), at_a_time
 
 

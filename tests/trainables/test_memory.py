@@ -104,7 +104,7 @@ def test_several_workers_begin_again_with_the_smaller_micro_batch(tmp_path: Path
         return [(process.returncode, errors) for process in processes for _, errors in [process.communicate()]]
 
     failed = run("first")
-    assert [code for code, _ in failed] == [1, 1], failed
+    assert all(code != 0 for code, _ in failed), "the other worker does not wait for ever"
     assert SmallerMicroBatchError.__name__ in failed[1][1]
     assert noted_micro_batch(tmp_path / "artifacts") == 2
     again = run("second")
