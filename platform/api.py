@@ -145,6 +145,7 @@ def plan_search(
     preset: str = search_spaces.DEFAULT_PRESET,
     trials: int = 20,
     time_budget_s: float | None = None,
+    max_gpu_hours: float | None = None,
     concurrent: int | None = None,
     objective: str = OBJECTIVES[0],
     seed: int = 0,
@@ -160,6 +161,7 @@ def plan_search(
         preset: Where the search starts: its searched settings are tried first, its others are fixed.
         trials: Trials to run.
         time_budget_s: Stops the search after so many seconds.
+        max_gpu_hours: Stops the search when its trials and shared stages have held GPUs for so long.
         concurrent: Trials at a time.
         objective: One of `OBJECTIVES`.
         seed: Of the sampler.
@@ -170,10 +172,11 @@ def plan_search(
     Raises:
         UsageError: If a method, a setting, a range or a number is not as it must be.
     """
-    if trials < 1 or (concurrent is not None and concurrent < 1) or (time_budget_s is not None and time_budget_s <= 0):
+    given = (trials, concurrent, time_budget_s, max_gpu_hours)
+    if any(number is not None and number <= 0 for number in given):
         raise UsageError(
-            "--trials, --concurrent and --time-budget must be positive, but got "
-            f"{trials}, {concurrent} and {time_budget_s}."
+            "--trials, --concurrent, --time-budget and --max-gpu-hours must be positive, but got "
+            f"{trials}, {concurrent}, {time_budget_s} and {max_gpu_hours}."
         )
     if objective not in OBJECTIVES:
         raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}, but got {objective!r}.")
@@ -192,6 +195,7 @@ def plan_search(
         trials=trials,
         concurrent=concurrent,
         time_budget_s=time_budget_s,
+        max_gpu_hours=max_gpu_hours,
     )
 
 

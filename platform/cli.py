@@ -120,6 +120,9 @@ def search(
     preset: Preset = "paper",
     trials: Annotated[int, typer.Option(help="Trials to run, those stopped early included.")] = 20,
     time_budget: Annotated[float | None, typer.Option(help="Stop the search after this many seconds.")] = None,
+    max_gpu_hours: Annotated[
+        float | None, typer.Option(help="Stop the search when its trials have held GPUs for so many hours.")
+    ] = None,
     concurrent: Annotated[int | None, typer.Option(help="Trials at a time; default: as many as fit.")] = None,
     objective: Annotated[
         str,
@@ -174,6 +177,7 @@ def search(
             preset=preset,
             trials=trials,
             time_budget_s=time_budget,
+            max_gpu_hours=max_gpu_hours,
             concurrent=concurrent,
             objective=objective,
             seed=seed,

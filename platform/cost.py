@@ -24,7 +24,7 @@ from segadapt.platform import stages
 from segadapt.platform.cluster import this_machine, worker_environment
 from segadapt.platform.config import TrialConfig, resolve
 from segadapt.platform.errors import UsageError
-from segadapt.platform.experiments import Options, Record, resources_of
+from segadapt.platform.experiments import Options, Record, check_gpu_hours, resources_of
 from segadapt.platform.storage import Storage
 from segadapt.platform.trial import Resources, build_method
 from segadapt.trainables.core.data.batch import LabelledImages, TargetImages
@@ -189,7 +189,9 @@ def _resources(record: Record, options: Options) -> tuple[Resources, int]:
     """Return what a trial takes and how many run at a time; on a cluster that is not asked, what this machine can."""
     capacity = this_machine()
     if options.address is None:
-        return resources_of(options, capacity, record.trials, record.concurrent)
+        resources, concurrent = resources_of(options, capacity, record.trials, record.concurrent)
+        check_gpu_hours(record, resources)
+        return resources, concurrent
     gpus = options.gpus if options.gpus is not None else float(capacity.gpus > 0)
     return Resources(options.workers, gpus, 1, options.launcher), min(record.concurrent or 1, record.trials)
 

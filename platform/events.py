@@ -10,6 +10,7 @@ from ray import tune
 
 from segadapt.platform.checkpoints import best_checkpoint
 from segadapt.platform.environment import environment, git_tags
+from segadapt.platform.ledger import GpuHours, Ledger
 from segadapt.platform.progress import Progress
 from segadapt.platform.selection import REPORTED
 from segadapt.platform.tracking import (
@@ -29,6 +30,7 @@ _STATUS: dict[str, Status] = {
     "infeasible": "FAILED",
     "interrupted": "KILLED",
     "out of time": "KILLED",
+    "out of GPU hours": "KILLED",
 }
 """How the run of a trial in this state ends in MLflow; FINISHED otherwise."""
 
@@ -66,19 +68,30 @@ class Events(tune.Callback):
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
         self._deadline: float | None = None
+        self._ledger: Ledger | None = None
+        self._gpu_hours: GpuHours | None = None
         self._swept = False
         self.interrupted: set[str] = set()
         """Trials that this session was stopped in the middle of; they can go on."""
 
-    def attach(self, tracker: Tracker, progress: Progress, time_budget_s: float | None) -> None:
-        """Connect to this session's tracker, screen and end, which are not saved."""
+    def attach(
+        self,
+        tracker: Tracker,
+        progress: Progress,
+        ledger: Ledger,
+        time_budget_s: float | None,
+        gpu_hours: GpuHours | None,
+    ) -> None:
+        """Connect to this session's tracker, screen, accounts and end, which are not saved."""
         self._tracker = tracker
         self._progress = progress
+        self._ledger = ledger
+        self._gpu_hours = gpu_hours
         self._deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
         self._environment = environment()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tracker": None, "_progress": None}
+        return {**self.__dict__, "_tracker": None, "_progress": None, "_ledger": None, "_gpu_hours": None}
 
     def get_state(self) -> dict[str, Any]:
         """Return what a resumed search must know."""
@@ -99,6 +112,8 @@ class Events(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Before anything else: close runs of trials that a killed driver started but had not yet saved."""
         assert self._tracker is not None
+        assert self._ledger is not None
+        self._ledger.keep()
         if not self._swept:
             self._swept = True
             known = [self.key(trial.trial_id) for trial in trials]
@@ -108,7 +123,9 @@ class Events(tune.Callback):
         """Open the run of a trial, or continue it."""
         assert self._tracker is not None
         assert self._progress is not None
+        assert self._ledger is not None
         trial_id = trial.trial_id
+        self._ledger.start(trial_id)
         if trial_id in self._started:
             return
         self._started.add(trial_id)
@@ -158,6 +175,11 @@ class Events(tune.Callback):
             self._tracker.set_tags(self.key(trial_id), {"segadapt.memory": result["memory_note"]})
         self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective))
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Stop the clock of a trial whose process died, until it is started again."""
+        assert self._ledger is not None
+        self._ledger.stop(trial.trial_id)
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that ended or was stopped early."""
         self._end(trial.trial_id, "finished" if (trial.last_result or {}).get("finished") else "stopped early")
@@ -168,23 +190,30 @@ class Events(tune.Callback):
         self._end(trial.trial_id, "infeasible" if reason.startswith(INFEASIBLE) else "failed")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Close the runs of trials that the end of the time budget or an interruption left unfinished."""
-        out_of_time = self._deadline is not None and time.monotonic() >= self._deadline
+        """Close the runs of trials that the end of a budget or an interruption left unfinished."""
+        state = "interrupted"
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            state = "out of time"
+        elif self._gpu_hours is not None and self._gpu_hours.stop_all():
+            state = "out of GPU hours"
         for trial in trials:
             if trial.trial_id not in self._ended:
-                if not out_of_time:
+                if state == "interrupted":
                     self.interrupted.add(trial.trial_id)
                 if trial.trial_id in self._started:
-                    self._end(trial.trial_id, "out of time" if out_of_time else "interrupted")
+                    self._end(trial.trial_id, state)
 
     def _end(self, trial_id: str, state: str) -> None:
         assert self._tracker is not None
         assert self._progress is not None
+        assert self._ledger is not None
+        self._ledger.stop(trial_id)
         if trial_id in self._ended:
             return
         if state != "interrupted":
             self._ended.add(trial_id)
         key = self.key(trial_id)
+        self._tracker.log_summary(key, {"cost/hours": self._ledger.trial_hours(trial_id)}, 0)
         tags = {STATE_TAG: state}
         best = best_checkpoint(self._spec.folder, trial_id, self._spec.objective)
         if best is not None:

@@ -101,6 +101,8 @@ class Record:
     concurrent: int | None = None
     """Trials at a time; None takes as many as the cluster runs."""
     time_budget_s: float | None = None
+    max_gpu_hours: float | None = None
+    """Of all trials and shared stages, over all sessions."""
     search: str | None = None
     """Of a finish: the experiment in MLflow that it belongs to."""
     start: str | None = None
@@ -176,6 +178,19 @@ def resources_of(options: Options, capacity: Capacity, trials: int, concurrent: 
     return Resources(options.workers, gpus, cpus, options.launcher), at_a_time
 
 
+def check_gpu_hours(record: Record, resources: Resources) -> None:
+    """Refuse a budget of GPU hours that nothing would ever spend.
+
+    Raises:
+        UsageError: If trials take no GPU.
+    """
+    if record.max_gpu_hours is not None and resources.gpus == 0:
+        raise UsageError(
+            f"--max-gpu-hours must come with trials that use GPUs, but got {record.max_gpu_hours:g} and none are used. "
+            "Use --time-budget SECONDS instead."
+        )
+
+
 def run(record: Record, options: Options) -> Outcome:
     """Run an experiment, or go on with it if it was begun.
 
@@ -193,6 +208,7 @@ def run(record: Record, options: Options) -> Outcome:
     try:
         with connect(options.address, dashboard=needs_dashboard, verbose=options.debug) as capacity:
             resources, concurrent = resources_of(options, capacity, record.trials, record.concurrent)
+            check_gpu_hours(record, resources)
             record.save(storage)
             spec = TrialSpec(
                 storage=storage,
@@ -281,6 +297,7 @@ class _Session:
                 steps=steps,
                 grace_steps=min(steps, *(config.trainer.eval_every for config in configs)),
                 time_budget_s=record.time_budget_s,
+                max_gpu_hours=record.max_gpu_hours,
             )
         name = {"search": None, "train": record.methods, "finish": f"finish-{record.from_name}"}[record.kind]
         labels = Labels(
@@ -351,8 +368,12 @@ class _Session:
         self.tracker.log_json(self.record.name, [dataclasses.asdict(choice) for choice in choices], "selection.json")
 
     def _close_parent(self, state: str) -> None:
+        from segadapt.platform.ledger import spent_hours
         from segadapt.platform.tracking import STATE_TAG
 
+        unit = "gpu" if self.spec.resources.gpus > 0 else "cpu"
+        hours = spent_hours(self.spec.storage, self.record.name, unit)
+        self.tracker.log_summary(self.record.name, {f"cost/{unit}_hours": hours}, 0)
         self.tracker.set_tags(self.record.name, {STATE_TAG: state})
         status = {"interrupted": "KILLED", "finished": "FINISHED", "failed": "FAILED"}[state]
         self.tracker.end(self.record.name, status)

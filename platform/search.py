@@ -9,6 +9,7 @@ from typing import Any
 
 from segadapt.platform.config import Values
 from segadapt.platform.events import Events, Labels
+from segadapt.platform.ledger import GpuHours, Ledger, spent_hours
 from segadapt.platform.optuna_search import LOST, Spaces, StudySearch
 from segadapt.platform.progress import Progress
 from segadapt.platform.rungs import StudyRungs
@@ -34,6 +35,7 @@ class SearchPlan:
     grace_steps: int
     """Steps before a trial may be stopped: the first rung."""
     time_budget_s: float | None = None
+    max_gpu_hours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def run_experiment(
                 storage_path=str(spec.storage.experiments),
                 verbose=0,
                 callbacks=[Events(spec, labels)],
+                stop=GpuHours(plan.max_gpu_hours) if plan is not None and plan.max_gpu_hours is not None else None,
                 failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
                 checkpoint_config=tune.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective, checkpoint_score_order="max"
@@ -104,7 +107,10 @@ def run_experiment(
         )
     progress = Progress(title, spec.objective, plan.trials if plan else 1, steps)
     events = _events(tuner)
-    events.attach(tracker, progress, plan.time_budget_s if plan else None)
+    ledger, gpu_hours = Ledger(spec.folder, spec.resources), _gpu_hours(tuner)
+    if gpu_hours is not None:
+        gpu_hours.attach(ledger, spent_hours(spec.storage, spec.experiment, "gpu", stages_only=True))
+    events.attach(tracker, progress, ledger, plan.time_budget_s if plan else None, gpu_hours)
     try:
         results = tuner.fit()
     finally:
@@ -134,6 +140,11 @@ def _last_line(trial: Any) -> str:
 def _events(tuner: Any) -> Events:
     callbacks = tuner._local_tuner.get_run_config().callbacks
     found: Events = next(callback for callback in callbacks if isinstance(callback, Events))
+    return found
+
+
+def _gpu_hours(tuner: Any) -> GpuHours | None:
+    found: GpuHours | None = tuner._local_tuner.get_run_config().stop
     return found
 
 
