@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,9 +117,10 @@ def test_what_cannot_fit_is_refused_all_at_once(estimated: tuple[Record, Estimat
 
 
 def test_a_method_whose_steps_fail_is_refused_with_the_reason(segadapt: Any, tmp_path: Path) -> None:
-    done = segadapt("search", "source_only", "--dry-run", "augmentation.crop=[999,999]", *TINY_WORDS)
+    done = segadapt("search", "source_only", "--dry-run", "optimizer.lr=1e12", *TINY_WORDS)
     assert done.returncode == 2, done.stdout
     assert "A few steps of source_only must run on this machine, but: " in done.stderr
+    assert "became nan" in done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -198,16 +198,23 @@ def search(folder: Path, address: str, gpus: float, values: dict[str, Any], **pl
     return outcome, {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
 
-def test_a_trial_that_never_fits_fails_as_infeasible_everywhere(cluster: str, tmp_path: Path) -> None:
-    outcome, runs = search(tmp_path, cluster, 0.25, {}, trials=2, name="short")
+@pytest.fixture(scope="module")
+def short(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, dict[str, Any]]:
+    """A folder with a search whose second trial does not fit, its outcome and its runs."""
+    folder = tmp_path_factory.mktemp("short")
+    return folder, *search(folder, cluster, 0.25, {}, trials=2, name="short")
+
+
+def test_a_trial_that_never_fits_fails_as_infeasible_everywhere(short: tuple[Path, Any, dict[str, Any]]) -> None:
+    folder, outcome, runs = short
     assert outcome.failed == 1
     run = runs["sdca-002"]
     assert (run.info.status, run.data.tags["segadapt.state"]) == ("FAILED", "infeasible")
     assert run.data.tags["segadapt.failure"].startswith("infeasible: One image of each domain must fit the device")
-    study = optuna.load_study(study_name="short", storage=f"sqlite:///{tmp_path}/runs/optuna.db")
+    study = optuna.load_study(study_name="short", storage=f"sqlite:///{folder}/runs/optuna.db")
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
     assert [trial.user_attrs.get("infeasible", False) for trial in study.trials] == [False, True]
-    rows = {row.name: row for row in api.runs("short", storage=str(tmp_path / "runs")).rows}
+    rows = {row.name: row for row in api.runs("short", storage=str(folder / "runs")).rows}
     assert (rows["sdca-001"].state, rows["sdca-002"].state) == ("finished", "infeasible")
     assert runs["sdca-001"].data.metrics["memory/micro_batch"] == 4
     parent = runs["short"].data.metrics
@@ -216,12 +223,10 @@ def test_a_trial_that_never_fits_fails_as_infeasible_everywhere(cluster: str, tm
     assert parent["cost/gpu_hours"] == pytest.approx(0.25 * sum(hours), rel=1e-6)
 
 
-def test_a_search_ends_when_its_gpu_hours_are_spent(cluster: str, tmp_path: Path) -> None:
+def test_a_search_ends_when_its_gpu_hours_are_spent(cluster: str, short: tuple[Path, Any, dict[str, Any]]) -> None:
     settings = {"method.temperature": 100.0, "trainer.steps": 100_000, "trainer.eval_every": 100}
-    started = time.monotonic()
-    outcome, runs = search(tmp_path, cluster, 1.0, settings, trials=5, name="spent", max_gpu_hours=20 / 3600)
-    assert time.monotonic() - started < 300
+    outcome, runs = search(short[0], cluster, 1.0, settings, trials=5, name="spent", max_gpu_hours=5 / 3600)
     assert (outcome.failed, outcome.interrupted) == (0, False)
     assert runs["sdca-001"].data.tags["segadapt.state"] == "out of GPU hours"
-    assert 20 <= 3600 * runs["spent"].data.metrics["cost/gpu_hours"] < 120
+    assert 5 <= 3600 * runs["spent"].data.metrics["cost/gpu_hours"] < 100
     assert "sdca-002" not in runs

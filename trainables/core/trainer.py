@@ -268,7 +268,9 @@ class Trainer:
                 self._evaluate_and_report(stage, done, 0, optimizer, _Progress())
         train_step = self._parallel()
         batches = self._micro_batches(stage, folder, start)
-        before = Snapshot(self.method) if distributed.world_size() == 1 else None
+        workers = distributed.world_size()
+        again = workers == 1 and smaller_micro_batch(self.micro_batch, workers) is not None
+        before = Snapshot(self.method) if again else None
         self._seed(stage, start)
         progress = _Progress()
         for step in range(start, steps):
