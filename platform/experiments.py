@@ -281,12 +281,19 @@ class _Session:
 
     def _run_trials(self) -> "list[TrialResult]":
         from segadapt.platform.events import Labels
+        from segadapt.platform.ledger import spent_hours
         from segadapt.platform.search import SearchPlan, run_experiment
 
         record = self.record
         configs = record.configs().values()
         steps = max(stages.own_steps(config) for config in configs)
         plan = None
+        if record.max_gpu_hours is not None:
+            spent = spent_hours(self.spec.storage, record.name, "gpu")
+            if spent >= record.max_gpu_hours:
+                self.options.say(
+                    f"--max-gpu-hours: {spent:.3g} of {record.max_gpu_hours:g} are spent; no trial starts."
+                )
         if record.kind == "search":
             plan = SearchPlan(
                 spaces={name: found.space for name, found in record.candidates.items()},
