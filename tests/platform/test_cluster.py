@@ -65,7 +65,9 @@ def test_as_many_trials_as_planned_fit_at_once(
 def test_what_can_never_run_is_refused_with_what_is_missing(
     capacity: Capacity, workers: int, gpus: float, room: int
 ) -> None:
-    with pytest.raises(UsageError, match=rf"there is room for {room}\. Nodes: 2 of 4 CPUs and 1 GPUs and 1 of 2 CPUs"):
+    with pytest.raises(
+        UsageError, match=rf"its nodes have room for {room}\. Nodes: 2 of 4 CPUs and 1 GPUs and 1 of 2 CPUs"
+    ):
         resources_of(Options(workers=workers, gpus=gpus), capacity, 20, None)
 
 
