@@ -168,8 +168,8 @@ def resources_of(options: Options, capacity: Capacity, trials: int, concurrent: 
     room = capacity.workers(1, gpus)
     if room < options.workers:
         raise UsageError(
-            f"The cluster must have what one trial takes ({options.workers} workers of 1 CPU and {gpus:g} GPUs, each on "
-            f"one node), but its nodes have room for {room}. Nodes: {capacity}. "
+            f"The cluster must have what one trial takes ({options.workers} workers of 1 CPU and {gpus:g} GPUs, each "
+            f"on one node), but its nodes have room for {room}. Nodes: {capacity}. "
             "Lower --workers-per-trial or --gpus-per-trial."
         )
     at_a_time = min(room // options.workers, trials, concurrent or trials)
