@@ -29,7 +29,7 @@ from segadapt.platform.storage import Storage
 from segadapt.platform.trial import Resources, build_method
 from segadapt.trainables.core.data.batch import LabelledImages, TargetImages
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.method import Stage
+from segadapt.trainables.core.method import Stage, StageData
 from segadapt.trainables.core.trainer import Trainer, TrainerSettings, stage_steps
 
 PROBE_STEPS = 4
@@ -369,10 +369,11 @@ def flat(config: TrialConfig) -> dict[str, Any]:
 
 @dataclass
 class _Timing:
-    """Marks of one stage: its begin, each step's begin, the evaluation's begin. Reads are of the preparation."""
+    """Marks of one stage: the begin of its preparation, of each step, of the evaluation; and what was read before."""
 
     marks: list[float] = field(default_factory=list)
     reads: tuple[int, int] = (0, 0)
+    """Source and target images that the preparation read."""
 
 
 class _TimedTrainer(Trainer):
@@ -389,9 +390,12 @@ class _TimedTrainer(Trainer):
     def _run_stage(self, stage: Stage, *arguments: Any) -> None:
         torch.set_num_threads(self._threads[stage.shared])
         self._timing = self.timings[stage.name] = _Timing()
-        self._before = [images.reads for images in self._sets]
-        self._mark()
         super()._run_stage(stage, *arguments)
+
+    def _stage_data(self, *arguments: Any) -> StageData:
+        self._before = [images.reads for images in self._sets]
+        self._mark()  # after the optimiser, whose first one in a process takes seconds to import
+        return super()._stage_data(*arguments)
 
     def _gradients(self, *arguments: Any) -> dict[str, torch.Tensor] | None:
         self._mark()
@@ -531,6 +535,8 @@ def peak_memory() -> int:
 
 def main(request: str, answer: str) -> None:
     """Measure what the file `request` asks for and write the result to the file `answer`."""
+    import ray.tune  # noqa: F401  # a trial's process holds it as well
+
     content = json.loads(Path(request).read_text())
     config = resolve(content["method"], content["values"])
     probe = measure(config, Path(request).parent, content["threads"], content["shared_threads"])
