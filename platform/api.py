@@ -35,6 +35,7 @@ from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.source_only import SourceOnly
 
 if TYPE_CHECKING:
+    from segadapt.platform.cost import Estimate
     from segadapt.platform.deploy import Origin
     from segadapt.platform.predicting import PredictionResult
     from segadapt.platform.status import SearchStatus
@@ -177,6 +178,7 @@ def plan_search(
     preset: str = search_spaces.DEFAULT_PRESET,
     trials: int | None = None,
     time_budget_s: float | None = None,
+    max_gpu_hours: float | None = None,
     concurrent: int | None = None,
     objective: str | None = None,
     sampler: str | None = None,
@@ -199,6 +201,7 @@ def plan_search(
         preset: Where the search starts: its searched settings are tried first, its others are fixed.
         trials: Trials to run; None for 20.
         time_budget_s: Stops the search after so many seconds.
+        max_gpu_hours: Stops the search when its trials and shared stages have held GPUs for so long.
         concurrent: Trials at a time.
         objective: One of `GOALS`, or several (see `Objective`); None for target mIoU.
         sampler: One of `SAMPLERS`; None for `auto`.
@@ -237,6 +240,7 @@ def plan_search(
         trials=trials if trials is not None else parent.trials if parent is not None else 20,
         concurrent=concurrent,
         time_budget_s=time_budget_s,
+        max_gpu_hours=max_gpu_hours,
         sampler=sampler,  # type: ignore[arg-type]  # checked below
         scheduler=scheduler,  # type: ignore[arg-type]
         forked_from=fork,
@@ -250,11 +254,11 @@ def plan_search(
 
 def _check_plan(record: Record, objective: Objective) -> None:
     """Make sure that the parts of a planned search fit together."""
-    numbers = (record.trials, record.concurrent or 1, record.time_budget_s or 1)
-    if min(numbers) <= 0 or record.time_budget_s == 0:
+    given = (record.trials, record.concurrent, record.time_budget_s, record.max_gpu_hours)
+    if any(number is not None and number <= 0 for number in given):
         raise UsageError(
-            "--trials, --concurrent and --time-budget must be positive, but got "
-            f"{record.trials}, {record.concurrent} and {record.time_budget_s}."
+            "--trials, --concurrent, --time-budget and --max-gpu-hours must be positive, but got "
+            f"{', '.join(map(str, given))}."
         )
     check_sampler(record.sampler, record.settings().spaces, objective)
     if record.scheduler not in SCHEDULERS:
@@ -361,6 +365,19 @@ def _preset(method: str, name: str) -> dict[str, Any]:
     if name not in presets:
         raise UsageError(f"--preset of {method} must be one of {', '.join(presets)}, but got {name!r}.")
     return presets[name]
+
+
+def estimate(record: Record, options: Options) -> "Estimate":
+    """Measure a few real steps of each method of a planned search and predict its time, memory and disk space.
+
+    `Estimate.check` refuses what cannot fit. Nothing is kept and no Ray is started.
+
+    Raises:
+        UsageError: If a trial can never run here, or a method's steps fail.
+    """
+    from segadapt.platform import cost
+
+    return cost.estimate(record, options)
 
 
 def search(record: Record, options: Options) -> Outcome:

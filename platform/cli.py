@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from segadapt.platform.api import EvaluationResult, FinishResult, Leaderboard
     from segadapt.platform.cache import CacheContent, CachedStage, Pruned, RunningLease
+    from segadapt.platform.cost import Estimate
     from segadapt.platform.experiments import Options, Outcome, Record
     from segadapt.platform.predicting import PredictionResult
     from segadapt.platform.status import SearchStatus
@@ -135,6 +136,9 @@ def search(
         int | None, typer.Option(help="Trials to run, those stopped early included; default: 20. With --extend: more.")
     ] = None,
     time_budget: Annotated[float | None, typer.Option(help="Stop the search after this many seconds.")] = None,
+    max_gpu_hours: Annotated[
+        float | None, typer.Option(help="Stop the search when its trials have held GPUs for so many hours.")
+    ] = None,
     concurrent: Annotated[int | None, typer.Option(help="Trials at a time; default: as many as fit.")] = None,
     objective: Annotated[
         str | None,
@@ -173,7 +177,11 @@ def search(
         list[str] | None,
         typer.Option(metavar="NAME", help="Count this search's trials as prior points where they fit; repeatable."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; touch nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would run, measure a few steps and what follows; keep nothing."),
+    ] = False,
+    probe: Annotated[bool, typer.Option(help="With --dry-run: measure a few steps of each method.")] = True,
     skip_bad: SkipBad = False,
     config: ConfigFile = None,
     storage: Storage = "runs",
@@ -229,6 +237,7 @@ def search(
             preset=preset,
             trials=trials,
             time_budget_s=time_budget,
+            max_gpu_hours=max_gpu_hours,
             concurrent=concurrent,
             objective=objective,
             sampler=sampler,
@@ -244,6 +253,10 @@ def search(
         )
         if dry_run:
             _show_plan(record)
+            if probe:
+                estimate = api.estimate(record, options)
+                _show_estimate(estimate)
+                estimate.check()
             return
         outcome = api.search(record, options)
     _conclude(record.name, outcome, options, advise=True)
@@ -743,6 +756,40 @@ def _show_plan(record: "Record") -> None:
             console.print(f"  {key:32} {show_range(distribution):24} first {candidate.first[key]}")
 
 
+def _show_estimate(estimate: "Estimate") -> None:
+    from rich.table import Table
+
+    console = _console()
+    table = Table(title="measured here, and predicted from it", box=None)
+    columns = ("s/step", "s/evaluation", "memory", "checkpoint", "full trial", "stopped early", "shared stages", "disk")
+    for column in ("method", *columns):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method, cost in estimate.methods.items():
+        step_s = max(stage.step_s for stage in cost.probe.stages.values())
+        table.add_row(
+            method,
+            f"{step_s:.3g}",
+            f"{cost.probe.evaluation_s:.3g}",
+            _bytes(cost.probe.memory_bytes),
+            _bytes(cost.probe.checkpoint_bytes),
+            *map(_duration, (cost.trial_s, cost.early_stopped_s, cost.shared_s)),
+            _bytes(cost.trial_bytes),
+        )
+    console.print(table)
+    limit = "" if estimate.memory_limit is None else f" of {_bytes(estimate.memory_limit)} that a worker may take"
+    most = max(cost.probe.memory_bytes for cost in estimate.methods.values())
+    lines = [
+        f"search, {estimate.concurrent} trials at a time: at most {_duration(estimate.search_s)} (no trial stopped "
+        f"early), about {_duration(estimate.early_stopped_s)} if half of the trials end at each rung",
+        f"memory: {_bytes(most)}{limit} ({estimate.device})",
+        f"disk: {_bytes(estimate.storage_bytes)} of {_bytes(estimate.free_bytes)} free",
+    ]
+    if estimate.gpu_hours > 0:
+        lines.insert(1, f"GPU hours: at most {estimate.gpu_hours:.3g}")
+    for line in (*lines, *(f"note: {note}" for note in estimate.notes)):
+        console.print(line, markup=False, soft_wrap=True)
+
+
 def _show_leaderboard(board: "Leaderboard") -> None:
     from rich.table import Table
 
@@ -925,8 +972,8 @@ def _lease_text(lease: "RunningLease") -> str:
 def _duration(seconds: float) -> str:
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _show_prediction(result: "PredictionResult") -> None:

@@ -67,6 +67,11 @@ class Options:
             raise UsageError(
                 f"--launcher inprocess must have 1 worker per trial, but got {self.workers}. Use --launcher train."
             )
+        if self.gpus is not None and self.gpus > 1 and self.gpus != int(self.gpus):
+            raise UsageError(
+                "--gpus-per-trial must be a part of one GPU or a whole number of them, as Ray shares them out, but got "
+                f"{self.gpus:g}. Take {int(self.gpus)} or {int(self.gpus) + 1}."
+            )
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,8 @@ class Record:
     concurrent: int | None = None
     """Trials at a time; None takes as many as the cluster runs."""
     time_budget_s: float | None = None
+    max_gpu_hours: float | None = None
+    """Of all trials and shared stages, over all sessions."""
     sampler: SamplerName = "auto"
     scheduler: SchedulerName = "asha"
     forked_from: str | None = None
@@ -199,15 +206,30 @@ def resources_of(options: Options, capacity: Capacity, trials: int, concurrent: 
         UsageError: If the cluster can never run one trial.
     """
     gpus = options.gpus if options.gpus is not None else float(capacity.gpus > 0)
-    if options.workers > capacity.cpus or gpus * options.workers > capacity.gpus:
+    room = capacity.workers(1, gpus)
+    if room < options.workers:
         raise UsageError(
-            f"The cluster must have what one trial takes ({options.workers} workers of 1 CPU and {gpus:g} GPUs), "
-            f"but has {capacity.cpus} CPUs and {capacity.gpus} GPUs. Lower --workers-per-trial or --gpus-per-trial."
+            f"The cluster must have what one trial takes ({options.workers} workers of 1 CPU and {gpus:g} GPUs, each "
+            f"on one node), but its nodes have room for {room}. Nodes: {capacity}. "
+            "Lower --workers-per-trial or --gpus-per-trial."
         )
-    fitting = int(capacity.gpus / (gpus * options.workers)) if gpus else capacity.cpus // options.workers
-    at_a_time = max(1, min(fitting, trials, concurrent or trials))
-    cpus = max(1, capacity.cpus // (at_a_time * options.workers))
+    at_a_time = min(room // options.workers, trials, concurrent or trials)
+    most = max(node.cpus for node in capacity.nodes)
+    cpus = next(n for n in range(most, 0, -1) if capacity.workers(n, gpus) >= at_a_time * options.workers)
     return Resources(options.workers, gpus, cpus, options.launcher), at_a_time
+
+
+def check_gpu_hours(record: Record, resources: Resources) -> None:
+    """Refuse a budget of GPU hours that nothing would ever spend.
+
+    Raises:
+        UsageError: If trials take no GPU.
+    """
+    if record.max_gpu_hours is not None and resources.gpus == 0:
+        raise UsageError(
+            f"--max-gpu-hours must come with trials that use GPUs, but got {record.max_gpu_hours:g} and none are used. "
+            "Use --time-budget SECONDS instead."
+        )
 
 
 def run(record: Record, options: Options) -> Outcome:
@@ -229,6 +251,7 @@ def run(record: Record, options: Options) -> Outcome:
     try:
         with connect(options.address, dashboard=needs_dashboard, verbose=options.debug) as capacity:
             resources, concurrent = resources_of(options, capacity, record.trials, record.concurrent)
+            check_gpu_hours(record, resources)
             record.save(storage)
             spec = TrialSpec(
                 storage=storage,
@@ -306,12 +329,19 @@ class _Session:
 
     def _run_trials(self) -> "list[TrialResult]":
         from segadapt.platform.events import Labels
+        from segadapt.platform.ledger import spent_hours
         from segadapt.platform.search import SearchPlan, run_experiment
 
         record = self.record
         configs = record.configs().values()
         steps = max(stages.own_steps(config) for config in configs)
         plan = None
+        if record.max_gpu_hours is not None:
+            spent = spent_hours(self.spec.storage, record.name, "gpu")
+            if spent >= record.max_gpu_hours:
+                self.options.say(
+                    f"--max-gpu-hours: {spent:.3g} of {record.max_gpu_hours:g} are spent; no trial starts."
+                )
         if record.kind == "search":
             plan = SearchPlan(
                 spaces={name: found.space for name, found in record.candidates.items()},
@@ -326,6 +356,7 @@ class _Session:
                 scheduler=record.scheduler,
                 inherited=self._inherited(),
                 time_budget_s=record.time_budget_s,
+                max_gpu_hours=record.max_gpu_hours,
             )
         names = {"search": [], "train": [record.methods], "finish": [f"finish-{record.from_name}"]}[record.kind]
         labels = Labels(
@@ -470,10 +501,14 @@ class _Session:
         self.tracker.log_json(self.record.name, [dataclasses.asdict(choice) for choice in choices], "selection.json")
 
     def _close_parent(self, state: str) -> None:
+        from segadapt.platform.ledger import spent_hours
         from segadapt.platform.tracking import STATE_TAG
 
         if state == "finished":
             stages.need_no_more(self.spec.storage, self.record.name)
+        unit = "gpu" if self.spec.resources.gpus > 0 else "cpu"
+        hours = spent_hours(self.spec.storage, self.record.name, unit)
+        self.tracker.log_summary(self.record.name, {f"cost/{unit}_hours": hours}, 0)
         self.tracker.set_tags(self.record.name, {STATE_TAG: state})
         status = {"interrupted": "KILLED", "finished": "FINISHED", "failed": "FAILED"}[state]
         self.tracker.end(self.record.name, status)

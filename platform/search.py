@@ -8,6 +8,7 @@ from typing import Any
 
 from segadapt.platform.config import Values
 from segadapt.platform.events import Events, Labels
+from segadapt.platform.ledger import GpuHours, Ledger, spent_hours
 from segadapt.platform.lineage import Inheritance
 from segadapt.platform.optuna_search import Given, Proposals, StudySearch
 from segadapt.platform.progress import Progress
@@ -40,6 +41,7 @@ class SearchPlan:
     inherited: Sequence[Inheritance] = ()
     """What is known from earlier searches, if the study is new."""
     time_budget_s: float | None = None
+    max_gpu_hours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def run_experiment(
                 storage_path=str(spec.storage.experiments),
                 verbose=0,
                 callbacks=[Events(spec, labels)],
+                stop=_limit(plan),
                 failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
                 checkpoint_config=tune.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
@@ -120,7 +123,11 @@ def run_experiment(
         )
     progress = Progress(title, spec.objective.leading, plan.trials if plan else 1, steps)
     events = _events(tuner)
-    events.attach(tracker, progress, config.time_budget_s, partial(_close_lost, searcher) if searcher else None)
+    ledger, gpu_hours = Ledger(spec.folder, spec.resources), _gpu_hours(tuner)
+    if gpu_hours is not None:
+        gpu_hours.attach(ledger, spent_hours(spec.storage, spec.experiment, "gpu", stages_only=True))
+    close_lost = partial(_close_lost, searcher) if searcher is not None else None
+    events.attach(tracker, progress, ledger, config.time_budget_s, gpu_hours, close_lost)
     try:
         results = tuner.fit()
     finally:
@@ -151,6 +158,16 @@ def _last_line(trial: Any) -> str:
 def _events(tuner: Any) -> Events:
     callbacks = tuner._local_tuner.get_run_config().callbacks
     found: Events = next(callback for callback in callbacks if isinstance(callback, Events))
+    return found
+
+
+def _limit(plan: "SearchPlan | ListPlan | None") -> GpuHours | None:
+    hours = plan.max_gpu_hours if isinstance(plan, SearchPlan) else None
+    return None if hours is None else GpuHours(hours)
+
+
+def _gpu_hours(tuner: Any) -> GpuHours | None:
+    found: GpuHours | None = tuner._local_tuner.get_run_config().stop
     return found
 
 
