@@ -164,7 +164,8 @@ def estimate(record: Record, options: Options) -> Estimate:
     stopped_s = mean(cost.early_stopped_s for cost in methods.values())
     waves = math.ceil(record.trials / concurrent)
     again = record.rerank * record.seeds
-    again_s = math.ceil(again / concurrent) * trial_s + record.seeds * mean(_warm_ups(configs, probes))
+    warm_ups_s = record.seeds * mean(_warm_ups(configs, probes))
+    again_s = math.ceil(again / concurrent) * trial_s + warm_ups_s
     longest = max(cost.trial_s for cost in methods.values())
     on_gpu = resources.gpus > 0 and torch.cuda.is_available()
     found = Estimate(
@@ -176,7 +177,10 @@ def estimate(record: Record, options: Options) -> Estimate:
         shared_s=shared_s,
         search_s=shared_s + waves * trial_s + again_s,
         early_stopped_s=shared_s + max(longest, record.trials / concurrent * stopped_s) + again_s,
-        gpu_hours=(shared_s + again_s + record.trials * trial_s) * resources.workers * resources.gpus / 3600,
+        gpu_hours=(shared_s + warm_ups_s + (record.trials + again) * trial_s)
+        * resources.workers
+        * resources.gpus
+        / 3600,
         storage_bytes=round(
             shared_bytes
             + (per_trial + again / len(methods)) * sum(cost.trial_bytes for cost in methods.values())
