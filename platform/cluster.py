@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -87,7 +88,8 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
     """Start Ray on this machine, or join a cluster; leave it as it was found.
 
     Args:
-        address: Of a running cluster, or None for a local one that ends with this command.
+        address: Of a running cluster. None takes RAY_ADDRESS, which Ray sets in its jobs, or else starts a local one
+            that ends with this command.
         dashboard: Run the dashboard process (on 127.0.0.1): Ray Train's clean-up needs it.
         verbose: Show what the workers print.
 
@@ -98,11 +100,13 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
         os.environ.setdefault(name, value)
     import ray
 
+    address = address or os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
     local: dict[str, Any] = {} if address else {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
     try:
-        # "local", or Ray would join whatever cluster was started on this machine last
-        ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **local)
+        with contextlib.nullcontext() if address else _known_to_workers():
+            # "local", or Ray would join whatever cluster was started on this machine last
+            ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **local)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"--address must name a running Ray cluster, but {address!r} did not answer: {error}. "
@@ -114,6 +118,31 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
         yield Capacity(tuple(Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes))
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _known_to_workers() -> Iterator[None]:
+    """Fix the address of the Ray that is started meanwhile, and tell its processes.
+
+    Ray Train's clean-up after stopped trials looks for "the" Ray of the machine: where several run, as two searches of
+    two users, it would find none, keep the devices of stopped trials and leave the next ones waiting.
+    """
+    import ray
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    told = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}  # type: ignore[no-untyped-call]
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def treat_termination_as_interrupt() -> None:

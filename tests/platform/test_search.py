@@ -363,6 +363,30 @@ def test_ray_train_and_the_trials_own_process_give_the_same_numbers(tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_paused_trials_give_their_devices_back_beside_another_ray(tmp_path: Path) -> None:
+    ray = str(Path(sys.executable).with_name("ray"))
+    bystander = subprocess.Popen(
+        [ray, "start", "--head", "--port=0", "--num-cpus=1", "--include-dashboard=false", "--block"],
+        env={**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert bystander.stdout is not None
+        wait_for(lambda: "Ray runtime started" in bystander.stdout.readline(), "another Ray to start")
+        words = ["--trials", "3", "--scheduler", "asha-promote", "--launcher", "train"]
+        done = command(tmp_path, "search", "sdca", *words, *TINY_WORDS)
+    finally:
+        bystander.terminate()
+        bystander.wait(timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "paused" in done.stdout
+    states = [row.state for row in api.runs("sdca-streets", storage=str(tmp_path / "runs")).rows]
+    assert len(states) == 3
+    assert set(states) == {"finished", "stopped early"}
+
+
+@pytest.mark.slow
 def test_two_workers_train_a_trial_and_leave_a_checkpoint_to_finish(tmp_path: Path) -> None:
     done = command(tmp_path, "train", "sdca", "--workers-per-trial", "2", *TINY_WORDS)
     assert done.returncode == 0, done.stderr
