@@ -56,7 +56,8 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
     local: dict[str, Any] = {} if address else {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
     try:
-        ray.init(address=address, log_to_driver=verbose, logging_level=logging.ERROR, **local)
+        # "local", or Ray would join whatever cluster was started on this machine last
+        ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **local)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UsageError(
             f"--address must name a running Ray cluster, but {address!r} did not answer: {error}. "
