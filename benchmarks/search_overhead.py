@@ -80,15 +80,9 @@ def run_segadapt(folder: Path, trials: int, reports: int, sampler: str) -> None:
         seed=0,
         steps=STEPS,
         grace_steps=GRACE,
+        study_url=storage.study_url(None),
+        sampler=sampler,
     )
-    made = search.searcher
-
-    def searcher(spec: TrialSpec, plan: search.SearchPlan) -> Any:
-        found = made(spec, plan)
-        found._make_sampler = sampler_of(sampler)
-        return found
-
-    search.searcher = searcher
     search._trainable = lambda spec: trainable(folder / "starts", reports)
     tracker = Tracker(storage, None)
     tracker.start(RunInfo("overhead", "overhead", "overhead", {}, {}))
