@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,13 @@ from segadapt.platform import tracking
 from segadapt.platform.config import Key, TrialConfig, Values, anchored, flatten, keys, resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Candidate, Options, Outcome, Record, run
-from segadapt.platform.selection import REPORTED, Choice, compare
+from segadapt.platform.objective import GOALS, Objective
+from segadapt.platform.ranges import split_ranges, start
+from segadapt.platform.reranking import Reranked, rerank, verdict
+from segadapt.platform.samplers import check_sampler
+from segadapt.platform.selection import TARGET, Choice, compare
 from segadapt.platform.storage import Storage, open_storage
+from segadapt.platform.study import SCHEDULERS
 from segadapt.platform.trial import CONFIG
 from segadapt.trainables import METHODS
 from segadapt.trainables.core.evaluation import Inference, score
@@ -32,9 +37,6 @@ from segadapt.trainables.source_only import SourceOnly
 if TYPE_CHECKING:
     from segadapt.trainables.core.data.checking import DatasetReport
     from segadapt.trainables.core.data.shards import Manifest
-
-OBJECTIVES = REPORTED
-"""What a search may maximise: mIoU on target labels, or one of the others, which know none."""
 
 _INHERITED = ("data.", "network.", "augmentation.", "trainer.batch_size", "trainer.accumulate", "trainer.precision")
 """Settings that a finish takes over from its trial; the others act on the adaptation alone."""
@@ -49,7 +51,13 @@ class Row:
     kind: str
     state: str
     best: float | None
-    """Objective at the checkpoint that was kept."""
+    """Leading goal at the checkpoint that was kept."""
+    goals: Mapping[str, float]
+    """All goals of the search at that checkpoint."""
+    score: float | None
+    """What trials are ordered by; minus the mean rank where ranks decide, otherwise the leading goal."""
+    on_front: bool
+    """Whether no other trial surpasses it in all goals, where they make a front."""
     best_step: int | None
     last: float | None
     params: Mapping[str, str]
@@ -69,6 +77,14 @@ class Leaderboard:
     """Objective of the source-only network that the trials started from."""
     selection: Sequence[Choice] = ()
     """What each label-free score would have chosen; empty unless asked for."""
+    methods: Mapping[str, float] = field(default_factory=dict)
+    """Of a search of several methods: the best that each had reached when all had spent the same steps."""
+    equal_steps: int | None = None
+    """Those steps."""
+    reranked: Sequence[Reranked] = ()
+    """The best configurations over several seeds, if they were trained again."""
+    verdict: str | None = None
+    """Whether the first of them is better beyond the noise of seeds."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +158,17 @@ def plan_search(
     values: Values,
     *,
     preset: str = search_spaces.DEFAULT_PRESET,
-    trials: int = 20,
+    trials: int | None = None,
     time_budget_s: float | None = None,
     concurrent: int | None = None,
-    objective: str = OBJECTIVES[0],
-    seed: int = 0,
+    objective: str | None = None,
+    sampler: str | None = None,
+    scheduler: str | None = None,
+    seed: int | None = None,
+    rerank: int = 0,
+    seeds: int = 3,
+    fork: str | None = None,
+    warm_start: Sequence[str] = (),
     name: str | None = None,
     storage: str = "runs",
     tracking_uri: str | None = None,
@@ -154,14 +176,21 @@ def plan_search(
     """Check a search and return what it would do; touches nothing.
 
     Args:
-        methods: Names of the methods to search, or `all` for every method that adapts.
-        values: Settings that no trial changes, by dotted key; after `METHOD.`, of that method alone.
+        methods: Names of the methods to search, or `all` for every method that adapts; none with `fork`.
+        values: Settings that no trial changes, by dotted key; after `METHOD.`, of that method alone. A range
+            (`interval(0.1, 10)`, `log_interval(0.1, 10)` or `choice(a, b)`) is searched instead.
         preset: Where the search starts: its searched settings are tried first, its others are fixed.
-        trials: Trials to run.
+        trials: Trials to run; None for 20.
         time_budget_s: Stops the search after so many seconds.
         concurrent: Trials at a time.
-        objective: One of `OBJECTIVES`.
-        seed: Of the sampler.
+        objective: One of `GOALS`, or several (see `Objective`); None for target mIoU.
+        sampler: One of `SAMPLERS`; None for `auto`.
+        scheduler: One of `SCHEDULERS`; None for `asha`, or `none` where trials are compared by dominance.
+        seed: Of the sampler; None for 0.
+        rerank: So many of the best configurations are trained again on other seeds.
+        seeds: How many seeds that are.
+        fork: Search whose methods, settings and ranges this one begins with; what is given changes them.
+        warm_start: Searches whose trials count as prior points where this one could have run them.
         name: Of the search; None makes one from methods and data.
         storage: The storage folder.
         tracking_uri: MLflow server that will hold the search; None for the storage folder's own.
@@ -169,29 +198,93 @@ def plan_search(
     Raises:
         UsageError: If a method, a setting, a range or a number is not as it must be.
     """
-    if trials < 1 or (concurrent is not None and concurrent < 1) or (time_budget_s is not None and time_budget_s <= 0):
-        raise UsageError(
-            "--trials, --concurrent and --time-budget must be positive, but got "
-            f"{trials}, {concurrent} and {time_budget_s}."
-        )
-    if objective not in OBJECTIVES:
-        raise UsageError(f"--objective must be one of {', '.join(OBJECTIVES)}, but got {objective!r}.")
-    methods = _methods(methods)
-    values = _expanded(methods, values)
-    candidates = {method: _candidate(method, values, preset, joint=len(methods) > 1) for method in methods}
+    opened = Storage(Path(storage).expanduser().absolute())
+    parent = _search_record(opened, fork, "--fork") if fork is not None else None
+    if parent is not None and methods:
+        raise UsageError(f"--fork takes the methods of {fork!r}, but got {' '.join(methods)} besides. Leave them out.")
+    candidates = _forked(parent, values) if parent is not None else _candidates(methods, values, preset)
+    chosen = Objective.parse(objective or (parent.objective if parent is not None else TARGET))
+    scheduler = scheduler or (parent.scheduler if parent is not None else "none" if chosen.is_front else "asha")
+    sampler = sampler or (parent.sampler if parent is not None else "auto")
     configs = {method: _checked(method, {**found.fixed, **found.first}) for method, found in candidates.items()}
-    data = next(iter(configs.values())).data.name
-    default = "-".join(methods) if len(methods) <= 3 else f"{len(methods)}-methods"
-    return Record(
+    default = "-".join(candidates) if len(candidates) <= 3 else f"{len(candidates)}-methods"
+    warm = list(dict.fromkeys([*([fork] if fork is not None else []), *warm_start]))
+    for earlier in warm_start:
+        _search_record(opened, earlier, "--warm-start")
+    record = Record(
         kind="search",
-        name=_free_name(storage, tracking_uri, name, f"{default}-{data}"),
+        name=_free_name(storage, tracking_uri, name, f"{default}-{next(iter(configs.values())).data.name}"),
         candidates=candidates,
-        objective=objective,
-        seed=seed,
-        trials=trials,
+        objective=str(chosen),
+        seed=seed if seed is not None else parent.seed if parent is not None else 0,
+        trials=trials if trials is not None else parent.trials if parent is not None else 20,
         concurrent=concurrent,
         time_budget_s=time_budget_s,
+        sampler=sampler,  # type: ignore[arg-type]  # checked below
+        scheduler=scheduler,  # type: ignore[arg-type]
+        forked_from=fork,
+        warm_start=warm,
+        rerank=rerank,
+        seeds=seeds if rerank else 0,
     )
+    _check_plan(record, chosen)
+    return record
+
+
+def _check_plan(record: Record, objective: Objective) -> None:
+    """Make sure that the parts of a planned search fit together."""
+    numbers = (record.trials, record.concurrent or 1, record.time_budget_s or 1)
+    if min(numbers) <= 0 or record.time_budget_s == 0:
+        raise UsageError(
+            "--trials, --concurrent and --time-budget must be positive, but got "
+            f"{record.trials}, {record.concurrent} and {record.time_budget_s}."
+        )
+    check_sampler(record.sampler, record.settings().spaces, objective)
+    if record.scheduler not in SCHEDULERS:
+        raise UsageError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, but got {record.scheduler!r}.")
+    if objective.is_front and record.scheduler != "none":
+        raise UsageError(
+            f"--scheduler must be none for a Pareto front, since trials are compared at their end, but got "
+            f"{record.scheduler!r}. Leave it out, or join the goals by '+' to rank trials."
+        )
+    if len(objective.goals) > 1 and record.scheduler in ("median", "hyperband"):
+        raise UsageError(
+            f"--scheduler {record.scheduler} must have one goal, but got {objective}. Use asha or asha-promote."
+        )
+    if record.rerank < 0 or (record.rerank > 0 and record.seeds < 2):
+        raise UsageError(
+            "--rerank must not be negative and --seeds at least 2, since one seed tells nothing of their noise, but "
+            f"got {record.rerank} and {record.seeds}."
+        )
+
+
+def _search_record(storage: Storage, name: str, option: str) -> Record:
+    """Return the record of an earlier search."""
+    record = Record.load(storage, name)
+    if record.kind != "search":
+        raise UsageError(f"{option} must name a search, but {name!r} is a {record.kind}.")
+    return record
+
+
+def _candidates(methods: Sequence[str], values: Values, preset: str) -> dict[str, Candidate]:
+    """Return what a new search tries."""
+    methods = _methods(methods)
+    expanded = _expanded(methods, values)
+    return {method: _candidate(method, expanded, preset, joint=len(methods) > 1) for method in methods}
+
+
+def _forked(parent: Record, values: Values) -> dict[str, Candidate]:
+    """Return what a search tries that begins as an earlier one: with its settings and ranges, some of them changed."""
+    expanded = _expanded(list(parent.candidates), values)
+    forked = {}
+    for method, found in parent.candidates.items():
+        fixed, ranges = split_ranges(method, expanded[method])
+        space = {key: ranges.get(key, range_) for key, range_ in {**found.space, **ranges}.items() if key not in fixed}
+        settings = {**found.fixed, **found.first, **fixed}
+        first = {key: start(space[key], settings.get(key, keys(method)[key].default)) for key in space}
+        fixed = {key: value for key, value in {**found.fixed, **fixed}.items() if key not in space}
+        forked[method] = Candidate(fixed, space, first)
+    return forked
 
 
 def _methods(names: Sequence[str]) -> list[str]:
@@ -228,13 +321,15 @@ def _expanded(methods: Sequence[str], values: Values) -> dict[str, dict[str, Any
 def _candidate(method: str, values: Mapping[str, Values], preset: str, *, joint: bool) -> Candidate:
     """Return what a search tries of a method: everything searched that no setting fixes, starting at a preset."""
     space, presets = _space(method)
-    own = values[method]
+    own, ranges = split_ranges(method, values[method])
+    space = {**space, **ranges}
     settings = {**presets[search_spaces.DEFAULT_PRESET], **_preset(method, preset)}
     free = {key: distribution for key, distribution in space.items() if key not in own}
     if not free and not joint:
         raise UsageError(f"A search must vary something, but KEY=VALUE fixes all of {', '.join(space)}. Free one.")
     fixed = {key: value for key, value in settings.items() if key not in space}
-    return Candidate({**fixed, **own}, free, {key: settings[key] for key in free})
+    first = {key: start(free[key], settings.get(key, keys(method)[key].default)) for key in free}
+    return Candidate({**fixed, **own}, free, first)
 
 
 def _space(method: str) -> tuple[dict[str, BaseDistribution], dict[str, dict[str, Any]]]:
@@ -256,9 +351,55 @@ def search(record: Record, options: Options) -> Outcome:
     return run(record, options)
 
 
-def resume(name: str, options: Options) -> Outcome:
-    """Go on with a search, single run or finish after its driver was killed; finished trials are not run again."""
-    return run(Record.load(open_storage(options.storage), name), options)
+def resume(name: str, options: Options, *, rerank: int = 0, seeds: int = 3) -> Outcome:
+    """Go on with a search, single run or finish after its driver was killed; finished trials are not run again.
+
+    Args:
+        name: Of the experiment.
+        options: Where it runs.
+        rerank: Of a search: so many of its best configurations are trained again on other seeds.
+        seeds: How many seeds that are.
+
+    Raises:
+        UsageError: If there is no such experiment, or it cannot go on as asked.
+    """
+    record = Record.load(open_storage(options.storage), name)
+    if rerank:
+        record = dataclasses.replace(record, rerank=rerank, seeds=seeds)
+        _check_plan(_search_only(record, "--rerank"), Objective.parse(record.objective))
+    return run(record, options)
+
+
+def extend(
+    name: str, options: Options, *, trials: int, time_budget_s: float | None = None, rerank: int = 0, seeds: int = 3
+) -> Outcome:
+    """Run more trials of a search; its sampler knows all earlier ones.
+
+    Args:
+        name: Of the search.
+        options: Where it runs.
+        trials: How many more.
+        time_budget_s: Stops it after so many seconds.
+        rerank: As in `resume`.
+        seeds: As in `resume`.
+
+    Raises:
+        UsageError: If there is no such search, or a number is not positive.
+    """
+    record = _search_only(Record.load(open_storage(options.storage), name), "--extend")
+    if trials < 1:
+        raise UsageError(f"--trials must be positive, but got {trials}.")
+    record = dataclasses.replace(record, trials=record.trials + trials, time_budget_s=time_budget_s)
+    if rerank:
+        record = dataclasses.replace(record, rerank=rerank, seeds=seeds)
+    _check_plan(record, Objective.parse(record.objective))
+    return run(record, options)
+
+
+def _search_only(record: Record, option: str) -> Record:
+    if record.kind != "search":
+        raise UsageError(f"{option} must go with a search, but {record.name!r} is a {record.kind}.")
+    return record
 
 
 def train(
@@ -278,7 +419,7 @@ def train(
         kind="train",
         name=_free_name(options.storage, options.tracking_uri, name, f"train-{method}-{config.data.name}"),
         candidates={method: Candidate(settings)},
-        objective=OBJECTIVES[0],
+        objective=TARGET,
     )
     return record.name, run(record, options)
 
@@ -423,12 +564,60 @@ def runs(
         raise UsageError(f"There must be a search {search_name!r}, but there is not. Known: {known or 'none'}.")
     found = client.search_runs([experiment.experiment_id], max_results=50_000)
     parents = [entry for entry in found if entry.data.tags.get(tracking.KIND_TAG) in ("search", "train")]
-    objective = parents[0].data.params.get("objective", OBJECTIVES[0]) if parents else OBJECTIVES[0]
-    rows = [_row(entry, objective) for entry in found if entry.data.tags.get(tracking.KIND_TAG) in ("trial", "finish")]
-    rows.sort(key=lambda row: (row.best is None, -(row.best or 0.0), row.name))
-    baseline = parents[0].data.metrics.get(f"start/{objective}") if parents else None
-    choices = compare(_kept(found)) if selection else ()
-    return Leaderboard(search_name, objective, rows, baseline, choices)
+    parent = parents[0].data if parents else None
+    objective = Objective.parse(parent.params.get("objective", TARGET) if parent else TARGET)
+    rows = _judged([_row(run, objective) for run in found if _kind(run) in ("trial", "finish")], objective)
+    reached = {
+        name.removeprefix("equal_budget/"): value
+        for name, value in (parent.metrics if parent else {}).items()
+        if name.startswith("equal_budget/")
+    }
+    steps = reached.pop("steps", None)
+    ranking = rerank(_seeds(found, objective))
+    return Leaderboard(
+        search=search_name,
+        objective=str(objective),
+        rows=rows,
+        baseline=parent.metrics.get(f"start/{objective.leading}") if parent else None,
+        selection=compare(_kept(found)) if selection else (),
+        methods=dict(sorted(reached.items(), key=lambda entry: -entry[1])),
+        equal_steps=int(steps) if steps is not None else None,
+        reranked=ranking,
+        verdict=verdict(ranking) if ranking else None,
+    )
+
+
+def _judged(rows: Sequence[Row], objective: Objective) -> list[Row]:
+    """Return rows best first, with what they are ordered by; those without a value come last."""
+    trials = [row for row in rows if row.kind == "trial" and len(row.goals) == len(objective.goals)]
+    goals = [row.goals for row in trials]
+    score = dict(zip([row.run_id for row in trials], objective.scores(goals), strict=True))
+    front = dict(zip([row.run_id for row in trials], objective.front(goals), strict=True)) if objective.is_front else {}
+    judged = [
+        dataclasses.replace(
+            row,
+            score=score.get(row.run_id, None if objective.ranked else row.best),
+            on_front=front.get(row.run_id, False),
+        )
+        for row in rows
+    ]
+    return sorted(judged, key=lambda row: (row.score is None, -(row.score or 0.0), row.name))
+
+
+def _seeds(entries: Sequence[Any], objective: Objective) -> dict[str, dict[int, float]]:
+    """Return the leading goal of configurations that were trained again, by the name of their trial and the seed."""
+    found: dict[str, dict[int, float]] = {}
+    for entry in entries:
+        value = entry.data.metrics.get(f"best/{objective.leading}")
+        if _kind(entry) == "rerank" and value is not None:
+            name, _, seed = entry.info.run_name.rpartition(".seed-")
+            found.setdefault(name, {})[int(seed)] = value
+    return found
+
+
+def _kind(entry: Any) -> str | None:
+    kind: str | None = entry.data.tags.get(tracking.KIND_TAG)
+    return kind
 
 
 def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
@@ -651,6 +840,8 @@ def _free_name(storage: str, tracking_uri: str | None, name: str | None, default
 def _pick(board: Leaderboard, name: str, kinds: Sequence[str] = ("trial",)) -> Row:
     """Return the best trial, or the run of one of `kinds` with this name or id."""
     candidates = [row for row in board.rows if row.kind in kinds and row.checkpoint is not None]
+    if board.reranked and name == "best":
+        name = board.reranked[0].name
     for row in candidates:
         if name in (row.name, row.run_id) or (name == "best" and row.kind == "trial"):
             return row
@@ -666,18 +857,21 @@ def _key_of(row: Row, options: Options) -> str:
     return str(entry.data.tags[tracking.KEY_TAG])
 
 
-def _row(entry: Any, objective: str) -> Row:
+def _row(entry: Any, objective: Objective) -> Row:
     tags, metrics = entry.data.tags, entry.data.metrics
-    best = metrics.get(f"best/{objective}")
+    goals = {goal: metrics[f"best/{goal}"] for goal in objective.goals if f"best/{goal}" in metrics}
     checkpoint = tags.get(tracking.CHECKPOINT_TAG)
     return Row(
         name=entry.info.run_name,
         method=tags[tracking.METHOD_TAG],
         kind=tags[tracking.KIND_TAG],
         state=tags.get(tracking.STATE_TAG, entry.info.status.lower()),
-        best=best,
+        best=goals.get(objective.leading),
+        goals=goals,
+        score=None,
+        on_front=False,
         best_step=int(tags["segadapt.best_step"]) if "segadapt.best_step" in tags else None,
-        last=metrics.get(objective),
+        last=metrics.get(objective.leading),
         params=entry.data.params,
         run_id=entry.info.run_id,
         checkpoint=checkpoint,
@@ -689,7 +883,7 @@ def _kept(entries: Sequence[Any]) -> dict[str, dict[str, float]]:
     """Return what was reported with the kept checkpoint of each trial, by its name."""
     return {
         entry.info.run_name: {
-            name: entry.data.metrics[f"best/{name}"] for name in REPORTED if f"best/{name}" in entry.data.metrics
+            name: entry.data.metrics[f"best/{name}"] for name in GOALS if f"best/{name}" in entry.data.metrics
         }
         for entry in entries
         if entry.data.tags.get(tracking.KIND_TAG) == "trial"

@@ -37,7 +37,7 @@ def checkpoints(experiment: Path, trial_id: str) -> Iterator[TrialCheckpoint]:
                 yield TrialCheckpoint(folder, read_metrics(folder))
 
 
-def best_checkpoint(experiment: Path, trial_id: str, objective: str) -> TrialCheckpoint | None:
-    """Return the kept checkpoint with the highest objective, the later one of equals."""
-    kept = [found for found in checkpoints(experiment, trial_id) if objective in found.metrics]
-    return max(kept, key=lambda found: (found.metrics[objective], found.metrics["step"]), default=None)
+def best_checkpoint(experiment: Path, trial_id: str, metric: str) -> TrialCheckpoint | None:
+    """Return the kept checkpoint with the highest metric, the later one of equals."""
+    kept = [found for found in checkpoints(experiment, trial_id) if metric in found.metrics]
+    return max(kept, key=lambda found: (found.metrics[metric], found.metrics["step"]), default=None)

@@ -42,6 +42,10 @@ Assignments = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings; `segadapt describe METHOD` lists keys, defaults, ranges."),
 ]
 Storage = Annotated[str, typer.Option(help="Folder that keeps everything; all nodes must see it.")]
+StudyUri = Annotated[
+    str | None,
+    typer.Option(help="Optuna storage, e.g. postgresql+psycopg://...; default: a file in --storage."),
+]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow server; default: a database in the storage folder.")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join, e.g. auto; default: start Ray here.")]
 LauncherName = Annotated[
@@ -117,24 +121,53 @@ def search(
         ),
     ] = None,
     preset: Preset = "paper",
-    trials: Annotated[int, typer.Option(help="Trials to run, those stopped early included.")] = 20,
+    trials: Annotated[
+        int | None, typer.Option(help="Trials to run, those stopped early included; default: 20. With --extend: more.")
+    ] = None,
     time_budget: Annotated[float | None, typer.Option(help="Stop the search after this many seconds.")] = None,
     concurrent: Annotated[int | None, typer.Option(help="Trials at a time; default: as many as fit.")] = None,
     objective: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Metric to maximise: target_val/miou, or without target labels source_val/miou, score/entropy, "
-            "score/information_maximization, score/soft_neighborhood_density, score/batch_nuclear_norm or "
-            "score/flip_agreement."
+            help="What to maximise: target_val/miou (default), or without target labels source_val/miou, "
+            "score/entropy, score/information_maximization, score/soft_neighborhood_density, "
+            "score/batch_nuclear_norm or score/flip_agreement; or time/step to minimise beside one of them. "
+            "A,B searches the Pareto front of several, A+B the best mean rank."
         ),
-    ] = "target_val/miou",
-    seed: Annotated[int, typer.Option(help="Of the sampler; `seed=N` as a setting seeds the training.")] = 0,
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="What proposes: auto (tpe), tpe, gp, cmaes, random or qmc, all Optuna's.")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="What stops trials: asha (default), asha-promote (pauses them, and goes on with those that later "
+            "trials show to be good), median, hyperband or none."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the sampler, default 0; `seed=N` as a setting seeds the training.")
+    ] = None,
+    rerank: Annotated[
+        int, typer.Option(metavar="K", help="Train the K best configurations again on other seeds; the mean decides.")
+    ] = 0,
+    seeds: Annotated[int, typer.Option(help="Seeds of --rerank.")] = 3,
     name: Annotated[str | None, typer.Option(help="Of the search; default: METHOD-DATA, numbered.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this search.")] = None,
+    extend: Annotated[str | None, typer.Option(metavar="NAME", help="Run --trials more trials of this search.")] = None,
+    fork: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Begin with this search's settings and ranges, changed by KEY=VALUE."),
+    ] = None,
+    warm_start: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Count this search's trials as prior points where they fit; repeatable."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; touch nothing.")] = False,
     skip_bad: SkipBad = False,
     config: ConfigFile = None,
     storage: Storage = "runs",
+    study_uri: StudyUri = None,
     tracking_uri: TrackingUri = None,
     address: Address = None,
     launcher: LauncherName = "auto",
@@ -145,23 +178,40 @@ def search(
     """Search the space of one method, or of several at once, with Optuna under ASHA; MLflow tracks every trial.
 
     The published setting of each method is tried first, and all trials start from one source-only warm-up.
+    KEY=interval(LOW,HIGH), log_interval(LOW,HIGH) or choice(A,B) searches a setting, or changes its range.
 
-    Examples: segadapt search sdca --trials 4 trainer.steps=120; segadapt search sdca plca --trials 40
+    Examples: segadapt search sdca --trials 4 trainer.steps=120; segadapt search sdca plca --trials 40;
+    segadapt search --extend sdca-streets --trials 20 --rerank 3
     """
     from segadapt.platform import api
     from segadapt.platform.errors import UsageError
     from segadapt.platform.experiments import Record
     from segadapt.platform.storage import open_storage
 
-    options = _options(storage, tracking_uri, address, launcher, workers, gpus, debug)
-    if resume is not None:
-        if words:
+    options = _options(storage, tracking_uri, address, launcher, workers, gpus, debug, study_uri)
+    begun = resume or extend
+    if begun is not None:
+        option = "--resume" if resume is not None else "--extend"
+        given: dict[str, Any] = {
+            "--fork": fork,
+            "--warm-start": warm_start,
+            "--objective": objective,
+            "--sampler": sampler,
+        }
+        given |= {"--scheduler": scheduler, "--seed": seed, "--name": name, "--config": config}
+        given |= {"--trials": trials if extend is None else None, "--extend": extend if resume is not None else None}
+        extra = [*(words or []), *(name for name, value in given.items() if value)]
+        if extra:
             raise UsageError(
-                f"--resume takes methods and settings from the search {resume!r}, but got {' '.join(words)}. "
-                "Leave them out."
+                f"{option} takes methods and settings from the search {begun!r}, but got {' '.join(extra)}. "
+                "Leave them out; --fork begins a new search with changed settings."
             )
-        record = Record.load(open_storage(storage), resume)
-        outcome = api.resume(resume, options)
+        record = Record.load(open_storage(storage), begun)
+        if extend is None:
+            outcome = api.resume(begun, options, rerank=rerank, seeds=seeds)
+        else:
+            more = 20 if trials is None else trials
+            outcome = api.extend(begun, options, trials=more, time_budget_s=time_budget, rerank=rerank, seeds=seeds)
     else:
         record = api.plan_search(
             [word for word in words or [] if "=" not in word],
@@ -171,7 +221,13 @@ def search(
             time_budget_s=time_budget,
             concurrent=concurrent,
             objective=objective,
+            sampler=sampler,
+            scheduler=scheduler,
             seed=seed,
+            rerank=rerank,
+            seeds=seeds,
+            fork=fork,
+            warm_start=warm_start or [],
             name=name,
             storage=storage,
             tracking_uri=tracking_uri,
@@ -452,6 +508,7 @@ def _options(
     workers: int,
     gpus: float | None,
     debug: bool,
+    study_uri: str | None = None,
 ) -> "Options":
     from segadapt.platform.errors import UsageError
     from segadapt.platform.experiments import Options
@@ -461,6 +518,7 @@ def _options(
     return Options(
         storage=storage,
         tracking_uri=tracking_uri,
+        study_uri=study_uri,
         address=address,
         launcher=launcher,  # type: ignore[arg-type]
         workers=workers,
@@ -513,7 +571,10 @@ def _show_plan(record: "Record") -> None:
     from segadapt.platform.api import show_range
 
     console = _console()
-    console.print(f"search {record.name}: {record.trials} trials, maximise {record.objective}")
+    console.print(f"search {record.name}: {record.trials} trials, for {record.objective}")
+    console.print(f"sampler {record.sampler}, scheduler {record.scheduler}")
+    for name in record.warm_start:
+        console.print(f"trials of {name} that fit count as prior points")
     for method, config in record.configs().items():
         console.print(f"\nconfiguration of the first trial of {method}:")
         console.print(yaml.safe_dump(config.as_dict(), sort_keys=False))
@@ -530,16 +591,25 @@ def _show_leaderboard(board: "Leaderboard") -> None:
     varied = sorted({key for row in trials for key in row.params})
     shown = varied if len(varied) <= _SHOWN_PARAMS else []
     table = Table(title=f"{board.search}: {board.objective}", box=None)
-    for column in ("run", "state", "best", "at step", "last", *(key.rsplit(".", 1)[-1] for key in shown)):
+    goals = list(next((row.goals for row in trials if len(row.goals) > 1), []))  # one goal is the column "best"
+    columns = ["run", "state", *(goals or ["best"]), *(["mean rank"] if "+" in board.objective else [])]
+    for column in (*columns, "at step", "last", *(key.rsplit(".", 1)[-1] for key in shown)):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     for row in board.rows:
         values = [_short(row.params.get(key, "")) if row.kind == "trial" else "" for key in shown]
-        best, last = _number(row.best), _number(row.last)
-        table.add_row(row.name, row.state, best, str(row.best_step or "-"), last, *values)
+        reached = [_number(row.goals.get(goal)) for goal in goals] or [_number(row.best)]
+        ranks = [_number(None if row.score is None else -row.score)] if "+" in board.objective else []
+        name = f"{row.name} *" if row.on_front else row.name
+        table.add_row(name, row.state, *reached, *ranks, str(row.best_step or "-"), _number(row.last), *values)
     console = _console()
     console.print(table)
+    if any(row.on_front for row in board.rows):
+        console.print("* on the Pareto front")
     if board.baseline is not None:
-        console.print(f"start (source-only): {board.objective} {board.baseline:.3f}")
+        console.print(f"start (source-only): {_number(board.baseline)}")
+    if board.methods:
+        compared = ", ".join(f"{method} {value:.3f}" for method, value in board.methods.items())
+        console.print(f"best of each method after {board.equal_steps} steps: {compared}", soft_wrap=True)
     if not shown:
         for method in dict.fromkeys(row.method for row in trials):
             own = [row for row in trials if row.method == method]
@@ -549,6 +619,24 @@ def _show_leaderboard(board: "Leaderboard") -> None:
     for row in board.rows:
         if row.failure:
             console.print(f"{row.name} failed: {row.failure}", markup=False)
+    _show_reranked(board)
+
+
+def _show_reranked(board: "Leaderboard") -> None:
+    from rich.table import Table
+
+    if not board.reranked:
+        return
+    table = Table(title=f"trained again on {len(board.reranked[0].values)} other seeds", box=None)
+    for column in ("configuration of", "mean", "95 % interval", "behind the first", "by seed"):
+        table.add_column(column, justify="left" if column == "configuration of" else "right")
+    for found in board.reranked:
+        behind = "-" if found.behind is None else f"{found.behind:.3f} ± {_number(found.behind_half_width)}"
+        by_seed = " ".join(f"{value:.3f}" for value in found.values)
+        table.add_row(found.name, f"{found.mean:.3f}", f"± {_number(found.half_width)}", behind, by_seed)
+    console = _console()
+    console.print(table)
+    console.print(board.verdict)
 
 
 def _show_selection(board: "Leaderboard") -> None:

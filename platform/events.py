@@ -2,16 +2,17 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 
 from segadapt.platform.checkpoints import best_checkpoint
 from segadapt.platform.environment import environment, git_tags
+from segadapt.platform.objective import GOALS
 from segadapt.platform.progress import Progress
-from segadapt.platform.selection import REPORTED
 from segadapt.platform.tracking import (
     CHECKPOINT_TAG,
     FAILURE_TAG,
@@ -39,8 +40,8 @@ class Labels:
     """MLflow experiment."""
     kind: str
     """What the trials are: trial, stage or finish."""
-    name: str | None
-    """Of a single run; the trials of a search are named after their method, `sdca-001`, `plca-002`, ..."""
+    names: Sequence[str]
+    """Of the runs, where they are known beforehand; others are named after their method, `sdca-001`, `plca-002`, ..."""
     tags: Mapping[str, str]
     parent_key: str | None
 
@@ -62,18 +63,34 @@ class Events(tune.Callback):
         self._progress: Progress | None = None
         self._deadline: float | None = None
         self._swept = False
+        self._paused: set[str] = set()
+        self._close_lost: Callable[[Collection[str]], None] | None = None
         self.interrupted: set[str] = set()
         """Trials that this session was stopped in the middle of; they can go on."""
 
-    def attach(self, tracker: Tracker, progress: Progress, time_budget_s: float | None) -> None:
-        """Connect to this session's tracker, screen and end, which are not saved."""
+    def attach(
+        self,
+        tracker: Tracker,
+        progress: Progress,
+        time_budget_s: float | None,
+        close_lost: Callable[[Collection[str]], None] | None,
+    ) -> None:
+        """Connect to this session's tracker, screen and end, which are not saved.
+
+        Args:
+            tracker: Receives runs and metrics.
+            progress: Receives what is shown.
+            time_budget_s: After which unfinished trials are out of time.
+            close_lost: Told all trials that are known, so that the study can close the others.
+        """
+        self._close_lost = close_lost
         self._tracker = tracker
         self._progress = progress
         self._deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
         self._environment = environment()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tracker": None, "_progress": None}
+        return {**self.__dict__, "_tracker": None, "_progress": None, "_close_lost": None}
 
     def get_state(self) -> dict[str, Any]:
         """Return what a resumed search must know."""
@@ -98,6 +115,24 @@ class Events(tune.Callback):
             self._swept = True
             known = [self.key(trial.trial_id) for trial in trials]
             self._tracker.end_lost(self._labels.experiment, self.key(""), known)
+            if self._close_lost is not None:
+                self._close_lost([trial.trial_id for trial in trials])
+        self._follow_pauses(trials)
+
+    def _follow_pauses(self, trials: list[Any]) -> None:
+        """Tell of trials that their scheduler paused or let go on; Tune has no event for it."""
+        assert self._tracker is not None
+        assert self._progress is not None
+        for trial in trials:
+            trial_id, waits = trial.trial_id, trial.status == Trial.PAUSED
+            if trial_id in self._ended or waits == (trial_id in self._paused):
+                continue
+            if waits:
+                self._paused.add(trial_id)
+                self._progress.paused(trial_id)
+            else:
+                self._paused.remove(trial_id)
+            self._tracker.set_tags(self.key(trial_id), {STATE_TAG: "paused" if waits else "running"})
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Open the run of a trial, or continue it."""
@@ -109,7 +144,8 @@ class Events(tune.Callback):
         self._started.add(trial_id)
         number = trials.index(trial) + 1  # in the order of proposal, whichever process was ready first
         config = self._spec.config(trial.config)
-        name = self._names.setdefault(trial_id, self._labels.name or f"{config.method_name}-{number:03d}")
+        names = self._labels.names
+        name = self._names.setdefault(trial_id, names[number - 1] if names else f"{config.method_name}-{number:03d}")
         tags = {
             KIND_TAG: self._labels.kind,
             METHOD_TAG: config.method_name,
@@ -117,7 +153,7 @@ class Events(tune.Callback):
             "segadapt.trial_id": trial_id,
             "segadapt.experiment": self._spec.experiment,
             "segadapt.seed": str(config.seed),
-            "segadapt.objective": self._spec.objective,
+            "segadapt.objective": str(self._spec.objective),
             **git_tags(self._environment),
             **self._labels.tags,
         }
@@ -149,7 +185,7 @@ class Events(tune.Callback):
         self._tracker.log_metrics(self.key(trial_id), metrics, int(result["step"]))
         if "fingerprint" in result:
             self._tracker.set_tags(self.key(trial_id), {"segadapt.data": result["fingerprint"]})
-        self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective))
+        self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective.leading))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that ended or was stopped early."""
@@ -178,11 +214,11 @@ class Events(tune.Callback):
             self._ended.add(trial_id)
         key = self.key(trial_id)
         tags = {STATE_TAG: state}
-        best = best_checkpoint(self._spec.folder, trial_id, self._spec.objective)
+        best = best_checkpoint(self._spec.folder, trial_id, self._spec.objective.keeps)
         if best is not None:
             tags[CHECKPOINT_TAG] = str(best.path)
             tags["segadapt.best_step"] = str(best.metrics["step"])
-            known = {name: best.metrics.get(name, math.nan) for name in REPORTED}
+            known = {name: best.metrics.get(name, math.nan) for name in GOALS}
             kept = {f"best/{name}": value for name, value in known.items() if math.isfinite(value)}
             self._tracker.log_summary(key, kept, best.metrics["step"])
             self._tracker.log_evaluation(key, best.path)

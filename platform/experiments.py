@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +16,12 @@ from segadapt.platform.cluster import Capacity, connect
 from segadapt.platform.config import TrialConfig, Values, resolve
 from segadapt.platform.environment import environment, git_tags
 from segadapt.platform.errors import UsageError
+from segadapt.platform.lineage import Inheritance, Settings, inherit
+from segadapt.platform.objective import Objective
+from segadapt.platform.reranking import Reranked, rerank, verdict
+from segadapt.platform.samplers import SamplerName
 from segadapt.platform.storage import Storage, open_storage
+from segadapt.platform.study import SchedulerName
 from segadapt.platform.trial import Launcher, Resources, TrialSpec
 from segadapt.trainables.core.trainer import stage_steps
 
@@ -34,6 +39,8 @@ class Options:
     """Folder that all nodes see."""
     tracking_uri: str | None = None
     """MLflow server; None keeps runs in the storage folder."""
+    study_uri: str | None = None
+    """Optuna's storage, such as a PostgreSQL database; None keeps studies in the storage folder."""
     address: str | None = None
     """Ray cluster; None starts one on this machine."""
     launcher: Launcher = "auto"
@@ -96,6 +103,16 @@ class Record:
     concurrent: int | None = None
     """Trials at a time; None takes as many as the cluster runs."""
     time_budget_s: float | None = None
+    sampler: SamplerName = "auto"
+    scheduler: SchedulerName = "asha"
+    forked_from: str | None = None
+    """Search whose settings this one began with."""
+    warm_start: Sequence[str] = ()
+    """Searches whose trials count as prior points, the one forked from included."""
+    rerank: int = 0
+    """So many of the best configurations are trained again after the search, on other seeds."""
+    seeds: int = 0
+    """How many seeds."""
     search: str | None = None
     """Of a finish: the experiment in MLflow that it belongs to."""
     start: str | None = None
@@ -112,6 +129,25 @@ class Record:
     def configs(self) -> dict[str, TrialConfig]:
         """Return the configuration of each method's first trial."""
         return {name: resolve(name, {**found.fixed, **found.first}) for name, found in self.candidates.items()}
+
+    def lineage(self) -> dict[str, str]:
+        """Return tags that say what a search builds on."""
+        found = {"segadapt.trials": str(self.trials)}  # the param of this name keeps what the search began with
+        if self.forked_from is not None:
+            found["segadapt.forked_from"] = self.forked_from
+        if self.warm_start:
+            found["segadapt.warm_start"] = ", ".join(self.warm_start)
+        return found
+
+    def fresh_seeds(self) -> list[int]:
+        """Return the seeds of `rerank`: none of them is the search's own."""
+        own = {config.seed for config in self.configs().values()}
+        return [seed for seed in range(self.seeds + len(own)) if seed not in own][: self.seeds]
+
+    def settings(self) -> Settings:
+        """Return what decides whether its trials may be compared with another search's."""
+        fixed = {name: found.fixed for name, found in self.candidates.items()}
+        return Settings(fixed, {name: found.space for name, found in self.candidates.items()}, self.objective)
 
     def save(self, storage: Storage) -> None:
         """Write the record, whole or not at all."""
@@ -192,7 +228,7 @@ def run(record: Record, options: Options) -> Outcome:
                 experiment=record.name,
                 fixed={name: found.fixed for name, found in record.candidates.items()},
                 resources=resources,
-                objective=record.objective,
+                objective=Objective.parse(record.objective),
                 start=Path(record.start) if record.start else None,
             )
             clock.lap("start")
@@ -248,7 +284,11 @@ class _Session:
             results = self._run_trials() if ready else []
             clock.lap("trials")
             missing = not ready or _missing(results)
-            state = "interrupted" if missing else "finished" if self._summarise(results) else "failed"
+            ranking: list[Reranked] = []
+            if self.record.rerank and not missing:
+                ranking, missing = self._rerank(results)
+                clock.lap("rerank")
+            state = "interrupted" if missing else "finished" if self._summarise(results, ranking) else "failed"
         except KeyboardInterrupt:
             state = "interrupted"
             raise
@@ -273,19 +313,42 @@ class _Session:
                 seed=record.seed,
                 steps=steps,
                 grace_steps=min(steps, *(config.trainer.eval_every for config in configs)),
+                study_url=self.study_url,
+                sampler=record.sampler,
+                scheduler=record.scheduler,
+                inherited=self._inherited(),
                 time_budget_s=record.time_budget_s,
             )
-        name = {"search": None, "train": record.methods, "finish": f"finish-{record.from_name}"}[record.kind]
+        names = {"search": [], "train": [record.methods], "finish": [f"finish-{record.from_name}"]}[record.kind]
         labels = Labels(
             experiment=record.search or record.name,
             kind="finish" if record.kind == "finish" else "trial",
-            name=name,
+            names=names,
             tags={"segadapt.from": record.from_name} if record.from_name else {},
             parent_key=self.parent_key,
         )
         title = f"{record.kind} {record.name} ({record.methods}"
         title += f", {self.concurrent} at a time)" if record.kind == "search" else ")"
         return run_experiment(self.spec, labels, steps, self.tracker, title, plan)
+
+    @property
+    def study_url(self) -> str:
+        """Address of Optuna's storage."""
+        return self.spec.storage.study_url(self.options.study_uri)
+
+    def _inherited(self) -> list[Inheritance]:
+        """Return what a search that is new takes over from earlier ones, and say so."""
+        from segadapt.platform.search import load_study
+
+        if (self.spec.folder / "tuner.pkl").is_file():
+            return []
+        found = []
+        for name in self.record.warm_start:
+            earlier = Record.load(self.spec.storage, name)
+            study = load_study(name, self.study_url)
+            found.append(inherit(name, earlier.settings(), self.record.settings(), study.get_trials(deepcopy=False)))
+            self.options.say(str(found[-1]))
+        return found
 
     def _data_notes(self) -> list[str]:
         """Return what was decided about the data, such as the classes that are trained."""
@@ -302,6 +365,9 @@ class _Session:
         if notes := self._data_notes():
             tags["segadapt.data_notes"] = "\n".join(notes)  # `segadapt.data` is a trial's fingerprint
         params = {"method": record.methods, "objective": record.objective, "trials": record.trials, "seed": record.seed}
+        if record.kind == "search":
+            tags |= record.lineage()
+            params |= {"sampler": record.sampler, "scheduler": record.scheduler}
         if len(record.candidates) == 1:
             params |= next(iter(record.candidates.values())).fixed
         self.tracker.start(RunInfo(record.name, record.name, record.name, tags, params))
@@ -311,27 +377,79 @@ class _Session:
         spaces = {name: candidate.as_dict() for name, candidate in record.candidates.items()}
         self.tracker.log_json(record.name, spaces, "space.yaml")
 
-    def _summarise(self, results: "list[TrialResult]") -> bool:
+    def _summarise(self, results: "list[TrialResult]", ranking: Sequence[Reranked]) -> bool:
         """Put the best trial and the plots on the parent run; returns whether there is a best one."""
+        record = self.record
+        found = self._kept(results)
+        if found:
+            names = [ranking[0].name] if ranking else []
+            winner = next((result for result in found if result.name in names), self._by_objective(found)[0])
+            best = found[winner]
+            values = {f"best/{goal}": best.metrics[goal] for goal in self.spec.objective.goals if goal in best.metrics}
+            self.tracker.log_summary(record.name, values, best.metrics["step"])
+            self.tracker.set_tags(record.name, {"segadapt.best_trial": winner.trial_id})
+            self.tracker.log_file(f"{record.name}/{winner.trial_id}", best.path, "checkpoint")
+        if record.kind == "search":
+            if found:
+                self._log_selection({result.name: checkpoint.metrics for result, checkpoint in found.items()})
+            self._log_study()
+        return bool(found)
+
+    def _kept(self, results: "list[TrialResult]") -> "dict[TrialResult, TrialCheckpoint]":
+        """Return the trials that left a checkpoint."""
+        return {result: best for result in results if (best := self._best(result.trial_id)) is not None}
+
+    def _by_objective(self, found: "Mapping[TrialResult, TrialCheckpoint]") -> "list[TrialResult]":
+        """Return trials by the objective at their kept checkpoint, best first."""
+        scores = self.spec.objective.scores([checkpoint.metrics for checkpoint in found.values()])
+        order = sorted(zip(scores, found, strict=True), key=lambda entry: (-entry[0], entry[1].name))
+        return [result for _, result in order]
+
+    def _rerank(self, results: "list[TrialResult]") -> tuple[list[Reranked], bool]:
+        """Train the best configurations again, on seeds the search has not used; returns also whether some did not end.
+
+        Raises:
+            StageFailedError: If a shared stage fails on one of the seeds.
+        """
+        from segadapt.platform.events import Labels
+        from segadapt.platform.search import ListPlan, run_experiment
+
+        record = self.record
+        chosen = self._by_objective(self._kept(results))[: record.rerank]
+        runs = [(result, seed) for result in chosen for seed in record.fresh_seeds()]
+        methods = dict.fromkeys(self.spec.method(result.values) for result in chosen)
+        if not all(self._ensure_stages_of(method, seed) for method in methods for seed in record.fresh_seeds()):
+            return [], True
+        spec = dataclasses.replace(self.spec, experiment=f"{record.name}.rerank-{record.rerank}x{record.seeds}")
+        labels = Labels(record.name, "rerank", [f"{result.name}.seed-{seed}" for result, seed in runs], {}, record.name)
+        plan = ListPlan([{**result.values, "seed": seed} for result, seed in runs], self.concurrent)
+        steps = max(stages.own_steps(config) for config in record.configs().values())
+        again = run_experiment(spec, labels, steps, self.tracker, f"rerank {record.name}", plan)
+        values: dict[str, dict[int, float]] = {}
+        for (result, seed), run in zip(runs, again, strict=False):  # trials are in the order of the list
+            best = best_checkpoint(spec.folder, run.trial_id, spec.objective.keeps)
+            if best is not None and run.error is None:
+                values.setdefault(result.name, {})[seed] = best.metrics[spec.objective.leading]
+        ranking = rerank(values)
+        if ranking:
+            self.tracker.log_json(record.name, [dataclasses.asdict(found) for found in ranking], "rerank.json")
+            self.tracker.set_tags(record.name, {"segadapt.verdict": verdict(ranking)})
+        return ranking, _missing(again)
+
+    def _log_study(self) -> None:
+        """Put the study's plots on the parent run, and how the methods compare at equal budget."""
+        from segadapt.platform.comparison import compare_methods
         from segadapt.platform.plots import study_figures
         from segadapt.platform.search import load_study
 
-        record, key = self.record, self.record.name
-        found = {result: best for result in results if (best := self._best(result.trial_id)) is not None}
-        if found:
-            winner = min(found, key=lambda result: (-found[result].metrics[record.objective], result.name))
-            best = found[winner]
-            self.tracker.log_summary(
-                key, {f"best/{record.objective}": best.metrics[record.objective]}, best.metrics["step"]
-            )
-            self.tracker.set_tags(key, {"segadapt.best_trial": winner.trial_id})
-            self.tracker.log_file(f"{record.name}/{winner.trial_id}", best.path, "checkpoint")
-        if found and record.kind == "search":
-            self._log_selection({result.name: checkpoint.metrics for result, checkpoint in found.items()})
-        if record.kind == "search":
-            for name, make in study_figures(load_study(self.spec), record.objective):
-                self.tracker.log_figure(key, make, name)
-        return bool(found)
+        objective, key = self.spec.objective, self.record.name
+        study = load_study(key, self.study_url)
+        for name, make in study_figures(study, objective):
+            self.tracker.log_figure(key, make, name)
+        if compared := compare_methods(study.get_trials(deepcopy=False), objective):
+            reached = {f"equal_budget/{result.method}": result.best_at_budget for result in compared}
+            self.tracker.log_summary(key, {**reached, "equal_budget/steps": compared[0].budget}, compared[0].budget)
+            self.tracker.log_json(key, [dataclasses.asdict(result) for result in compared], "methods.json")
 
     def _log_selection(self, kept: Mapping[str, Mapping[str, Any]]) -> None:
         """Record what label-free selection among the trials would have lost; it changes no choice."""
@@ -351,14 +469,18 @@ class _Session:
         self.tracker.end(self.record.name, status)
 
     def _best(self, trial_id: str) -> TrialCheckpoint | None:
-        return best_checkpoint(self.spec.folder, trial_id, self.record.objective)
+        return best_checkpoint(self.spec.folder, trial_id, self.spec.objective.keeps)
 
     def _ensure_shared_stages(self) -> bool:
         """Compute the shared stages that are not in the store; returns False if interrupted."""
         return all(self._ensure_stages_of(method) for method in self.record.candidates)
 
-    def _ensure_stages_of(self, method: str) -> bool:
+    def _ensure_stages_of(self, method: str, seed: int | None = None) -> bool:
         """Compute a method's missing shared stages, as a trial of its own that uses the whole machine.
+
+        Args:
+            method: Its name.
+            seed: Where it differs from the experiment's.
 
         Raises:
             StageFailedError: If the trial fails.
@@ -367,7 +489,7 @@ class _Session:
         from segadapt.platform.search import run_experiment
         from segadapt.trainables.core.data.datasets import load_data
 
-        config = self.spec.shared_config(method)
+        config = self.spec.shared_config(method, seed)
         data, _ = load_data(config.data)
         keys = stages.stage_keys(config, data.fingerprint)
         done = stages.longest_prefix(self.spec.storage, keys)
@@ -379,14 +501,14 @@ class _Session:
             resources, _ = resources_of(self.options, self.capacity, 1, 1)
             spec = dataclasses.replace(
                 self.spec,
-                experiment=f"{self.record.name}.stages-{method}",
-                fixed={method: self.spec.fixed[method]},
+                experiment=f"{self.record.name}.stages-{method}" + ("" if seed is None else f"-seed-{seed}"),
+                fixed={method: {**self.spec.fixed[method], "seed": config.seed}},
                 resources=resources,
                 shared_stages=True,
             )
             steps = sum(stage_steps(missing, config.warmup.steps, config.trainer.steps).values())
             title = f"shared stages {', '.join(stage.name for stage in missing)}"
-            labels = Labels(self.record.name, "stage", missing[0].name, {}, self.parent_key)
+            labels = Labels(self.record.name, "stage", [missing[0].name], {}, self.parent_key)
             results = run_experiment(spec, labels, steps, self.tracker, title)
             reason = next((result.error for result in results if result.error), None)
             if reason is not None:
@@ -394,15 +516,17 @@ class _Session:
             done = stages.longest_prefix(self.spec.storage, keys)
         if len(done) < len(keys):
             return False
-        self._log_baseline(keys, done)
+        if seed is None:
+            self._log_baseline(keys, done)
         return True
 
     def _log_baseline(self, keys: list[stages.StageKey], folders: list[Path]) -> None:
         """Record what the trials start from on the parent run."""
         if not folders:
             return
-        objective = self.record.objective
-        self.tracker.log_summary(self.record.name, {f"start/{objective}": read_metrics(folders[0])[objective]}, 0)
+        metrics = read_metrics(folders[0])
+        start = {f"start/{goal}": metrics[goal] for goal in self.spec.objective.goals if goal in metrics}
+        self.tracker.log_summary(self.record.name, start, 0)
         self.tracker.set_tags(self.record.name, {f"segadapt.stage.{key.stage.name}": key.hash for key in keys})
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from segadapt.platform.objective import Objective
+
 
 def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> Any:
     """Draw a confusion matrix, each row (true class) as shares of its pixels; returns a matplotlib figure."""
@@ -32,10 +34,11 @@ def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str],
     return figure
 
 
-def study_figures(study: Any, objective: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+def study_figures(study: Any, objective: Objective) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield file names and makers of a study's plots that its trials allow, interactive and as PNG.
 
-    Importance and parallel coordinates need two completed trials with unlike parameters.
+    Importance and parallel coordinates need two completed trials with unlike parameters. Of several goals the leading
+    one is drawn, and the front of the first two or three beside.
     """
     import optuna
     from optuna.trial import TrialState
@@ -46,11 +49,22 @@ def study_figures(study: Any, objective: str) -> Iterator[tuple[str, Callable[[]
         names += ["slice", "parallel_coordinate"]
         if len({tuple(trial.params.values()) for trial in completed}) >= 2:
             names.append("param_importances")
+    several = len(objective.goals) > 1
+    if several and completed:
+        names.append("pareto_front")
+
+    def settings(name: str) -> dict[str, Any]:
+        if name == "pareto_front":
+            goals = objective.goals[:3]
+            return {"targets": lambda trial: trial.values[: len(goals)], "target_names": list(goals)}
+        leading = objective.goals.index(objective.leading)
+        target = {"target": lambda trial: trial.values[leading]} if several else {}
+        return {**target, "target_name": objective.leading}
 
     def interactive(name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few trials make importances uncertain
-            return getattr(optuna.visualization, f"plot_{name}")(study, target_name=objective)
+            return getattr(optuna.visualization, f"plot_{name}")(study, **settings(name))
 
     def picture(name: str) -> Any:
         import matplotlib
@@ -61,7 +75,7 @@ def study_figures(study: Any, objective: str) -> Iterator[tuple[str, Callable[[]
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the same, and optuna marks its matplotlib plots as experimental
-            axes = getattr(drawn, f"plot_{name}")(study, target_name=objective)
+            axes = getattr(drawn, f"plot_{name}")(study, **settings(name))
         axes = np.ravel(axes)[0]
         axes.figure.set_size_inches(12, 6)
         return axes.figure

@@ -70,6 +70,11 @@ class Progress:
             view.best = value
         self._say(f"{view.name} step {step}/{self.steps} {self.objective} {_number(value)}")
 
+    def paused(self, key: str) -> None:
+        """A trial waits at a rung."""
+        self._views[key].state = "paused"
+        self._say(f"{self._views[key].name} paused")
+
     def ended(self, key: str, state: str) -> None:
         """A trial ended; `state` says how."""
         view = self._views[key]
@@ -93,7 +98,7 @@ class Progress:
         return max(seen, key=lambda view: view.best or 0.0, default=None)
 
     def _ended(self) -> int:
-        return sum(view.state not in ("starting", "running") for view in self._views.values())
+        return sum(view.state not in ("starting", "running", "paused") for view in self._views.values())
 
     def _count(self) -> str:
         return f"{self._ended()}/{self.trials} trials done"

@@ -1,18 +1,134 @@
 """Early stopping whose memory is the study, so that its decisions survive a restart of the driver."""
 
-from collections.abc import Sequence
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
-from segadapt.platform.optuna_search import TRIAL_ID
+from segadapt.platform.objective import Objective
+from segadapt.platform.study import TRIAL_ID, SchedulerName, record_values
 
 STEP = "step"
 """Reported time axis: training steps, never Tune's count of reports, which restarts with a trial."""
 
+REDUCTION_FACTOR = 2
+"""The better 1/REDUCTION_FACTOR of the trials that reached a rung go on."""
 
-class StudyRungs(FIFOScheduler):
-    """Stop a trial at a rung if its value lies below the best 1/`reduction_factor` of the trials there before it.
+_RUNG = "rung_"
+"""Attributes of the study's trials that hold a decision: `rung_STEP`."""
+
+
+def levels(grace_steps: int, steps: int) -> list[int]:
+    """Return the steps at which ASHA compares trials: the first evaluation, then REDUCTION_FACTOR times as many."""
+    found = [grace_steps]
+    while found[-1] * REDUCTION_FACTOR < steps:
+        found.append(found[-1] * REDUCTION_FACTOR)
+    return [level for level in found if level < steps]
+
+
+def scheduler(
+    name: SchedulerName, study: Any, objective: Objective, *, grace_steps: int, steps: int, concurrent: int
+) -> "StudyScheduler":
+    """Return the scheduler of this name.
+
+    Args:
+        name: One of `SCHEDULERS`.
+        study: The search's Optuna study.
+        objective: What trials are compared by.
+        grace_steps: Steps before a trial may be stopped.
+        steps: Steps of the longest trial.
+        concurrent: Trials at a time.
+    """
+    from optuna.pruners import HyperbandPruner, MedianPruner
+
+    rungs = levels(grace_steps, steps)
+    match name:
+        case "none":
+            return StudyScheduler(study, objective)
+        case "asha":
+            return StudyRungs(study, objective, rungs)
+        case "asha-promote":
+            return PromotingRungs(study, objective, rungs, concurrent)
+        case "median":
+            return StudyPruner(study, objective, MedianPruner(n_warmup_steps=grace_steps - 1))
+        case "hyperband":
+            return StudyPruner(study, objective, HyperbandPruner(grace_steps, steps, REDUCTION_FACTOR))
+
+
+class StudyScheduler(FIFOScheduler):
+    """Write every value to the study at its training step, and let trials run to their end.
+
+    Args:
+        study: The search's Optuna study.
+        objective: What trials are compared by.
+    """
+
+    def __init__(self, study: Any, objective: Objective) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._study = study
+        self._objective = objective
+        self._ids: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_study": None}  # its address may hold a password; a resumed search makes a new one
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Record an evaluation, then decide whether the trial goes on."""
+        values = {goal: result.get(goal, math.nan) for goal in self._objective.goals}
+        if STEP not in result or not all(map(math.isfinite, values.values())):
+            return str(self.CONTINUE)
+        own = self._own(trial.trial_id)
+        record_values(self._handle(own), own, int(result[STEP]), values)
+        if result.get("finished"):
+            return str(self.CONTINUE)
+        return self._decide(tune_controller, trial, result[STEP], values)
+
+    def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
+        return str(self.CONTINUE)
+
+    def _own(self, trial_id: str) -> Any:
+        """Return the study's record of a trial."""
+        if trial_id not in self._ids:
+            self._ids = {
+                trial.user_attrs[TRIAL_ID]: trial._trial_id
+                for trial in self._study.get_trials(deepcopy=False)
+                if TRIAL_ID in trial.user_attrs
+            }
+        return self._study._storage.get_trial(self._ids[trial_id])
+
+    def _handle(self, own: Any) -> Any:
+        import optuna
+
+        return optuna.trial.Trial(self._study, own._trial_id)
+
+
+class StudyPruner(StudyScheduler):
+    """Stop a trial where an Optuna pruner says so.
+
+    Args:
+        study: The search's Optuna study.
+        objective: One goal.
+        pruner: Decides from the study's intermediate values.
+    """
+
+    def __init__(self, study: Any, objective: Objective, pruner: Any) -> None:
+        super().__init__(study, objective)
+        self._pruner = pruner
+
+    def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
+        own = self._own(trial.trial_id)
+        decision = own.user_attrs.get(f"{_RUNG}{step}")
+        if decision is None:
+            decision = {"values": values, "continues": not self._pruner.prune(self._study, own)}
+            self._handle(own).set_user_attr(f"{_RUNG}{step}", decision)
+        return str(self.CONTINUE if decision["continues"] else self.STOP)
+
+
+class StudyRungs(StudyScheduler):
+    """Stop a trial at a rung if it lies below the best 1/REDUCTION_FACTOR of the trials there before it.
 
     Ray's `ASHAScheduler` decides the same, but forgets its rungs when the driver restarts. Here each decision is an
     attribute of the trial in the study: a trial that reaches a rung again after a restart is told the same again.
@@ -20,43 +136,131 @@ class StudyRungs(FIFOScheduler):
     Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020, in the stopping variant.
 
     Args:
+        study: The search's Optuna study.
+        objective: What trials are compared by.
         rungs: Training steps at which trials are compared, rising.
-        reduction_factor: More is stricter.
-        storage: URL of the Optuna storage.
-        study_name: The study.
     """
 
-    def __init__(self, *, rungs: Sequence[int], reduction_factor: float, storage: str, study_name: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, study: Any, objective: Objective, rungs: Sequence[int]) -> None:
+        super().__init__(study, objective)
         self._rungs = tuple(rungs)
-        self._quantile = 100 * (1 - 1 / reduction_factor)
-        self._storage = storage
-        self._study_name = study_name
-        self._study: Any = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_study": None}
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide when a trial has reached a rung."""
-        value = result.get(str(self.metric))
-        reached = [rung for rung in self._rungs if rung <= result.get(STEP, -1)]
-        if value is None or not reached or result.get("finished"):
+    def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
+        reached = [rung for rung in self._rungs if rung <= step]
+        if not reached:
             return str(self.CONTINUE)
-        return str(self.CONTINUE if self._continues(trial.trial_id, f"rung_{reached[-1]}", float(value)) else self.STOP)
-
-    def _continues(self, trial_id: str, rung: str, value: float) -> bool:
-        import numpy as np
-        import optuna
-
-        if self._study is None:
-            self._study = optuna.load_study(study_name=self._study_name, storage=self._storage)
+        rung = f"{_RUNG}{reached[-1]}"
         trials = self._study.get_trials(deepcopy=False)
-        own = next(trial for trial in trials if trial.user_attrs.get(TRIAL_ID) == trial_id)
+        own = self._own(trial.trial_id)
         if rung not in own.user_attrs:
-            before = [trial.user_attrs[rung]["value"] for trial in trials if rung in trial.user_attrs]
-            continues = not before or value >= float(np.percentile(before, self._quantile))
-            decision = {"value": value, "continues": continues}
-            optuna.trial.Trial(self._study, own._trial_id).set_user_attr(rung, decision)
-            return continues
-        return bool(own.user_attrs[rung]["continues"])
+            others = [other for other in trials if rung in other.user_attrs]
+            return self._arrive(tune_controller, trial, rung, values, others)
+        return str(self.CONTINUE if own.user_attrs[rung]["continues"] else self._halt(tune_controller, trial))
+
+    def _arrive(
+        self, tune_controller: Any, trial: Any, rung: str, values: Mapping[str, float], others: Sequence[Any]
+    ) -> str:
+        """Compare a trial that has just reached a rung with those there before it."""
+        import numpy as np
+
+        *before, own = self._objective.scores([*(other.user_attrs[rung]["values"] for other in others), values])
+        continues = not before or own >= float(np.percentile(before, 100 * (1 - 1 / REDUCTION_FACTOR)))
+        self._set_decision(trial.trial_id, rung, values, continues=continues)
+        return str(self.CONTINUE if continues else self.STOP)
+
+    def _halt(self, tune_controller: Any, trial: Any) -> str:
+        return str(self.STOP)
+
+    def _set_decision(self, trial_id: str, rung: str, values: Mapping[str, float], *, continues: bool) -> None:
+        decision = {"values": dict(values), "continues": continues}
+        self._handle(self._own(trial_id)).set_user_attr(rung, decision)
+
+
+class PromotingRungs(StudyRungs):
+    """Pause a trial at a rung until it is among the best 1/REDUCTION_FACTOR there, as later trials may make it.
+
+    A paused trial keeps its checkpoint. Those promoted go before new ones. When nothing else is left to do, the paused
+    ones are stopped; if none has run to its end by then, the best of the highest rung goes on.
+
+    Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020, Algorithm 2.
+
+    Args:
+        study: The search's Optuna study.
+        objective: What trials are compared by.
+        rungs: Training steps at which trials are compared, rising.
+        concurrent: Trials at a time; paused ones do not count.
+    """
+
+    def __init__(self, study: Any, objective: Objective, rungs: Sequence[int], concurrent: int) -> None:
+        super().__init__(study, objective, rungs)
+        self._concurrent = concurrent
+        self._promoted: deque[str] = deque()
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Keep a trial that an earlier session left at a rung waiting there."""
+        if trial.status == Trial.PENDING and trial.last_result:
+            decisions = _decisions(self._own(trial.trial_id))
+            if decisions and not decisions[max(decisions)]["continues"]:
+                trial.set_status(Trial.PAUSED)
+                tune_controller.search_alg.searcher.on_pause(trial.trial_id)
+
+    def _arrive(
+        self, tune_controller: Any, trial: Any, rung: str, values: Mapping[str, float], others: Sequence[Any]
+    ) -> str:
+        self._set_decision(trial.trial_id, rung, values, continues=False)
+        own = self._own(trial.trial_id)
+        population = [*others, own]
+        scores = self._objective.scores([other.user_attrs[rung]["values"] for other in population])
+        ranking = sorted(zip(scores, population, strict=True), key=lambda entry: (-entry[0], entry[1].number))
+        action = self._halt(tune_controller, trial)
+        for _, other in ranking[: len(population) // REDUCTION_FACTOR]:
+            decision = other.user_attrs[rung]
+            if not decision["continues"] and not other.state.is_finished():
+                other_id = other.user_attrs[TRIAL_ID]
+                self._set_decision(other_id, rung, decision["values"], continues=True)
+                tune_controller.search_alg.searcher.on_unpause(other_id)
+                if other_id == trial.trial_id:
+                    action = str(self.CONTINUE)
+                else:
+                    self._promoted.append(other_id)
+        return action
+
+    def _halt(self, tune_controller: Any, trial: Any) -> str:
+        tune_controller.search_alg.searcher.on_pause(trial.trial_id)
+        return str(self.PAUSE)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Return a promoted trial when there is room; end the paused ones when nothing else is left."""
+        live = {trial.trial_id: trial for trial in tune_controller.get_live_trials()}
+        active = [trial for trial in live.values() if trial.status in (Trial.PENDING, Trial.RUNNING)]
+        if len(active) < self._concurrent:
+            for trial_id in self._promoted:
+                if trial_id in live and live[trial_id].status == Trial.PAUSED:  # else it is still being saved
+                    self._promoted.remove(trial_id)
+                    return live[trial_id]
+        paused = {trial_id for trial_id, trial in live.items() if trial.status == Trial.PAUSED}
+        if paused and not active and not self._promoted and tune_controller.search_alg.is_finished():
+            return self._conclude(tune_controller, {trial_id: live[trial_id] for trial_id in paused})
+        return None
+
+    def _conclude(self, tune_controller: Any, paused: Mapping[str, Any]) -> Any:
+        """Stop the paused trials; but return the best of them if no trial has run to its end."""
+        from optuna.trial import TrialState
+
+        if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            own = [self._own(trial_id) for trial_id in paused]
+            rung = max(max(_decisions(trial)) for trial in own)
+            highest = [trial for trial in own if rung in _decisions(trial)]
+            scores = self._objective.scores([_decisions(trial)[rung]["values"] for trial in highest])
+            best = highest[scores.index(max(scores))].user_attrs[TRIAL_ID]
+            self._set_decision(best, f"{_RUNG}{rung}", _decisions(self._own(best))[rung]["values"], continues=True)
+            tune_controller.search_alg.searcher.on_unpause(best)
+            return paused[best]
+        for trial in paused.values():
+            tune_controller.stop_trial(trial)
+        return None
+
+
+def _decisions(trial: Any) -> dict[int, Any]:
+    """Return what was decided about a trial of the study, by rung."""
+    return {int(name.removeprefix(_RUNG)): value for name, value in trial.user_attrs.items() if name.startswith(_RUNG)}

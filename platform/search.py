@@ -1,22 +1,21 @@
-"""Experiments: one trial, or a search in which Optuna proposes, Tune runs and ASHA stops."""
+"""Experiments: one trial, or a search in which Optuna proposes, Tune runs and a scheduler stops."""
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from segadapt.platform.config import Values
 from segadapt.platform.events import Events, Labels
-from segadapt.platform.optuna_search import LOST, Spaces, StudySearch
+from segadapt.platform.lineage import Inheritance
+from segadapt.platform.optuna_search import Given, Proposals, StudySearch
 from segadapt.platform.progress import Progress
-from segadapt.platform.rungs import StudyRungs
+from segadapt.platform.rungs import scheduler
+from segadapt.platform.samplers import SamplerName, make_sampler
+from segadapt.platform.study import LOST, TRIAL_ID, SchedulerName, Spaces, values_by_step
 from segadapt.platform.tracking import Tracker
 from segadapt.platform.trial import WORKER_RETRIES, TrialSpec, run_in_process, run_with_ray_train
-
-REDUCTION_FACTOR = 2
-"""ASHA keeps the better 1/REDUCTION_FACTOR of the trials that reached a rung."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,34 @@ class SearchPlan:
     first: Mapping[str, Values]
     """What is tried first of each method."""
     trials: int
+    """In all, those of earlier sessions included."""
     concurrent: int
     seed: int
     steps: int
     """Steps of the longest trial."""
     grace_steps: int
     """Steps before a trial may be stopped: the first rung."""
+    study_url: str
+    """Optuna's storage."""
+    sampler: SamplerName = "auto"
+    scheduler: SchedulerName = "asha"
+    inherited: Sequence[Inheritance] = ()
+    """What is known from earlier searches, if the study is new."""
     time_budget_s: float | None = None
+
+
+@dataclass(frozen=True)
+class ListPlan:
+    """Trials that are all known beforehand."""
+
+    values: Sequence[Values]
+    """What distinguishes each from the experiment's fixed settings."""
+    concurrent: int
+
+    @property
+    def trials(self) -> int:
+        """How many there are."""
+        return len(self.values)
 
 
 @dataclass(frozen=True)
@@ -46,14 +66,8 @@ class TrialResult:
     error: str | None
     ended: bool
     """False if an interruption left it unfinished."""
-
-
-def rungs(plan: SearchPlan) -> list[int]:
-    """Return the steps at which a search compares its trials."""
-    levels = [plan.grace_steps]
-    while levels[-1] * REDUCTION_FACTOR < plan.steps:
-        levels.append(levels[-1] * REDUCTION_FACTOR)
-    return [level for level in levels if level < plan.steps]
+    values: Values = field(compare=False)
+    """What distinguishes it from the experiment's fixed settings."""
 
 
 def run_experiment(
@@ -62,9 +76,9 @@ def run_experiment(
     steps: int,
     tracker: Tracker,
     title: str,
-    plan: SearchPlan | None = None,
+    plan: "SearchPlan | ListPlan | None" = None,
 ) -> list[TrialResult]:
-    """Run one trial, or with a `plan` a search; what was begun before is continued.
+    """Run one trial, or with a `plan` a search or a list of trials; what was begun before is continued.
 
     Args:
         spec: What the trials share.
@@ -72,11 +86,13 @@ def run_experiment(
         steps: Steps of the longest trial.
         tracker: Receives runs and metrics.
         title: Shown on the screen.
-        plan: The search; None runs a single trial.
+        plan: The search or list; None runs a single trial.
     """
     from ray import tune
 
     trainable = _trainable(spec)
+    searcher = open_study(spec, plan) if isinstance(plan, SearchPlan) else None
+    config = _tune_config(spec, plan, searcher)
     begun = (spec.folder / "tuner.pkl").is_file()
     if begun:
         tuner = tune.Tuner.restore(
@@ -85,12 +101,12 @@ def run_experiment(
             resume_unfinished=True,
             resume_errored=plan is None,  # what a single run failed of may be mended; a failed trial is a result
         )
-        if plan is not None:
-            _close_lost_proposals(spec)
+        assert tuner._local_tuner is not None
+        tuner._local_tuner._tune_config = config  # the study remembers; what was pickled may be out of date
     else:
         tuner = tune.Tuner(
             trainable,
-            tune_config=_tune_config(spec, plan),
+            tune_config=config,
             run_config=tune.RunConfig(
                 name=spec.experiment,
                 storage_path=str(spec.storage.experiments),
@@ -98,26 +114,27 @@ def run_experiment(
                 callbacks=[Events(spec, labels)],
                 failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
                 checkpoint_config=tune.CheckpointConfig(
-                    num_to_keep=1, checkpoint_score_attribute=spec.objective, checkpoint_score_order="max"
+                    num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
                 ),
             ),
         )
-    progress = Progress(title, spec.objective, plan.trials if plan else 1, steps)
+    progress = Progress(title, spec.objective.leading, plan.trials if plan else 1, steps)
     events = _events(tuner)
-    events.attach(tracker, progress, plan.time_budget_s if plan else None)
+    events.attach(tracker, progress, config.time_budget_s, partial(_close_lost, searcher) if searcher else None)
     try:
         results = tuner.fit()
     finally:
         progress.close()
     trials = results._experiment_analysis.trials
-    if plan is not None and not events.interrupted:
-        _close_unfinished(spec)
+    if searcher is not None and not events.interrupted:
+        _close_unfinished(searcher, spec.objective.goals)
     return [
         TrialResult(
             trial.trial_id,
             events.name(trial.trial_id),
             _last_line(trial) if trial.status == "ERROR" else None,
             trial.trial_id not in events.interrupted,
+            trial.config,
         )
         for trial in trials
     ]
@@ -150,103 +167,93 @@ def _trainable(spec: TrialSpec) -> Any:
     return tune.with_resources(tune.with_parameters(run_in_process, spec=spec), needs)
 
 
-def _tune_config(spec: TrialSpec, plan: SearchPlan | None) -> Any:
+def _tune_config(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", searcher: StudySearch | None) -> Any:
     from ray import tune
 
-    def folder_name(trial: Any) -> str:
-        return str(trial.trial_id)
-
-    if plan is None:
-        return tune.TuneConfig(
-            metric=spec.objective, mode="max", num_samples=1, trial_dirname_creator=folder_name, reuse_actors=False
-        )
-    return tune.TuneConfig(
-        metric=spec.objective,
+    config = tune.TuneConfig(
+        metric=spec.objective.keeps,
         mode="max",
-        search_alg=searcher(spec, plan),
-        scheduler=StudyRungs(
-            rungs=rungs(plan),
-            reduction_factor=REDUCTION_FACTOR,
-            storage=study_url(spec),
-            study_name=spec.experiment,
-        ),
-        num_samples=plan.trials,
-        max_concurrent_trials=plan.concurrent,
-        time_budget_s=plan.time_budget_s,
-        reuse_actors=not spec.resources.uses_train,
-        trial_dirname_creator=folder_name,
+        num_samples=1,
+        reuse_actors=plan is not None and not spec.resources.uses_train,
+        trial_dirname_creator=_folder_name,
     )
+    match plan:
+        case SearchPlan():
+            assert searcher is not None
+            config.search_alg = Proposals(searcher, plan.trials)
+            config.scheduler = scheduler(
+                plan.scheduler,
+                searcher.study,
+                spec.objective,
+                grace_steps=plan.grace_steps,
+                steps=plan.steps,
+                concurrent=plan.concurrent,
+            )
+            config.num_samples = plan.trials
+            config.time_budget_s = plan.time_budget_s
+        case ListPlan():
+            config.search_alg = Proposals(Given(plan.values, plan.concurrent), len(plan.values))
+            config.num_samples = len(plan.values)
+    return config
 
 
-def searcher(spec: TrialSpec, plan: SearchPlan) -> Any:
-    """Return the Optuna searcher of a search; its study lives in the storage folder under the search's name."""
+def _folder_name(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
+def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
+    """Return the searcher of a search with its study, which has the search's name; it is made if it is new."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = study_storage(spec)
-    if spec.experiment in optuna.get_all_study_names(storage):  # left by a driver killed before its first trial
+    storage = optuna.storages.RDBStorage(plan.study_url)
+    names = optuna.get_all_study_names(storage)
+    begun = (spec.folder / "tuner.pkl").is_file()
+    if spec.experiment in names and not begun:  # left by a driver killed before its first trial
         optuna.delete_study(study_name=spec.experiment, storage=storage)
-    return StudySearch(
+    found = StudySearch(
         spaces=plan.spaces,
         first=plan.first,
-        metric=spec.objective,
-        mode="max",
+        objective=spec.objective,
+        sampler=make_sampler(plan.sampler, seed=plan.seed, joint=len(plan.spaces) > 1, concurrent=plan.concurrent),
         seed=plan.seed,
-        sampler=partial(
-            optuna.samplers.TPESampler,
-            multivariate=True,
-            group=len(plan.spaces) > 1,  # a method's parameters are modelled on the trials that have them
-            constant_liar=plan.concurrent > 1,
-        ),
+        concurrent=plan.concurrent,
         study_name=spec.experiment,
         storage=storage,
     )
+    if not begun:
+        for inherited in plan.inherited:
+            found.study.add_trials(inherited.trials)
+            for point in inherited.points:
+                found.study.enqueue_trial(point)
+    return found
 
 
-def study_url(spec: TrialSpec) -> str:
-    """Return the URL of the Optuna storage of the searches in a storage folder."""
-    return f"sqlite:///{spec.storage.study_database}"
-
-
-def study_storage(spec: TrialSpec) -> Any:
-    """Return the Optuna storage of the searches in a storage folder."""
-    import optuna
-
-    return optuna.storages.RDBStorage(study_url(spec))
-
-
-def load_study(spec: TrialSpec) -> Any:
+def load_study(name: str, url: str) -> Any:
     """Return the study of a search."""
     import optuna
 
-    return optuna.load_study(study_name=spec.experiment, storage=study_storage(spec))
+    return optuna.load_study(study_name=name, storage=optuna.storages.RDBStorage(url))
 
 
-def _close_lost_proposals(spec: TrialSpec) -> None:
-    """Propose again what the killed driver had asked for but not yet saved, so that nobody would run it."""
-    import pickle
-
+def _close_lost(searcher: StudySearch, known: Collection[str]) -> None:
+    """Propose again what a killed driver had asked for but not yet saved, so that nobody would run it."""
     import optuna
     from optuna.trial import TrialState
 
-    saved = sorted(spec.folder.glob("searcher-state-*.pkl"), key=os.path.getmtime)
-    known: set[int] = set()
-    if saved:
-        with saved[-1].open("rb") as file:  # written by our own driver, as Ray's restore reads it too
-            state = pickle.load(file)
-        known = {trial.number for trial in state.get("_ot_trials", {}).values()} if isinstance(state, dict) else set()
-    study = load_study(spec)
+    study = searcher.study
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial.number not in known:
+        if trial.user_attrs.get(TRIAL_ID) not in known:
             optuna.trial.Trial(study, trial._trial_id).set_user_attr(LOST, True)
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
 
 
-def _close_unfinished(spec: TrialSpec) -> None:
-    """End the study's trials that nobody runs any more: pruned at what they reported, otherwise failed."""
+def _close_unfinished(searcher: StudySearch, goals: Sequence[str]) -> None:
+    """End the study's trials that nobody runs any more: pruned if they reported anything, otherwise failed."""
     from optuna.trial import TrialState
 
-    study = load_study(spec)
+    study = searcher.study
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.PRUNED if trial.intermediate_values else TrialState.FAIL)
+        reported = values_by_step(trial, goals)
+        study.tell(trial.number, state=TrialState.PRUNED if reported else TrialState.FAIL)

@@ -34,6 +34,10 @@ class Storage:
         """SQLite file of the Optuna studies."""
         return self.root / "optuna.db"
 
+    def study_url(self, uri: str | None) -> str:
+        """Return the address of Optuna's storage: `uri`, or the SQLite file in this folder."""
+        return uri or f"sqlite:///{self.study_database}"
+
     @property
     def experiments(self) -> Path:
         """One folder per search or single run, written by Ray."""

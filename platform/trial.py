@@ -11,6 +11,7 @@ from typing import Any, Literal
 from segadapt.platform import stages
 from segadapt.platform.checkpoints import TRAIN_FOLDER, read_metrics
 from segadapt.platform.config import TrialConfig, Values, resolve
+from segadapt.platform.objective import Objective
 from segadapt.platform.storage import Storage
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
@@ -56,8 +57,8 @@ class TrialSpec:
     fixed: Mapping[str, Values]
     """The experiment's methods, each with the settings that none of its trials changes."""
     resources: Resources = field(default_factory=Resources)
-    objective: str = "target_val/miou"
-    """Reported metric by which checkpoints are kept and trials compared; higher is better."""
+    objective: Objective = field(default_factory=Objective)
+    """By which checkpoints are kept and trials compared."""
     start: Path | None = None
     """Checkpoint folder to begin from; None begins from the shared stages."""
     shared_stages: bool = False
@@ -73,9 +74,14 @@ class TrialSpec:
         own = {key: value for key, value in values.items() if key != METHOD}
         return resolve(method, {**self.fixed[method], **own})
 
-    def shared_config(self, method: str) -> TrialConfig:
-        """Return the configuration that the shared stages of a method's trials are computed with."""
-        return resolve(method, self.fixed[method])
+    def shared_config(self, method: str, seed: int | None = None) -> TrialConfig:
+        """Return the configuration that the shared stages of a method's trials are computed with.
+
+        Args:
+            method: Its name.
+            seed: Of the trial, where trials differ in it.
+        """
+        return resolve(method, self.fixed[method] if seed is None else {**self.fixed[method], "seed": seed})
 
     @property
     def folder(self) -> Path:
@@ -110,7 +116,7 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
     data, evaluation = load_data(config.data)
     report = _describing(report, config, data.fingerprint)
     method = build_method(config, len(data.classes))
-    keys = stages.stage_keys(spec.shared_config(config.method_name), data.fingerprint)
+    keys = stages.stage_keys(spec.shared_config(config.method_name, config.seed), data.fingerprint)
     done = stages.longest_prefix(spec.storage, keys)
     if spec.shared_stages:
         plan = tuple(key.stage for key in keys[len(done) :])
@@ -214,7 +220,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
                 storage_path=str(spec.folder / TRAIN_FOLDER),
                 callbacks=[TuneReportCallback()],  # type: ignore[list-item,no-untyped-call]
                 checkpoint_config=ray.train.CheckpointConfig(
-                    num_to_keep=1, checkpoint_score_attribute=spec.objective, checkpoint_score_order="max"
+                    num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
                 ),
                 failure_config=ray.train.FailureConfig(max_failures=WORKER_RETRIES),
             ),

@@ -1,9 +1,7 @@
 """Trials without Ray: the function that every launcher calls, on the storage it shares with other trials."""
 
-import random
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -13,8 +11,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from segadapt import search_spaces
 from segadapt.platform import stages
-from segadapt.platform.optuna_search import FLOOR, TRIAL_ID, StudySearch
-from segadapt.platform.rungs import StudyRungs
+from segadapt.platform.objective import Objective
+from segadapt.platform.optuna_search import FLOOR, StudySearch
 from segadapt.platform.storage import Storage
 from segadapt.platform.trial import TrialSpec, train
 from segadapt.trainables import METHODS
@@ -86,10 +84,10 @@ def test_no_method_of_a_joint_search_is_starved_by_early_luck(tmp_path: Path) ->
     searcher = StudySearch(
         spaces={"good": space, "bad": space, "worse": {}},
         first={"good": {"method.temperature": 1.0}, "bad": {"method.temperature": 2.0}, "worse": {}},
-        metric="score",
-        mode="max",
+        objective=Objective(),
         sampler=partial(optuna.samplers.TPESampler, multivariate=True, group=True),
         seed=0,
+        concurrent=1,
         study_name="joint",
         storage=optuna.storages.InMemoryStorage(),
     )
@@ -98,7 +96,7 @@ def test_no_method_of_a_joint_search_is_starved_by_early_luck(tmp_path: Path) ->
         values = searcher.suggest(str(number))
         proposed.append(values)
         score = {"good": 1.0, "bad": 0.5, "worse": 0.0}[values["method"]]
-        searcher.on_trial_complete(str(number), {"score": score, "step": 1, "finished": True})
+        searcher.on_trial_complete(str(number), {"target_val/miou": score, "step": 1, "finished": True})
     assert proposed[:3] == [
         {"method": "good", "method.temperature": 1.0},
         {"method": "bad", "method.temperature": 2.0},
@@ -108,42 +106,3 @@ def test_no_method_of_a_joint_search_is_starved_by_early_luck(tmp_path: Path) ->
         counts = [[values["method"] for values in proposed[:number]].count(name) for name in ("good", "bad", "worse")]
         assert min(counts) >= int(FLOOR * number / 3)
     assert max(counts) == counts[0] >= 30, "the better method gets the most"
-
-
-def test_rungs_decide_as_rays_asha_and_repeat_themselves_after_a_restart(tmp_path: Path) -> None:
-    from ray.tune.schedulers import ASHAScheduler
-
-    url = f"sqlite:///{tmp_path}/optuna.db"
-    study = optuna.create_study(study_name="rungs", storage=url, direction="maximize")
-
-    def restarted() -> StudyRungs:
-        rungs = StudyRungs(rungs=(2, 4, 8), reduction_factor=2, storage=url, study_name="rungs")
-        rungs.set_search_properties("score", "max")
-        return rungs
-
-    reference = ASHAScheduler(
-        time_attr="step", metric="score", mode="max", max_t=16, grace_period=2, reduction_factor=2
-    )
-    draw = random.Random(0)
-    waiting = {f"t{number}": [draw.random() + step / 10 for step in range(1, 17)] for number in range(12)}
-    steps = dict.fromkeys(waiting, 0)
-    for name in waiting:
-        study.ask().set_user_attr(TRIAL_ID, name)
-        reference.on_trial_add(None, SimpleNamespace(trial_id=name))
-    scheduler, decisions = restarted(), []
-    while waiting:
-        name = draw.choice(sorted(waiting))
-        steps[name] += 1
-        score = waiting[name][steps[name] - 1]
-        result = {"score": score, "step": steps[name], "finished": steps[name] == 16, "training_iteration": 1}
-        trial = SimpleNamespace(trial_id=name)
-        decision = scheduler.on_trial_result(None, trial, result)
-        expected = reference.on_trial_result(None, trial, result)
-        assert decision == expected or steps[name] == 16, (name, steps[name])
-        decisions.append((trial, result, decision))
-        if decision == "STOP" or steps[name] == 16:
-            del waiting[name]
-    assert {decision for _, _, decision in decisions} == {"STOP", "CONTINUE"}
-    scheduler = restarted()
-    for trial, result, decision in decisions:
-        assert scheduler.on_trial_result(None, trial, result) == decision
