@@ -5,12 +5,12 @@
 
 The searchers and schedulers are the real objects; what is simulated is Tune's side of the protocol (proposal, results,
 decisions, completion) with workers that all take the same time per step, and training, which the surrogate answers with
-the noise of one seed. `--check` runs Ray Tune with the surrogate as its trainable, one trial at a time, and compares every
-proposal and every stop with the simulator's.
+the noise of one seed. `--check` runs Ray Tune with the surrogate as its trainable, one trial at a time, and compares
+every proposal and every stop with the simulator's.
 
-A search has *matched* when a trial whose expected (noise-free) mIoU at full length is at least the target has run to full
-length. The target is the median, over many seeds, of the best expected mIoU among 64 random settings; random search thus
-needs 64 full trials at the median. Counted are the steps that all trials have taken by then.
+A search has *matched* when a trial whose expected (noise-free) mIoU at full length is at least the target has run to
+full length. The target is the median, over many seeds, of the best expected mIoU among 64 random settings; random
+search thus needs 64 full trials at the median. Counted are the steps that all trials have taken by then.
 """
 
 import argparse
@@ -26,10 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from surrogate.model import Surrogate
 
 METRIC = "target_val/miou"
 RANDOM_TRIALS = 64
+PATIENCE = 2
+"""A search that has not matched after PATIENCE times the steps of 64 full trials is given up."""
 TARGET_SEEDS = 201
 Parts = tuple[Any, Any]
 """A searcher and a scheduler."""
@@ -272,9 +275,11 @@ def target_of(surrogate: Surrogate) -> tuple[float, list[float]]:
 
 
 def steps_to_match(surrogate: Surrogate, parts: Parts, target: float, *, seed: int, workers: int, trials: int) -> Any:
-    """Return the steps, and trials begun, until a search has matched; None if it has not by its last trial."""
+    """Return the steps, and trials begun, until a search has matched; None if it was given up or ran out of trials."""
     simulation = Simulation(surrogate, *parts, seed=seed, workers=workers, trials=trials)
     for trial in simulation.run():
+        if simulation.steps > PATIENCE * RANDOM_TRIALS * surrogate.steps[-1]:
+            return None
         if surrogate.final(trial.config) >= target:
             return {"steps": simulation.steps, "trials": len(simulation.trials)}
     return None
@@ -294,7 +299,10 @@ def measure(surrogate: Surrogate, names: list[str], seeds: int, workers: int, tr
             for seed in range(seeds)
         ]
         rows[name] = row(found, full) | {"cpu_s": round(time.process_time() - started, 1), "seeds": found}
-        print(f"{name:24}" + ", ".join(f"{key} {value}" for key, value in rows[name].items() if key != "seeds"), flush=True)
+        print(
+            f"{name:24}" + ", ".join(f"{key} {value}" for key, value in rows[name].items() if key != "seeds"),
+            flush=True,
+        )
     return {"target": target, "target_quartiles": quartiles, "full_steps": full, "arms": rows}
 
 
@@ -318,9 +326,7 @@ def check(surrogate: Surrogate, name: str, seed: int, trials: int) -> None:
     """Run a search by Ray Tune and by the simulator, and compare settings and steps of all trials."""
     from ray import tune
 
-    simulation = Simulation(
-        surrogate, *arms()[name](surrogate, seed, 1), seed=seed, workers=1, trials=trials
-    )
+    simulation = Simulation(surrogate, *arms()[name](surrogate, seed, 1), seed=seed, workers=1, trials=trials)
     for _ in simulation.run():
         pass
     expected = [(trial.config, trial.last_result["step"]) for trial in simulation.trials]
@@ -339,7 +345,9 @@ def check(surrogate: Surrogate, name: str, seed: int, trials: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         tuner = tune.Tuner(
             tune.with_resources(train, {"cpu": 1}),
-            tune_config=tune.TuneConfig(search_alg=searcher, scheduler=scheduler, num_samples=trials, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher, scheduler=scheduler, num_samples=trials, reuse_actors=True
+            ),
             run_config=tune.RunConfig(name="check", storage_path=folder, verbose=0),
         )
         ran = tuner.fit()._experiment_analysis.trials

@@ -1,12 +1,13 @@
-"""What a search costs beside its training: trials that do nothing, through segadapt's search and through plain Ray Tune.
+"""What a search costs beside its training: trials that do nothing, by segadapt's search and by plain Ray Tune.
 
     python benchmarks/search_overhead.py [--trials 200] [--samplers tpe random] [--repeats 2] [--json PATH]
 
 Both run the same trials two at a time in reused processes, each a few reports without a checkpoint, over PLCA's search
-space, with the same Optuna sampler, and stop trials at the same rungs. segadapt's side is `platform.search.run_experiment`:
-the study in SQLite, MLflow in SQLite, state saved each second. Plain Ray Tune's is `OptunaSearch` and `ASHAScheduler` as
-documented: the study in memory, rungs in memory, Tune's own loggers on, no MLflow. Each search is a process of its own;
-the two alternate. Times count from the first trial's start, without the start of Ray, to the last record in MLflow.
+space, with the same Optuna sampler, and stop trials at the same rungs. segadapt's side is
+`platform.search.run_experiment`: the study in SQLite, MLflow in SQLite, state saved each second. Plain Ray Tune's is
+`OptunaSearch` and `ASHAScheduler` as documented: study and rungs in memory, Tune's own loggers on, no MLflow. Each
+search is a process of its own; the two alternate. Times count from the first trial's start, without the start of Ray
+and of MLflow's database, to the last record in MLflow.
 """
 
 import argparse
@@ -41,24 +42,15 @@ def noop(values: dict[str, Any], starts: str, reports: int) -> None:
         file.write(f"{time.time()}\n")
     value = 0.5 + 0.1 * values["method.aggregation_weight"] - 0.01 * abs(values["method.regulariser_level"] - 9)
     for report in range(1, reports + 1):
-        tune.report({"step": STEPS * report // reports, METRIC: value * report / reports, "finished": report == reports})
+        tune.report(
+            {"step": STEPS * report // reports, METRIC: value * report / reports, "finished": report == reports}
+        )
 
 
 def trainable(starts: Path, reports: int) -> Any:
     from ray import tune
 
     return tune.with_resources(tune.with_parameters(noop, starts=str(starts), reports=reports), {"cpu": 1})
-
-
-def sampler_of(name: str) -> Any:
-    """Return what makes the sampler of both sides from a seed."""
-    from functools import partial
-
-    import optuna
-
-    if name == "random":
-        return optuna.samplers.RandomSampler
-    return partial(optuna.samplers.TPESampler, multivariate=True, constant_liar=True)
 
 
 def run_segadapt(folder: Path, trials: int, reports: int, sampler: str) -> None:
@@ -84,9 +76,11 @@ def run_segadapt(folder: Path, trials: int, reports: int, sampler: str) -> None:
         sampler=sampler,
     )
     search._trainable = lambda spec: trainable(folder / "starts", reports)
-    tracker = Tracker(storage, None)
+    tracker = Tracker(storage, None)  # makes MLflow's database, which is part of the start
     tracker.start(RunInfo("overhead", "overhead", "overhead", {}, {}))
-    labels = Labels(experiment="overhead", kind="trial", name=None, tags={}, parent_key="overhead")
+    tracker.close(3600)
+    tracker = Tracker(storage, None)
+    labels = Labels(experiment="overhead", kind="trial", names=[], tags={}, parent_key="overhead")
     search.run_experiment(spec, labels, STEPS, tracker, "overhead", plan)
     (folder / "fitted").write_text(str(time.time()))
     tracker.close(3600)
@@ -100,6 +94,10 @@ def run_plain(folder: Path, trials: int, reports: int, sampler: str) -> None:
 
     from segadapt import search_spaces
 
+    samplers = {
+        "random": optuna.samplers.RandomSampler(seed=0),
+        "tpe": optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=0),  # as segadapt's is
+    }
     space, presets = search_spaces.load(METHOD)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     tuner = tune.Tuner(
@@ -112,7 +110,7 @@ def run_plain(folder: Path, trials: int, reports: int, sampler: str) -> None:
                 metric=METRIC,
                 mode="max",
                 points_to_evaluate=[presets["paper"]],
-                sampler=sampler_of(sampler)(seed=0),
+                sampler=samplers[sampler],
             ),
             scheduler=ASHAScheduler(time_attr="step", max_t=STEPS, grace_period=GRACE, reduction_factor=FACTOR),
             num_samples=trials,
@@ -149,39 +147,29 @@ def measure(form: str, trials: int, reports: int, sampler: str) -> dict[str, Any
             yield
             ray.shutdown()
 
-    def cpu_seconds() -> float:
-        import psutil  # which Ray brings along
-
-        this = psutil.Process()
-        times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
-        return sum(part.user + part.system for part in times)
-
     with tempfile.TemporaryDirectory() as name, connect(None, dashboard=False):
         folder = Path(name)
         samples: list[tuple[float, float, int]] = []
         ended = threading.Event()
-        cpu_at_start: list[float] = []
 
         def watch() -> None:
             while not ended.wait(0.1):
-                if not cpu_at_start and (folder / "starts").is_file():
-                    cpu_at_start.append(cpu_seconds())
-                samples.append((time.time(), time.process_time(), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+                samples.append(
+                    (time.time(), time.process_time(), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+                )
 
-        watcher = threading.Thread(target=watch)
+        watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         {"segadapt": run_segadapt, "plain": run_plain}[form](folder, trials, reports, sampler)
-        end, cpu_after = time.time(), cpu_seconds()
+        end = time.time()
         ended.set()
         watcher.join()
         starts = sorted(map(float, (folder / "starts").read_text().split()))
         fitted = float((folder / "fitted").read_text())
-    return summary(starts, fitted, end, cpu_after - cpu_at_start[0], samples)
+    return summary(starts, fitted, end, samples)
 
 
-def summary(
-    starts: list[float], fitted: float, end: float, cpu_s: float, samples: list[tuple[float, float, int]]
-) -> dict[str, Any]:
+def summary(starts: list[float], fitted: float, end: float, samples: list[tuple[float, float, int]]) -> dict[str, Any]:
     """Return times per trial, overall and by window of `WINDOW` trials, and the driver's memory."""
 
     def driver(moment: float) -> tuple[float, int]:
@@ -206,7 +194,6 @@ def summary(
         "wall_ms": 1e3 * (end - starts[0]) / trials,
         "wall_without_drain_ms": 1e3 * (fitted - starts[0]) / trials,
         "driver_cpu_ms": 1e3 * (samples[-1][1] - driver(starts[0])[0]) / trials,
-        "all_cpu_ms": 1e3 * cpu_s / trials,
         "driver_mb_first": driver(starts[0])[1] / 1e6,
         "driver_mb_last": samples[-1][2] / 1e6,
         "windows": windows,
@@ -241,7 +228,7 @@ def main() -> None:
         name: {
             key: statistics.median(row[key] for row in found["segadapt"])
             / statistics.median(row[key] for row in found["plain"])
-            for key in ("wall_ms", "driver_cpu_ms", "all_cpu_ms")
+            for key in ("wall_ms", "driver_cpu_ms")
         }
         for name, found in rows.items()
         if found["segadapt"] and found["plain"]
@@ -256,7 +243,7 @@ def main() -> None:
 
 def text(row: dict[str, Any]) -> str:
     """Return a row for the screen."""
-    keys = ("wall_ms", "wall_without_drain_ms", "driver_cpu_ms", "all_cpu_ms", "driver_mb_first", "driver_mb_last")
+    keys = ("wall_ms", "wall_without_drain_ms", "driver_cpu_ms", "driver_mb_first", "driver_mb_last")
     parts = [f"{key} {row[key]:.0f}" for key in keys]
     parts.append("windows " + " ".join(f"{window['wall_ms']:.0f}" for window in row["windows"]))
     return ", ".join(parts)

@@ -17,6 +17,7 @@ from ray.tune.search.optuna import OptunaSearch
 from segadapt.platform.config import Values
 from segadapt.platform.objective import Objective
 from segadapt.platform.study import LOST, PRIOR, TRIAL_ID, Spaces, choice_of, propose, study_point
+from segadapt.platform.study_memory import StudyMemory
 from segadapt.platform.trial import METHOD
 from segadapt.trainables.core.data.sampling import derived_seed
 
@@ -85,11 +86,18 @@ class StudySearch(OptunaSearch):
         return {**self.__dict__, "_ot_study": None, "_storage": None, "_ot_trials": {}}
 
     def save(self, checkpoint_path: str) -> None:
-        """Write nothing that the study does not hold."""
+        """Write nothing that the study does not hold; but Ray's snapshot must never know more than its record."""
+        if isinstance(self._storage, StudyMemory):
+            self._storage.flush()
         Path(checkpoint_path).touch()
 
     def restore(self, checkpoint_path: str) -> None:
         """Read nothing; the study is the memory."""
+
+    def close(self) -> None:
+        """Finish writing the study's record; nothing may follow."""
+        if isinstance(self._storage, StudyMemory):
+            self._storage.close()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """Return the searched values of a new trial: its method, if there are several, and settings by dotted key.

@@ -14,6 +14,7 @@ from segadapt.platform.progress import Progress
 from segadapt.platform.rungs import scheduler
 from segadapt.platform.samplers import SamplerName, make_sampler
 from segadapt.platform.study import LOST, TRIAL_ID, SchedulerName, Spaces, values_by_step
+from segadapt.platform.study_memory import StudyMemory
 from segadapt.platform.tracking import Tracker
 from segadapt.platform.trial import WORKER_RETRIES, TrialSpec, run_in_process, run_with_ray_train
 
@@ -122,12 +123,13 @@ def run_experiment(
     events = _events(tuner)
     events.attach(tracker, progress, config.time_budget_s, partial(_close_lost, searcher) if searcher else None)
     try:
-        results = tuner.fit()
+        trials = tuner.fit()._experiment_analysis.trials
+        if searcher is not None and not events.interrupted:
+            _close_unfinished(searcher, spec.objective.goals)
     finally:
         progress.close()
-    trials = results._experiment_analysis.trials
-    if searcher is not None and not events.interrupted:
-        _close_unfinished(searcher, spec.objective.goals)
+        if searcher is not None:
+            searcher.close()
     return [
         TrialResult(
             trial.trial_id,
@@ -206,11 +208,11 @@ def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(plan.study_url)
+    storage = StudyMemory(optuna.storages.RDBStorage(plan.study_url))
     names = optuna.get_all_study_names(storage)
     begun = (spec.folder / "tuner.pkl").is_file()
     if spec.experiment in names and not begun:  # left by a driver killed before its first trial
-        optuna.delete_study(study_name=spec.experiment, storage=storage)
+        optuna.delete_study(study_name=spec.experiment, storage=plan.study_url)
     found = StudySearch(
         spaces=plan.spaces,
         first=plan.first,

@@ -11,6 +11,9 @@ from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
+_GATHER_S = 0.2
+"""How long changes are gathered before they are written: a trial that has many at once is written once."""
+
 
 class StudyMemory(InMemoryStorage):
     """One study in memory, whose every change is soon in a slower storage too.
@@ -34,6 +37,7 @@ class StudyMemory(InMemoryStorage):
         self._changed: dict[int, None] = {}  # in the order of the first change that is not yet written
         self._condition = threading.Condition()
         self._writing = False
+        self._hurried = False
         self._closed = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._write_changes, name="segadapt-study", daemon=True)
@@ -46,7 +50,10 @@ class StudyMemory(InMemoryStorage):
             Exception: What the record raised when it was last written to; the search cannot go on without it.
         """
         with self._condition:
+            self._hurried = True
+            self._condition.notify_all()
             self._condition.wait_for(lambda: self._error is not None or not (self._changed or self._writing))
+            self._hurried = False
         self._check()
 
     def close(self) -> None:
@@ -159,14 +166,15 @@ class StudyMemory(InMemoryStorage):
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._changed or self._closed)
+                self._condition.wait_for(lambda: self._hurried or self._closed, _GATHER_S)
                 if not self._changed:
                     return
-                trial_id = next(iter(self._changed))
-                del self._changed[trial_id]
+                changed, self._changed = self._changed, {}
                 self._writing = True
             try:
-                self._write(trial_id, self._snapshot(trial_id))
-            except BaseException as error:  # noqa: BLE001  # raised where the search meets it next
+                for trial_id in changed:
+                    self._write(trial_id, self._snapshot(trial_id))
+            except BaseException as error:  # raised where the search meets it next
                 self._error = error
             with self._condition:
                 self._writing = False

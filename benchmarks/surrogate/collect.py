@@ -2,9 +2,10 @@
 
     python benchmarks/surrogate/collect.py [--trials 96] [--minutes 35] [--processes 2]
 
-Settings come from a scrambled Sobol sequence over PLCA's search space, so that any number of trials covers it evenly; the
-published and the streets preset are repeated, which shows the spread over seeds. Every trial has a seed of its own and
-starts from the same source-only network. Finished trials are appended to `trials.jsonl`; a second call goes on with those that are missing.
+Settings come from a scrambled Sobol sequence over PLCA's search space, so that any number of trials covers it evenly;
+the published and the streets preset are repeated, which shows the spread over seeds. Every trial has a seed of its own
+and starts from the same source-only network. Finished trials are appended to `trials.jsonl`; a second call goes on with
+those that are missing.
 """
 
 import argparse
