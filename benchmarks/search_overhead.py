@@ -5,9 +5,9 @@
 Both run the same trials two at a time in reused processes, each a few reports without a checkpoint, over PLCA's search
 space, with the same Optuna sampler, and stop trials at the same rungs. segadapt's side is
 `platform.search.run_experiment`: the study in SQLite, MLflow in SQLite, state saved each second. Plain Ray Tune's is
-`OptunaSearch` and `ASHAScheduler` as documented: study and rungs in memory, Tune's own loggers on, no MLflow. Each
-search is a process of its own; the two alternate. Times count from the first trial's start, without the start of Ray
-and of MLflow's database, to the last record in MLflow.
+`OptunaSearch` and `ASHAScheduler` as documented: study and rungs in memory, Tune's loggers on, no MLflow. `recorded`
+is the same with the study in SQLite and Ray's `MLflowLoggerCallback` to SQLite. Each search is a process of its own;
+they take turns. Times count from the first trial's start, without the start of Ray, to the last record in MLflow.
 """
 
 import argparse
@@ -30,7 +30,7 @@ STEPS = 240
 GRACE = 60
 FACTOR = 2
 CONCURRENT = 2
-FORMS = ("segadapt", "plain")
+FORMS = ("segadapt", "plain", "recorded")
 WINDOW = 100
 
 
@@ -86,7 +86,7 @@ def run_segadapt(folder: Path, trials: int, reports: int, sampler: str) -> None:
     tracker.close(3600)
 
 
-def run_plain(folder: Path, trials: int, reports: int, sampler: str) -> None:
+def run_plain(folder: Path, trials: int, reports: int, sampler: str, *, recorded: bool = False) -> None:
     import optuna
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -100,6 +100,15 @@ def run_plain(folder: Path, trials: int, reports: int, sampler: str) -> None:
     }
     space, presets = search_spaces.load(METHOD)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    callbacks, storage = [], None
+    if recorded:
+        from mlflow import MlflowClient
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        MlflowClient(uri).create_experiment("overhead", artifact_location=(folder / "artifacts").as_uri())
+        callbacks = [MLflowLoggerCallback(tracking_uri=uri, experiment_name="overhead")]
+        storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'optuna.db'}")
     tuner = tune.Tuner(
         trainable(folder / "starts", reports),
         tune_config=tune.TuneConfig(
@@ -111,13 +120,14 @@ def run_plain(folder: Path, trials: int, reports: int, sampler: str) -> None:
                 mode="max",
                 points_to_evaluate=[presets["paper"]],
                 sampler=samplers[sampler],
+                storage=storage,
             ),
             scheduler=ASHAScheduler(time_attr="step", max_t=STEPS, grace_period=GRACE, reduction_factor=FACTOR),
             num_samples=trials,
             max_concurrent_trials=CONCURRENT,
             reuse_actors=True,
         ),
-        run_config=tune.RunConfig(name="overhead", storage_path=str(folder / "ray"), verbose=0),
+        run_config=tune.RunConfig(name="overhead", storage_path=str(folder / "ray"), verbose=0, callbacks=callbacks),
     )
     tuner.fit()
     (folder / "fitted").write_text(str(time.time()))
@@ -160,7 +170,11 @@ def measure(form: str, trials: int, reports: int, sampler: str) -> dict[str, Any
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
-        {"segadapt": run_segadapt, "plain": run_plain}[form](folder, trials, reports, sampler)
+        match form:
+            case "segadapt":
+                run_segadapt(folder, trials, reports, sampler)
+            case _:
+                run_plain(folder, trials, reports, sampler, recorded=form == "recorded")
         end = time.time()
         ended.set()
         watcher.join()
@@ -226,12 +240,15 @@ def main() -> None:
             print(f"{sampler:8}{form:10}" + text(row), flush=True)
     ratios = {
         name: {
-            key: statistics.median(row[key] for row in found["segadapt"])
-            / statistics.median(row[key] for row in found["plain"])
-            for key in ("wall_ms", "driver_cpu_ms")
+            form: {
+                key: statistics.median(row[key] for row in found["segadapt"])
+                / statistics.median(row[key] for row in found[form])
+                for key in ("wall_ms", "driver_cpu_ms")
+            }
+            for form in FORMS[1:]
+            if found["segadapt"] and found[form]
         }
         for name, found in rows.items()
-        if found["segadapt"] and found["plain"]
     }
     print(json.dumps(ratios, indent=1))
     if options.json:
