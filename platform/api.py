@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from segadapt import search_spaces
-from segadapt.platform import tracking
+from segadapt.platform import cache, tracking
 from segadapt.platform.config import Key, TrialConfig, Values, anchored, flatten, keys, resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Candidate, Options, Outcome, Record, run
@@ -27,7 +27,7 @@ from segadapt.platform.reranking import Reranked, rerank, verdict
 from segadapt.platform.samplers import check_sampler
 from segadapt.platform.selection import TARGET, Choice, compare
 from segadapt.platform.storage import Storage, open_storage
-from segadapt.platform.study import SCHEDULERS
+from segadapt.platform.study import SCHEDULERS, open_study_storage
 from segadapt.platform.trial import CONFIG
 from segadapt.trainables import METHODS
 from segadapt.trainables.core.evaluation import Inference, score
@@ -35,6 +35,10 @@ from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.source_only import SourceOnly
 
 if TYPE_CHECKING:
+    from segadapt.platform.cost import Estimate
+    from segadapt.platform.deploy import Origin
+    from segadapt.platform.predicting import PredictionResult
+    from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
     from segadapt.trainables.core.data.shards import Manifest
 
@@ -124,6 +128,20 @@ class EvaluationResult:
     """Folder of the saved predictions."""
 
 
+@dataclass(frozen=True)
+class ExportResult:
+    """A run's network in files and in MLflow's registry."""
+
+    run: str
+    folder: str
+    """Holds model.onnx, model.pt2 and model.json."""
+    differences: Mapping[str, float]
+    """Largest difference of a class probability from the run's network, by file."""
+    model: str
+    """Name in the registry."""
+    version: str
+
+
 def list_methods() -> list[tuple[str, str]]:
     """Return name and one-line description of every method."""
     return [(method.name, (method.__doc__ or "").strip().splitlines()[0]) for method in METHODS]
@@ -160,6 +178,7 @@ def plan_search(
     preset: str = search_spaces.DEFAULT_PRESET,
     trials: int | None = None,
     time_budget_s: float | None = None,
+    max_gpu_hours: float | None = None,
     concurrent: int | None = None,
     objective: str | None = None,
     sampler: str | None = None,
@@ -182,6 +201,7 @@ def plan_search(
         preset: Where the search starts: its searched settings are tried first, its others are fixed.
         trials: Trials to run; None for 20.
         time_budget_s: Stops the search after so many seconds.
+        max_gpu_hours: Stops the search when its trials and shared stages have held GPUs for so long.
         concurrent: Trials at a time.
         objective: One of `GOALS`, or several (see `Objective`); None for target mIoU.
         sampler: One of `SAMPLERS`; None for `auto`.
@@ -220,6 +240,7 @@ def plan_search(
         trials=trials if trials is not None else parent.trials if parent is not None else 20,
         concurrent=concurrent,
         time_budget_s=time_budget_s,
+        max_gpu_hours=max_gpu_hours,
         sampler=sampler,  # type: ignore[arg-type]  # checked below
         scheduler=scheduler,  # type: ignore[arg-type]
         forked_from=fork,
@@ -233,11 +254,11 @@ def plan_search(
 
 def _check_plan(record: Record, objective: Objective) -> None:
     """Make sure that the parts of a planned search fit together."""
-    numbers = (record.trials, record.concurrent or 1, record.time_budget_s or 1)
-    if min(numbers) <= 0 or record.time_budget_s == 0:
+    given = (record.trials, record.concurrent, record.time_budget_s, record.max_gpu_hours)
+    if any(number is not None and number <= 0 for number in given):
         raise UsageError(
-            "--trials, --concurrent and --time-budget must be positive, but got "
-            f"{record.trials}, {record.concurrent} and {record.time_budget_s}."
+            "--trials, --concurrent, --time-budget and --max-gpu-hours must be positive, but got "
+            f"{', '.join(map(str, given))}."
         )
     check_sampler(record.sampler, record.settings().spaces, objective)
     if record.scheduler not in SCHEDULERS:
@@ -344,6 +365,19 @@ def _preset(method: str, name: str) -> dict[str, Any]:
     if name not in presets:
         raise UsageError(f"--preset of {method} must be one of {', '.join(presets)}, but got {name!r}.")
     return presets[name]
+
+
+def estimate(record: Record, options: Options) -> "Estimate":
+    """Measure a few real steps of each method of a planned search and predict its time, memory and disk space.
+
+    `Estimate.check` refuses what cannot fit. Nothing is kept and no Ray is started.
+
+    Raises:
+        UsageError: If a trial can never run here, or a method's steps fail.
+    """
+    from segadapt.platform import cost
+
+    return cost.estimate(record, options)
 
 
 def search(record: Record, options: Options) -> Outcome:
@@ -543,10 +577,116 @@ def evaluate(
     return result
 
 
+def export(
+    run_name: str,
+    *,
+    search_name: str,
+    out: str | None = None,
+    register: str | None = None,
+    storage: str = "runs",
+    tracking_uri: str | None = None,
+) -> ExportResult:
+    """Write a run's network as ONNX and torch.export files and register it in MLflow, as a version linked to the run.
+
+    The network alone: no teacher, no extra heads; normalisation, resizing and up-sampling are part of it. The files are
+    compared with the run's network at several sizes before they are kept.
+
+    Args:
+        run_name: `best` for the best trial, or the name or id of a trial or finish in the search.
+        search_name: The search (or single run) that holds the run.
+        out: New or empty folder; None makes one named after search and run here.
+        register: Name of the registered model; None takes the search's.
+        storage: The storage folder.
+        tracking_uri: MLflow server that holds the search; None for the storage folder's own.
+
+    Raises:
+        UsageError: If there is no such run, it cannot be exported, or the folder holds something.
+        ExportError: If an exported file differs from the network; nothing is written.
+    """
+    import torch
+
+    from segadapt.platform import deploy
+
+    name = register or search_name
+    deploy.check_name(name)
+    origin = _origin(run_name, search_name, storage, tracking_uri)
+    network, card = deploy.load_network(origin, torch.device("cpu"))
+    folder = Path(out or f"{origin.search}-{origin.run}").expanduser()
+    differences = deploy.write(network, card, folder)
+    version = deploy.register(_client(storage, tracking_uri), name, card, folder / deploy.ONNX)
+    return ExportResult(origin.run, str(folder), differences, name, version)
+
+
+def predict(
+    source: str,
+    images: str,
+    out: str,
+    *,
+    search_name: str | None = None,
+    batch_size: int = 8,
+    overlay: bool = True,
+    confidence: bool = False,
+    storage: str = "runs",
+    tracking_uri: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> "PredictionResult":
+    """Label an image or a folder of images, on a GPU if there is one, and go on if that was interrupted.
+
+    Args:
+        source: An exported .onnx or .pt2 file; or, with `search_name`, `best` or the name or id of a trial or finish.
+        images: An image, or a folder that is searched recursively.
+        out: New, empty, or begun by the same command. Gets `labels`, `overlays` and `confidence`, with the images'
+            paths.
+        search_name: The search (or single run) that holds the run.
+        batch_size: Images of equal size that are predicted at a time, at most.
+        overlay: Also write the images under their classes' colours.
+        confidence: Also write the probability of the predicted class, 0 to 255.
+        storage: The storage folder.
+        tracking_uri: MLflow server that holds the search; None for the storage folder's own.
+        progress: Called with the number of images just done and of all.
+
+    Raises:
+        UsageError: If there is no such run or file, there are no images, or `out` holds something else.
+    """
+    import torch
+
+    from segadapt.platform import deploy, predicting
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if source.endswith((".onnx", ".pt2")):
+        network, card = deploy.open_exported(Path(source), device)
+    elif search_name is None:
+        raise UsageError(
+            f"RUN needs --search NAME, and a file must end in .onnx or .pt2, but got {source!r} alone. "
+            "`segadapt runs NAME` shows the runs of a search."
+        )
+    else:
+        origin = _origin(source, search_name, storage, tracking_uri)
+        network, card = deploy.from_run(origin, device)
+    return predicting.predict(
+        predicting.Labeller(network, card),
+        Path(images).expanduser(),
+        Path(out).expanduser(),
+        batch_size=batch_size,
+        overlay=overlay,
+        confidence=confidence,
+        progress=progress,
+    )
+
+
+def _origin(run_name: str, search_name: str, storage: str, tracking_uri: str | None) -> "Origin":
+    from segadapt.platform.deploy import Origin
+
+    row = _pick(runs(search_name, storage=storage, tracking_uri=tracking_uri), run_name, kinds=("trial", "finish"))
+    assert row.checkpoint is not None
+    tags = _client(storage, tracking_uri).get_run(row.run_id).data.tags
+    return Origin(search_name, row.name, row.run_id, Path(row.checkpoint), tags.get("segadapt.data", ""))
+
+
 def runs(
     search_name: str, *, selection: bool = False, storage: str = "runs", tracking_uri: str | None = None
 ) -> Leaderboard:
-    """Return the leaderboard of a search or single run, read from MLflow.
+    """Return the leaderboard of a search or single run, read from MLflow; records that wait for it are sent first.
 
     Args:
         search_name: The search or single run.
@@ -557,12 +697,9 @@ def runs(
     Raises:
         UsageError: If MLflow knows no search of that name; lists those it knows.
     """
+    tracking.send_waiting(Storage(Path(storage).expanduser().absolute()), tracking_uri)
     client = _client(storage, tracking_uri)
-    experiment = client.get_experiment_by_name(search_name)
-    if experiment is None:
-        known = ", ".join(sorted(found.name for found in client.search_experiments() if found.name != "Default"))
-        raise UsageError(f"There must be a search {search_name!r}, but there is not. Known: {known or 'none'}.")
-    found = client.search_runs([experiment.experiment_id], max_results=50_000)
+    found = _entries(client, search_name)
     parents = [entry for entry in found if entry.data.tags.get(tracking.KIND_TAG) in ("search", "train")]
     parent = parents[0].data if parents else None
     objective = Objective.parse(parent.params.get("objective", TARGET) if parent else TARGET)
@@ -618,6 +755,91 @@ def _seeds(entries: Sequence[Any], objective: Objective) -> dict[str, dict[int, 
 def _kind(entry: Any) -> str | None:
     kind: str | None = entry.data.tags.get(tracking.KIND_TAG)
     return kind
+
+
+def report(
+    search_name: str,
+    out: str | None = None,
+    *,
+    storage: str = "runs",
+    tracking_uri: str | None = None,
+    study_uri: str | None = None,
+) -> Path:
+    """Write a search as one HTML file that needs no network, and return its path.
+
+    Args:
+        search_name: The search.
+        out: The file; None for `SEARCH.html` in the current folder.
+        storage: The storage folder.
+        tracking_uri: MLflow server that holds the search; None for the storage folder's own.
+        study_uri: Optuna's storage; None for the file in the storage folder.
+
+    Raises:
+        UsageError: If there is no such search, or the file cannot be written.
+    """
+    from segadapt.platform.report import render
+
+    board = runs(search_name, selection=True, storage=storage, tracking_uri=tracking_uri)
+    client = _client(storage, tracking_uri)
+    entries = _search_entries(client, search_name)
+    study = _study(search_name, storage, study_uri)
+    path = Path(out or f"{search_name}.html")
+    try:
+        path.write_text(render(board, entries, client, study))
+    except OSError as error:
+        raise UsageError(f"The report must be writable, but {path} is not: {error.strerror}.") from error
+    return path
+
+
+def status(
+    search_name: str, *, storage: str = "runs", tracking_uri: str | None = None, study_uri: str | None = None
+) -> "SearchStatus":
+    """Return how a search stands; runs beside it, on this machine or another that sees its storage or its servers.
+
+    Args:
+        search_name: The search.
+        storage: The storage folder.
+        tracking_uri: MLflow server that holds the search; None for the storage folder's own.
+        study_uri: Optuna's storage; None for the file in the storage folder.
+
+    Raises:
+        UsageError: If there is no such search.
+    """
+    from segadapt.platform.status import search_status
+
+    client = _client(storage, tracking_uri)
+    entries = _search_entries(client, search_name)
+    return search_status(search_name, entries, client, _study(search_name, storage, study_uri))
+
+
+def _entries(client: Any, name: str) -> list[Any]:
+    """Return the MLflow runs of an experiment."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        known = ", ".join(sorted(found.name for found in client.search_experiments() if found.name != "Default"))
+        raise UsageError(f"There must be a search {name!r}, but there is not. Known: {known or 'none'}.")
+    return list(client.search_runs([experiment.experiment_id], max_results=50_000))
+
+
+def _search_entries(client: Any, name: str) -> list[Any]:
+    """Return the MLflow runs of a search."""
+    found = _entries(client, name)
+    if not any(_kind(entry) == "search" for entry in found):
+        raise UsageError(f"SEARCH must name a search, but {name!r} is a single run. `segadapt runs` shows it.")
+    return found
+
+
+def _study(name: str, storage: str, uri: str | None) -> Any:
+    """Return the study of a search; None where only MLflow is at hand."""
+    import optuna
+
+    opened = Storage(Path(storage).expanduser().absolute())
+    if uri is None and not opened.study_database.is_file():
+        return None
+    try:
+        return optuna.load_study(study_name=name, storage=open_study_storage(opened.study_url(uri)))
+    except KeyError:
+        return None
 
 
 def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
@@ -731,6 +953,45 @@ def data_show(path: str, values: Values) -> Path:
     return target
 
 
+def cache_list(*, storage: str = "runs") -> cache.CacheContent:
+    """Return what is in the stage cache: finished stages, the leases of those being computed, what was left over.
+
+    Raises:
+        UsageError: If there is no storage folder.
+    """
+    return cache.content(_stage_storage(storage))
+
+
+def cache_prune(
+    *, older_than_days: float | None = None, everything: bool = False, dry_run: bool = False, storage: str = "runs"
+) -> cache.Pruned:
+    """Remove stages that were not used of late, and what dead processes left; never what an experiment still needs.
+
+    Args:
+        older_than_days: Removes stages that were not used for so many days.
+        everything: Removes all stages that may be removed; in place of `older_than_days`.
+        dry_run: Only return what would be removed.
+        storage: The storage folder.
+
+    Raises:
+        UsageError: If not exactly one of both is given, or there is no storage folder.
+    """
+    if everything == (older_than_days is not None) or (older_than_days is not None and older_than_days < 0):
+        shown = f"{older_than_days:g} days" if older_than_days is not None else "no days"
+        raise UsageError(
+            "Either --older-than DAYS, not negative, or --all must be given, but got "
+            f"{shown} and {'--all' if everything else 'no --all'}."
+        )
+    return cache.prune(_stage_storage(storage), 86400 * (older_than_days or 0.0), dry_run=dry_run)
+
+
+def _stage_storage(storage: str) -> Storage:
+    opened = Storage(Path(storage).expanduser().absolute())
+    if not opened.root.is_dir():
+        raise UsageError(f"--storage must be an existing folder, but {opened.root} is not. Name the one of your runs.")
+    return opened
+
+
 def ui(*, storage: str = "runs", port: int = 5000) -> int:
     """Serve MLflow's pages for a storage folder on 127.0.0.1 until interrupted; returns the server's exit status.
 
@@ -738,6 +999,7 @@ def ui(*, storage: str = "runs", port: int = 5000) -> int:
         UsageError: If there is nothing to show, or the port is taken.
     """
     opened = Storage(Path(storage).expanduser().absolute())
+    tracking.send_waiting(opened, None)
     if not opened.mlflow_database.is_file():
         raise UsageError(
             f"--storage must hold runs, but {opened.root} has none yet. `segadapt search sdca` makes some."

@@ -29,6 +29,13 @@ def read_metrics(checkpoint: Path) -> dict[str, Any]:
     return metrics
 
 
+def iou_table(checkpoint: Path) -> dict[str, Any]:
+    """Return the target IoU of each class at a checkpoint, as MLflow shows tables; None for one without pixels."""
+    summary = json.loads((checkpoint / EVALUATION).read_text())
+    iou = {name: summary["metrics"].get(f"target_val/iou/{name}") for name in summary["classes"]}
+    return {"columns": ["class", "target_val_iou"], "data": list(iou.items())}
+
+
 def checkpoints(experiment: Path, trial_id: str) -> Iterator[TrialCheckpoint]:
     """Yield what is kept of a trial, oldest first; folders that are not whole are passed over."""
     for parent in (experiment / trial_id, experiment / TRAIN_FOLDER / trial_id):

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from segadapt.platform.api import EvaluationResult, FinishResult, Leaderboard
+    from segadapt.platform.cache import CacheContent, CachedStage, Pruned, RunningLease
+    from segadapt.platform.cost import Estimate
     from segadapt.platform.experiments import Options, Outcome, Record
+    from segadapt.platform.predicting import PredictionResult
+    from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
 
 _SHOWN_PARAMS = 8
@@ -24,18 +28,25 @@ _SHOWN_PARAMS = 8
 _SHOWN_SIZES = 5
 """Most image sizes that a report on a dataset names."""
 
+_WATCH_S = 5.0
+"""Between two looks of `status --watch`."""
+
 app = typer.Typer(
     name="segadapt",
     help="Search, track and finish unsupervised domain-adaptive semantic segmentation on Ray.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Exit status: 0 finished, 1 a trial failed or a dataset has faults, 2 wrong usage, 130 interrupted.",
+    epilog="Exit status: 0 finished, 1 a trial failed or a file has faults, 2 wrong usage, 130 interrupted.",
 )
 data_app = typer.Typer(
     name="data", help="Datasets: write streets, check and pack what is on disk, look at samples.", no_args_is_help=True
 )
 app.add_typer(data_app)
+cache_app = typer.Typer(
+    name="cache", help="The stage cache: stages that all searches in a storage folder share.", no_args_is_help=True
+)
+app.add_typer(cache_app)
 
 Assignments = Annotated[
     list[str] | None,
@@ -125,6 +136,9 @@ def search(
         int | None, typer.Option(help="Trials to run, those stopped early included; default: 20. With --extend: more.")
     ] = None,
     time_budget: Annotated[float | None, typer.Option(help="Stop the search after this many seconds.")] = None,
+    max_gpu_hours: Annotated[
+        float | None, typer.Option(help="Stop the search when its trials have held GPUs for so many hours.")
+    ] = None,
     concurrent: Annotated[int | None, typer.Option(help="Trials at a time; default: as many as fit.")] = None,
     objective: Annotated[
         str | None,
@@ -163,7 +177,11 @@ def search(
         list[str] | None,
         typer.Option(metavar="NAME", help="Count this search's trials as prior points where they fit; repeatable."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run; touch nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print what would run, measure a few steps and what follows; keep nothing."),
+    ] = False,
+    probe: Annotated[bool, typer.Option(help="With --dry-run: measure a few steps of each method.")] = True,
     skip_bad: SkipBad = False,
     config: ConfigFile = None,
     storage: Storage = "runs",
@@ -219,6 +237,7 @@ def search(
             preset=preset,
             trials=trials,
             time_budget_s=time_budget,
+            max_gpu_hours=max_gpu_hours,
             concurrent=concurrent,
             objective=objective,
             sampler=sampler,
@@ -234,6 +253,10 @@ def search(
         )
         if dry_run:
             _show_plan(record)
+            if probe:
+                estimate = api.estimate(record, options)
+                _show_estimate(estimate)
+                estimate.check()
             return
         outcome = api.search(record, options)
     _conclude(record.name, outcome, options, advise=True)
@@ -298,6 +321,46 @@ def runs(
         _show_leaderboard(board)
         if selection:
             _show_selection(board)
+
+
+@app.command()
+def status(
+    search_name: Annotated[str, typer.Argument(metavar="SEARCH", help="Name of a search.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every few seconds until it ends.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: Storage = "runs",
+    study_uri: StudyUri = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Show how a search stands: trials by state, best, rungs, failures, time left. Runs on any machine that sees it."""
+    import time
+
+    from segadapt.platform import api
+
+    while True:
+        found = api.status(search_name, storage=storage, tracking_uri=tracking_uri, study_uri=study_uri)
+        if as_json:
+            print(json.dumps(dataclasses.asdict(found), default=dict))
+        else:
+            _show_status(found, clear=watch)
+        if not watch or found.state != "running":
+            return
+        time.sleep(_WATCH_S)
+
+
+@app.command()
+def report(
+    search_name: Annotated[str, typer.Argument(metavar="SEARCH", help="Name of a search.")],
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="HTML file to write; default: SEARCH.html.")] = None,
+    storage: Storage = "runs",
+    study_uri: StudyUri = None,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Write a search as one HTML page that needs no network: results, how sure they are, cost, what to do next."""
+    from segadapt.platform import api
+
+    path = api.report(search_name, out, storage=storage, tracking_uri=tracking_uri, study_uri=study_uri)
+    print(f"Wrote {path}")
 
 
 @app.command()
@@ -395,6 +458,74 @@ def evaluate(
         print(json.dumps(dataclasses.asdict(result), indent=1))
     else:
         _show_evaluation(result)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="`best`, or the name or id of a trial or finish in the search.")],
+    search_name: Annotated[str, typer.Option("--search", help="The search that holds the run.")],
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="New or empty; default: SEARCH-RUN here.")] = None,
+    register: Annotated[
+        str | None, typer.Option(metavar="MODEL_NAME", help="In MLflow's registry; default: the search's name.")
+    ] = None,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    debug: Debug = False,
+) -> None:
+    """Write a run's network as ONNX and torch.export files, checked against PyTorch, and register it in MLflow.
+
+    Example: segadapt export best --search sdca-streets --out sdca
+    """
+    from segadapt.platform import api
+
+    result = api.export(
+        run, search_name=search_name, out=out, register=register, storage=storage, tracking_uri=tracking_uri
+    )
+    for name, difference in result.differences.items():
+        print(f"{result.folder}/{name}: class probabilities within {difference:.1e} of the run's network")
+    print(f"registered in MLflow: models:/{result.model}/{result.version}")
+
+
+@app.command()
+def predict(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|FILE", help="`best`, a run's name or id, or an exported .onnx or .pt2 file.")
+    ],
+    images: Annotated[str, typer.Argument(help="An image, or a folder that is searched recursively.")],
+    out: Annotated[str, typer.Argument(help="A new folder, or one in which this was interrupted.")],
+    search_name: Annotated[str | None, typer.Option("--search", help="The search that holds the run.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images of equal size predicted at a time, at most.")] = 8,
+    overlay: Annotated[bool, typer.Option(help="Write the images under their classes' colours.")] = True,
+    confidence: Annotated[
+        bool, typer.Option("--confidence", help="Write the probability of the predicted class, 0 to 255.")
+    ] = False,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
+    debug: Debug = False,
+) -> None:
+    """Label images of any size: palette PNGs of class indices, colour overlays, confidence.
+
+    Exit status: 0 finished, 1 an image could not be read, 2 wrong usage.
+
+    Example: segadapt predict best photos labels --search sdca-streets; segadapt predict sdca/model.onnx photos labels
+    """
+    from segadapt.platform import api
+
+    with _progress_bar(f"labelling {images}") as progress:
+        result = api.predict(
+            source,
+            images,
+            out,
+            search_name=search_name,
+            batch_size=batch_size,
+            overlay=overlay,
+            confidence=confidence,
+            storage=storage,
+            tracking_uri=tracking_uri,
+            progress=progress,
+        )
+    _show_prediction(result)
+    sys.exit(1 if result.unreadable else 0)
 
 
 def _scales(options: list[str] | None, words: list[str]) -> list[float]:
@@ -500,6 +631,39 @@ def data_show(
     print(f"Wrote {api.data_show(path, _values(None, settings))}")
 
 
+@cache_app.command("list")
+def cache_list(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, storage: Storage = "runs"
+) -> None:
+    """List the shared stages: what each is, its size, when it was last used and which experiments need it."""
+    from segadapt.platform import api
+
+    found = api.cache_list(storage=storage)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=1))
+    else:
+        _show_cache(found)
+
+
+@cache_app.command("prune")
+def cache_prune(
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", help="Remove stages that were not used for so long.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all stages.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed; touch nothing.")] = False,
+    storage: Storage = "runs",
+) -> None:
+    """Remove shared stages that no unfinished experiment needs, and what dead processes left.
+
+    Example: segadapt cache prune --older-than 30
+    """
+    from segadapt.platform import api
+
+    pruned = api.cache_prune(older_than_days=older_than, everything=everything, dry_run=dry_run, storage=storage)
+    _show_pruned(pruned, dry_run=dry_run)
+
+
 def _options(
     storage: str,
     tracking_uri: str | None,
@@ -542,7 +706,15 @@ def _conclude(name: str, outcome: "Outcome", options: "Options", *, advise: bool
     """Show what came out and what to do next, and exit."""
     from segadapt.platform import api
 
-    board = api.runs(name, storage=options.storage, tracking_uri=options.tracking_uri)
+    try:
+        board = api.runs(name, storage=options.storage, tracking_uri=options.tracking_uri)
+    except Exception as error:
+        if options.tracking_uri is None:
+            raise
+        options.say(
+            f"{name} ended, but its MLflow server does not answer: {error}\n`segadapt runs {name}` shows it later."
+        )
+        sys.exit(_status(outcome))
     _show_leaderboard(board)
     say: Callable[[str], None] = options.say
     where = "" if options.storage == "runs" else f" --storage {options.storage}"
@@ -584,6 +756,40 @@ def _show_plan(record: "Record") -> None:
             console.print(f"  {key:32} {show_range(distribution):24} first {candidate.first[key]}")
 
 
+def _show_estimate(estimate: "Estimate") -> None:
+    from rich.table import Table
+
+    console = _console()
+    table = Table(title="measured here, and predicted from it", box=None)
+    columns = ("s/step", "s/evaluation", "memory", "checkpoint", "full trial", "stopped early", "shared stages", "disk")
+    for column in ("method", *columns):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method, cost in estimate.methods.items():
+        step_s = max(stage.step_s for stage in cost.probe.stages.values())
+        table.add_row(
+            method,
+            f"{step_s:.3g}",
+            f"{cost.probe.evaluation_s:.3g}",
+            _bytes(cost.probe.memory_bytes),
+            _bytes(cost.probe.checkpoint_bytes),
+            *map(_duration, (cost.trial_s, cost.early_stopped_s, cost.shared_s)),
+            _bytes(cost.trial_bytes),
+        )
+    console.print(table)
+    limit = "" if estimate.memory_limit is None else f" of {_bytes(estimate.memory_limit)} that a worker may take"
+    most = max(cost.probe.memory_bytes for cost in estimate.methods.values())
+    lines = [
+        f"search, {estimate.concurrent} trials at a time: at most {_duration(estimate.search_s)} (no trial stopped "
+        f"early), about {_duration(estimate.early_stopped_s)} if half of the trials end at each rung",
+        f"memory: {_bytes(most)}{limit} ({estimate.device})",
+        f"disk: {_bytes(estimate.storage_bytes)} of {_bytes(estimate.free_bytes)} free",
+    ]
+    if estimate.gpu_hours > 0:
+        lines.insert(1, f"GPU hours: at most {estimate.gpu_hours:.3g}")
+    for line in (*lines, *(f"note: {note}" for note in estimate.notes)):
+        console.print(line, markup=False, soft_wrap=True)
+
+
 def _show_leaderboard(board: "Leaderboard") -> None:
     from rich.table import Table
 
@@ -620,6 +826,32 @@ def _show_leaderboard(board: "Leaderboard") -> None:
         if row.failure:
             console.print(f"{row.name} failed: {row.failure}", markup=False)
     _show_reranked(board)
+
+
+def _show_status(found: "SearchStatus", *, clear: bool) -> None:
+    from rich.table import Table
+
+    console = _console()
+    if clear and console.is_terminal:
+        console.clear()
+    states = ", ".join(f"{count} {state}" for state, count in found.states.items()) or "none yet"
+    console.print(f"{found.search}: {found.state} · trials, of {found.asked}: {states}", markup=False)
+    if found.best is not None:
+        console.print(f"best so far {found.best:.3f} ({found.best_name}), for {found.objective}", markup=False)
+    if found.left_s is not None:
+        console.print(f"about {_duration(found.left_s)} left")
+    if found.running:
+        table = Table(box=None)
+        for column in ("trial", "state", "step", "best", "last heard"):
+            table.add_column(column, justify="left" if column in ("trial", "state") else "right")
+        for trial in found.running:
+            heard = f"{_duration(trial.heard_s)} ago"
+            table.add_row(trial.name, trial.state, str(trial.step), _number(trial.value), heard)
+        console.print(table)
+    for rung in found.rungs:
+        console.print(f"rung {rung.step}: {rung.reached} came, {rung.continued} went on")
+    for name, reason in found.failures.items():
+        console.print(f"{name} failed: {reason}", markup=False, soft_wrap=True)
 
 
 def _show_reranked(board: "Leaderboard") -> None:
@@ -686,6 +918,72 @@ def _show_evaluation(result: "EvaluationResult") -> None:
             console.print(f"{name} {value:.4f}    in MLflow: {result.tracked}/{name}", soft_wrap=True)
     if result.predictions is not None:
         console.print(f"predictions: {result.predictions}", soft_wrap=True, markup=False)
+
+
+def _show_cache(found: "CacheContent") -> None:
+    from rich.table import Table
+
+    console = _console()
+    table = Table(box=None)
+    for column in ("stage", "by", "data", "network", "seed", "steps", "size", "age", "unused", "hash", "needed by"):
+        table.add_column(column, justify="right" if column in ("seed", "steps", "size", "age", "unused") else "left")
+    for stage in found.stages:
+        told = stage.description
+        what = (
+            [told.stage, told.method, told.data, told.network, str(told.seed), str(told.steps)] if told else ["?"] * 6
+        )
+        times = [_duration(stage.age_s), _duration(stage.unused_s)]
+        table.add_row(*what, _bytes(stage.bytes), *times, stage.hash[:12], ", ".join(stage.needed_by) or "-")
+    if found.stages:
+        console.print(table)
+    for lease in found.leases:
+        console.print(_lease_text(lease), markup=False, soft_wrap=True)
+    if found.left_over:
+        console.print(f"{len(found.left_over)} left-over copies of dead processes; `segadapt cache prune` removes them")
+    console.print(f"{len(found.stages)} stages, {_bytes(found.bytes)}")
+
+
+def _show_pruned(pruned: "Pruned", *, dry_run: bool) -> None:
+    console = _console()
+    removed = "would be removed" if dry_run else "removed"
+    for stage in pruned.stages:
+        console.print(f"{removed}: {_stage_text(stage)}, {_bytes(stage.bytes)}", markup=False, soft_wrap=True)
+    for stage in pruned.kept:
+        why = f"needed by {', '.join(stage.needed_by)}" if stage.needed_by else "an experiment began to need it"
+        console.print(f"kept: {_stage_text(stage)}, {why}", markup=False, soft_wrap=True)
+    for lease in pruned.leases:
+        console.print(f"{removed}: the lease of a dead process: {_lease_text(lease)}", markup=False, soft_wrap=True)
+    if pruned.left_over:
+        console.print(f"{removed}: {len(pruned.left_over)} left-over copies of dead processes")
+    console.print(f"{'would free' if dry_run else 'freed'} {_bytes(pruned.bytes)}")
+
+
+def _stage_text(stage: "CachedStage") -> str:
+    told = stage.description
+    what = f"{told.stage} ({told.data}, {told.network}, seed {told.seed}, {told.steps} steps)" if told else "a stage"
+    return f"{stage.hash[:12]} {what}, unused for {_duration(stage.unused_s)}"
+
+
+def _lease_text(lease: "RunningLease") -> str:
+    state = "computes" if lease.alive else f"gave no sign for {_duration(lease.age_s)} while computing"
+    return f"{lease.owner} {state} {lease.stage} {lease.hash[:12]}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _show_prediction(result: "PredictionResult") -> None:
+    console = _console()
+    for image in result.unreadable:
+        console.print(f"unreadable: {image.path}: {image.reason}", markup=False, soft_wrap=True)
+    parts = [f"{result.written} images labelled in {result.folder}"]
+    parts += [f"{result.skipped} were before"] * (result.skipped > 0)
+    parts += [f"{len(result.unreadable)} unreadable"] * (len(result.unreadable) > 0)
+    console.print(", ".join(parts), markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +31,55 @@ _DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Capacity:
-    """What the cluster has in all."""
+class Node:
+    """What one machine of the cluster has."""
 
     cpus: int
     gpus: int
+
+    def workers(self, cpus: int, gpus: float) -> int:
+        """Return how many workers of so many CPUs and GPUs run here at once; a part of a GPU is a part of one GPU."""
+        if gpus == 0:
+            return self.cpus // cpus
+        fitting = int(self.gpus / gpus) if gpus >= 1 else self.gpus * int(1 / gpus + 1e-6)
+        return min(fitting, self.cpus // cpus)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the cluster has. A worker runs on one node, a trial of several workers on one or several."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> int:
+        """Of all nodes."""
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> int:
+        """Of all nodes."""
+        return sum(node.gpus for node in self.nodes)
+
+    def workers(self, cpus: int, gpus: float) -> int:
+        """Return how many workers of so many CPUs and GPUs run at once."""
+        return sum(node.workers(cpus, gpus) for node in self.nodes)
+
+    def __str__(self) -> str:
+        counts = Counter(self.nodes).most_common()
+        return " and ".join(f"{count} of {node.cpus} CPUs and {node.gpus} GPUs" for node, count in counts) or "none"
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment that trials run in."""
+    return {**_DEFAULTS, **os.environ}
+
+
+def this_machine() -> Capacity:
+    """Return what Ray would find on this machine, without starting it."""
+    import torch
+
+    return Capacity((Node(os.cpu_count() or 1, torch.cuda.device_count()),))
 
 
 @contextlib.contextmanager
@@ -65,8 +110,8 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
         ) from error
     treat_termination_as_interrupt()
     try:
-        resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield Capacity(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        yield Capacity(tuple(Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes))
     finally:
         ray.shutdown()
 
@@ -74,4 +119,10 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
 def treat_termination_as_interrupt() -> None:
     """Make SIGTERM end this process as Ctrl-C does, with everything it started; Ray's own handler aborts it instead."""
     if threading.current_thread() is threading.main_thread():  # Python allows it there alone
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell script's background jobs
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)

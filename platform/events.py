@@ -11,6 +11,7 @@ from ray.tune.experiment import Trial
 
 from segadapt.platform.checkpoints import best_checkpoint
 from segadapt.platform.environment import environment, git_tags
+from segadapt.platform.ledger import GpuHours, Ledger
 from segadapt.platform.objective import GOALS
 from segadapt.platform.progress import Progress
 from segadapt.platform.tracking import (
@@ -23,12 +24,18 @@ from segadapt.platform.tracking import (
     Status,
     Tracker,
 )
-from segadapt.platform.trial import TrialSpec
+from segadapt.platform.trial import INFEASIBLE, TrialSpec
 
-_STATUS: dict[str, Status] = {"failed": "FAILED", "interrupted": "KILLED", "out of time": "KILLED"}
+_STATUS: dict[str, Status] = {
+    "failed": "FAILED",
+    "infeasible": "FAILED",
+    "interrupted": "KILLED",
+    "out of time": "KILLED",
+    "out of GPU hours": "KILLED",
+}
 """How the run of a trial in this state ends in MLflow; FINISHED otherwise."""
 
-METRIC_PREFIXES = ("target_val/", "source_val/", "score/", "loss/", "time/", "lr")
+METRIC_PREFIXES = ("target_val/", "source_val/", "score/", "loss/", "time/", "memory/", "lr")
 """Reported numbers that are tracked; Tune adds bookkeeping of its own."""
 
 
@@ -62,6 +69,8 @@ class Events(tune.Callback):
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
         self._deadline: float | None = None
+        self._ledger: Ledger | None = None
+        self._gpu_hours: GpuHours | None = None
         self._swept = False
         self._paused: set[str] = set()
         self._close_lost: Callable[[Collection[str]], None] | None = None
@@ -72,25 +81,32 @@ class Events(tune.Callback):
         self,
         tracker: Tracker,
         progress: Progress,
+        ledger: Ledger,
         time_budget_s: float | None,
+        gpu_hours: GpuHours | None,
         close_lost: Callable[[Collection[str]], None] | None,
     ) -> None:
-        """Connect to this session's tracker, screen and end, which are not saved.
+        """Connect to this session's tracker, screen, accounts and end, which are not saved.
 
         Args:
             tracker: Receives runs and metrics.
             progress: Receives what is shown.
+            ledger: Receives what trials cost.
             time_budget_s: After which unfinished trials are out of time.
+            gpu_hours: The limit that may end the search.
             close_lost: Told all trials that are known, so that the study can close the others.
         """
         self._close_lost = close_lost
         self._tracker = tracker
         self._progress = progress
+        self._ledger = ledger
+        self._gpu_hours = gpu_hours
         self._deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
         self._environment = environment()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tracker": None, "_progress": None, "_close_lost": None}
+        gone = ("_tracker", "_progress", "_close_lost", "_ledger", "_gpu_hours")
+        return {**self.__dict__, **dict.fromkeys(gone)}
 
     def get_state(self) -> dict[str, Any]:
         """Return what a resumed search must know."""
@@ -111,6 +127,8 @@ class Events(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Before anything else: close runs of trials that a killed driver started but had not yet saved."""
         assert self._tracker is not None
+        assert self._ledger is not None
+        self._ledger.keep()
         if not self._swept:
             self._swept = True
             known = [self.key(trial.trial_id) for trial in trials]
@@ -122,6 +140,7 @@ class Events(tune.Callback):
     def _follow_pauses(self, trials: list[Any]) -> None:
         """Tell of trials that their scheduler paused or let go on; Tune has no event for it."""
         assert self._tracker is not None
+        assert self._ledger is not None
         assert self._progress is not None
         for trial in trials:
             trial_id, waits = trial.trial_id, trial.status == Trial.PAUSED
@@ -129,6 +148,8 @@ class Events(tune.Callback):
                 continue
             if waits:
                 self._paused.add(trial_id)
+                self._ledger.stop(trial_id)
+                self._progress.started(trial_id, self.name(trial_id), _step(trial))  # maybe in an earlier session
                 self._progress.paused(trial_id)
             else:
                 self._paused.remove(trial_id)
@@ -138,7 +159,9 @@ class Events(tune.Callback):
         """Open the run of a trial, or continue it."""
         assert self._tracker is not None
         assert self._progress is not None
+        assert self._ledger is not None
         trial_id = trial.trial_id
+        self._ledger.start(trial_id)
         if trial_id in self._started:
             return
         self._started.add(trial_id)
@@ -168,7 +191,7 @@ class Events(tune.Callback):
         self._tracker.start(run)
         self._tracker.log_json(run.key, config.as_dict(), "config.yaml")
         self._tracker.log_json(run.key, self._environment, "environment.json")
-        self._progress.started(trial_id, name, int((trial.last_result or {}).get("step", 0)))
+        self._progress.started(trial_id, name, _step(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -185,7 +208,14 @@ class Events(tune.Callback):
         self._tracker.log_metrics(self.key(trial_id), metrics, int(result["step"]))
         if "fingerprint" in result:
             self._tracker.set_tags(self.key(trial_id), {"segadapt.data": result["fingerprint"]})
+        if "memory_note" in result:
+            self._tracker.set_tags(self.key(trial_id), {"segadapt.memory": result["memory_note"]})
         self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective.leading))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Stop the clock of a trial whose process died, until it is started again."""
+        assert self._ledger is not None
+        self._ledger.stop(trial.trial_id)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that ended or was stopped early."""
@@ -193,26 +223,34 @@ class Events(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that failed."""
-        self._end(trial.trial_id, "failed")
+        reason = self._failures.get(trial.trial_id, "")
+        self._end(trial.trial_id, "infeasible" if reason.startswith(INFEASIBLE) else "failed")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Close the runs of trials that the end of the time budget or an interruption left unfinished."""
-        out_of_time = self._deadline is not None and time.monotonic() >= self._deadline
+        """Close the runs of trials that the end of a budget or an interruption left unfinished."""
+        state = "interrupted"
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            state = "out of time"
+        elif self._gpu_hours is not None and self._gpu_hours.stop_all():
+            state = "out of GPU hours"
         for trial in trials:
             if trial.trial_id not in self._ended:
-                if not out_of_time:
+                if state == "interrupted":
                     self.interrupted.add(trial.trial_id)
                 if trial.trial_id in self._started:
-                    self._end(trial.trial_id, "out of time" if out_of_time else "interrupted")
+                    self._end(trial.trial_id, state)
 
     def _end(self, trial_id: str, state: str) -> None:
         assert self._tracker is not None
         assert self._progress is not None
+        assert self._ledger is not None
+        self._ledger.stop(trial_id)
         if trial_id in self._ended:
             return
         if state != "interrupted":
             self._ended.add(trial_id)
         key = self.key(trial_id)
+        self._tracker.log_summary(key, {"cost/hours": self._ledger.trial_hours(trial_id)}, 0)
         tags = {STATE_TAG: state}
         best = best_checkpoint(self._spec.folder, trial_id, self._spec.objective.keeps)
         if best is not None:
@@ -222,8 +260,13 @@ class Events(tune.Callback):
             kept = {f"best/{name}": value for name, value in known.items() if math.isfinite(value)}
             self._tracker.log_summary(key, kept, best.metrics["step"])
             self._tracker.log_evaluation(key, best.path)
-        if state == "failed":
+        if state in ("failed", "infeasible"):
             tags[FAILURE_TAG] = self._failures.get(trial_id, "a process or node died too often; see Ray's error file")
         self._tracker.set_tags(key, tags)
         self._tracker.end(key, _STATUS.get(state, "FINISHED"))
         self._progress.ended(trial_id, state)
+
+
+def _step(trial: Any) -> int:
+    """Return the training steps that a trial has done."""
+    return int((trial.last_result or {}).get("step", 0))

@@ -1,9 +1,11 @@
 """An experiment from its record to its end: shared stages, trials, tracking, plots. The one path of all training."""
 
 import dataclasses
+import itertools
 import json
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 
 from segadapt.platform import stages
-from segadapt.platform.checkpoints import TrialCheckpoint, best_checkpoint, read_metrics
+from segadapt.platform.checkpoints import TrialCheckpoint, best_checkpoint, iou_table, read_metrics
 from segadapt.platform.cluster import Capacity, connect
 from segadapt.platform.config import TrialConfig, Values, resolve
 from segadapt.platform.environment import environment, git_tags
@@ -21,7 +23,7 @@ from segadapt.platform.objective import Objective
 from segadapt.platform.reranking import Reranked, rerank, verdict
 from segadapt.platform.samplers import SamplerName
 from segadapt.platform.storage import Storage, open_storage
-from segadapt.platform.study import SchedulerName
+from segadapt.platform.study import SchedulerName, open_study_storage
 from segadapt.platform.trial import Launcher, Resources, TrialSpec
 from segadapt.trainables.core.trainer import stage_steps
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from segadapt.platform.search import TrialResult
 
 RECORD = "record.json"
+
+BEGUN = "begun.json"
+"""File in the folder of a trial that computes shared stages, with their hashes, until it has ended well."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,11 @@ class Options:
         if self.launcher == "inprocess" and self.workers > 1:
             raise UsageError(
                 f"--launcher inprocess must have 1 worker per trial, but got {self.workers}. Use --launcher train."
+            )
+        if self.gpus is not None and self.gpus > 1 and self.gpus != int(self.gpus):
+            raise UsageError(
+                "--gpus-per-trial must be a part of one GPU or a whole number of them, as Ray shares them out, but got "
+                f"{self.gpus:g}. Take {int(self.gpus)} or {int(self.gpus) + 1}."
             )
 
 
@@ -103,6 +113,8 @@ class Record:
     concurrent: int | None = None
     """Trials at a time; None takes as many as the cluster runs."""
     time_budget_s: float | None = None
+    max_gpu_hours: float | None = None
+    """Of all trials and shared stages, over all sessions."""
     sampler: SamplerName = "auto"
     scheduler: SchedulerName = "asha"
     forked_from: str | None = None
@@ -194,15 +206,30 @@ def resources_of(options: Options, capacity: Capacity, trials: int, concurrent: 
         UsageError: If the cluster can never run one trial.
     """
     gpus = options.gpus if options.gpus is not None else float(capacity.gpus > 0)
-    if options.workers > capacity.cpus or gpus * options.workers > capacity.gpus:
+    room = capacity.workers(1, gpus)
+    if room < options.workers:
         raise UsageError(
-            f"The cluster must have what one trial takes ({options.workers} workers of 1 CPU and {gpus:g} GPUs), "
-            f"but has {capacity.cpus} CPUs and {capacity.gpus} GPUs. Lower --workers-per-trial or --gpus-per-trial."
+            f"The cluster must have what one trial takes ({options.workers} workers of 1 CPU and {gpus:g} GPUs, each "
+            f"on one node), but its nodes have room for {room}. Nodes: {capacity}. "
+            "Lower --workers-per-trial or --gpus-per-trial."
         )
-    fitting = int(capacity.gpus / (gpus * options.workers)) if gpus else capacity.cpus // options.workers
-    at_a_time = max(1, min(fitting, trials, concurrent or trials))
-    cpus = max(1, capacity.cpus // (at_a_time * options.workers))
+    at_a_time = min(room // options.workers, trials, concurrent or trials)
+    most = max(node.cpus for node in capacity.nodes)
+    cpus = next(n for n in range(most, 0, -1) if capacity.workers(n, gpus) >= at_a_time * options.workers)
     return Resources(options.workers, gpus, cpus, options.launcher), at_a_time
+
+
+def check_gpu_hours(record: Record, resources: Resources) -> None:
+    """Refuse a budget of GPU hours that nothing would ever spend.
+
+    Raises:
+        UsageError: If trials take no GPU.
+    """
+    if record.max_gpu_hours is not None and resources.gpus == 0:
+        raise UsageError(
+            f"--max-gpu-hours must come with trials that use GPUs, but got {record.max_gpu_hours:g} and none are used. "
+            "Use --time-budget SECONDS instead."
+        )
 
 
 def run(record: Record, options: Options) -> Outcome:
@@ -217,11 +244,14 @@ def run(record: Record, options: Options) -> Outcome:
 
     clock = _Clock()
     storage = open_storage(options.storage)
+    if record.kind == "search":
+        open_study_storage(storage.study_url(options.study_uri))  # answers, or nothing is begun
     needs_dashboard = options.launcher == "train" or options.workers > 1 or torch.cuda.is_available()
     tracker = Tracker(storage, options.tracking_uri)  # connects while Ray starts
     try:
         with connect(options.address, dashboard=needs_dashboard, verbose=options.debug) as capacity:
             resources, concurrent = resources_of(options, capacity, record.trials, record.concurrent)
+            check_gpu_hours(record, resources)
             record.save(storage)
             spec = TrialSpec(
                 storage=storage,
@@ -230,6 +260,7 @@ def run(record: Record, options: Options) -> Outcome:
                 resources=resources,
                 objective=Objective.parse(record.objective),
                 start=Path(record.start) if record.start else None,
+                code=stages.code_versions(record.candidates),
             )
             clock.lap("start")
             failed, interrupted = _Session(record, spec, tracker, options, capacity, concurrent).run(clock)
@@ -298,12 +329,19 @@ class _Session:
 
     def _run_trials(self) -> "list[TrialResult]":
         from segadapt.platform.events import Labels
+        from segadapt.platform.ledger import spent_hours
         from segadapt.platform.search import SearchPlan, run_experiment
 
         record = self.record
         configs = record.configs().values()
         steps = max(stages.own_steps(config) for config in configs)
         plan = None
+        if record.max_gpu_hours is not None:
+            spent = spent_hours(self.spec.storage, record.name, "gpu")
+            if spent >= record.max_gpu_hours:
+                self.options.say(
+                    f"--max-gpu-hours: {spent:.3g} of {record.max_gpu_hours:g} are spent; no trial starts."
+                )
         if record.kind == "search":
             plan = SearchPlan(
                 spaces={name: found.space for name, found in record.candidates.items()},
@@ -318,6 +356,7 @@ class _Session:
                 scheduler=record.scheduler,
                 inherited=self._inherited(),
                 time_budget_s=record.time_budget_s,
+                max_gpu_hours=record.max_gpu_hours,
             )
         names = {"search": [], "train": [record.methods], "finish": [f"finish-{record.from_name}"]}[record.kind]
         labels = Labels(
@@ -418,7 +457,7 @@ class _Session:
         chosen = self._by_objective(self._kept(results))[: record.rerank]
         runs = [(result, seed) for result in chosen for seed in record.fresh_seeds()]
         methods = dict.fromkeys(self.spec.method(result.values) for result in chosen)
-        if not all(self._ensure_stages_of(method, seed) for method in methods for seed in record.fresh_seeds()):
+        if not self._ensure_shared_stages(record.fresh_seeds(), methods):
             return [], True
         spec = dataclasses.replace(self.spec, experiment=f"{record.name}.rerank-{record.rerank}x{record.seeds}")
         labels = Labels(record.name, "rerank", [f"{result.name}.seed-{seed}" for result, seed in runs], {}, record.name)
@@ -462,8 +501,14 @@ class _Session:
         self.tracker.log_json(self.record.name, [dataclasses.asdict(choice) for choice in choices], "selection.json")
 
     def _close_parent(self, state: str) -> None:
+        from segadapt.platform.ledger import spent_hours
         from segadapt.platform.tracking import STATE_TAG
 
+        if state == "finished":
+            stages.need_no_more(self.spec.storage, self.record.name)
+        unit = "gpu" if self.spec.resources.gpus > 0 else "cpu"
+        hours = spent_hours(self.spec.storage, self.record.name, unit)
+        self.tracker.log_summary(self.record.name, {f"cost/{unit}_hours": hours}, 0)
         self.tracker.set_tags(self.record.name, {STATE_TAG: state})
         status = {"interrupted": "KILLED", "finished": "FINISHED", "failed": "FAILED"}[state]
         self.tracker.end(self.record.name, status)
@@ -471,63 +516,104 @@ class _Session:
     def _best(self, trial_id: str) -> TrialCheckpoint | None:
         return best_checkpoint(self.spec.folder, trial_id, self.spec.objective.keeps)
 
-    def _ensure_shared_stages(self) -> bool:
-        """Compute the shared stages that are not in the store; returns False if interrupted."""
-        return all(self._ensure_stages_of(method) for method in self.record.candidates)
-
-    def _ensure_stages_of(self, method: str, seed: int | None = None) -> bool:
-        """Compute a method's missing shared stages, as a trial of its own that uses the whole machine.
+    def _ensure_shared_stages(self, seeds: Sequence[int | None] = (None,), methods: Iterable[str] = ()) -> bool:
+        """Have the shared stages of methods in the store; returns False if interrupted.
 
         Args:
-            method: Its name.
-            seed: Where it differs from the experiment's.
+            seeds: For which training seeds; None is the experiment's own.
+            methods: Names; none for all.
+        """
+        own = {method: self._stage_keys(method, None) for method in self.record.candidates}
+        wanted = [(method, seed, self._stage_keys(method, seed)) for method in methods or own for seed in seeds]
+        needed = itertools.chain(*own.values(), *(keys for _, _, keys in wanted))
+        stages.need(self.spec.storage, self.record.name, needed)
+        return all(self._ensure_stages_of(method, seed, keys) for method, seed, keys in wanted)
+
+    def _stage_keys(self, method: str, seed: int | None) -> list[stages.StageKey]:
+        from segadapt.trainables.core.data.datasets import load_data
+
+        config = self.spec.shared_config(method, seed)
+        return stages.stage_keys(config, load_data(config.data)[0].fingerprint, self.spec.code)
+
+    def _ensure_stages_of(self, method: str, seed: int | None, keys: list[stages.StageKey]) -> bool:
+        """Load a method's shared stages, wait for those that others compute, and compute what is missing."""
+        storage, say = self.spec.storage, self.options.say
+        try:
+            with stages.turn_to_compute(storage, keys, self.record.name, say) as done:
+                if done:
+                    names = ", ".join(key.stage.name for key in keys[: len(done)])
+                    say(f"{method}: stages computed earlier are loaded: {names}.")
+                if len(done) < len(keys):
+                    self._compute_stages(method, seed, keys, len(done))
+                else:
+                    self._close_lost_stage_run(method, seed)
+        except KeyboardInterrupt:  # while it waited for others
+            return False
+        done = stages.longest_prefix(storage, keys)
+        if len(done) < len(keys):
+            return False
+        for folder in done:
+            stages.mark_used(folder)
+        if done and seed is None:
+            self._log_baseline(keys, done)
+        return True
+
+    def _compute_stages(self, method: str, seed: int | None, keys: list[stages.StageKey], done: int) -> None:
+        """Compute a method's shared stages but the first `done`, as a trial of its own that uses the whole machine.
+
+        What this experiment began before is continued, if the stages are the same.
 
         Raises:
             StageFailedError: If the trial fails.
         """
         from segadapt.platform.events import Labels
         from segadapt.platform.search import run_experiment
-        from segadapt.trainables.core.data.datasets import load_data
 
         config = self.spec.shared_config(method, seed)
-        data, _ = load_data(config.data)
-        keys = stages.stage_keys(config, data.fingerprint)
-        done = stages.longest_prefix(self.spec.storage, keys)
-        if done:
-            names = ", ".join(key.stage.name for key in keys[: len(done)])
-            self.options.say(f"{method}: stages computed earlier are loaded: {names}.")
-        if len(done) < len(keys):
-            missing = tuple(key.stage for key in keys[len(done) :])
-            resources, _ = resources_of(self.options, self.capacity, 1, 1)
-            spec = dataclasses.replace(
-                self.spec,
-                experiment=f"{self.record.name}.stages-{method}" + ("" if seed is None else f"-seed-{seed}"),
-                fixed={method: {**self.spec.fixed[method], "seed": config.seed}},
-                resources=resources,
-                shared_stages=True,
-            )
-            steps = sum(stage_steps(missing, config.warmup.steps, config.trainer.steps).values())
-            title = f"shared stages {', '.join(stage.name for stage in missing)}"
-            labels = Labels(self.record.name, "stage", [missing[0].name], {}, self.parent_key)
-            results = run_experiment(spec, labels, steps, self.tracker, title)
-            reason = next((result.error for result in results if result.error), None)
-            if reason is not None:
-                raise StageFailedError(f"The shared stages did not finish: {reason}")
-            done = stages.longest_prefix(self.spec.storage, keys)
-        if len(done) < len(keys):
-            return False
-        if seed is None:
-            self._log_baseline(keys, done)
-        return True
+        resources, _ = resources_of(self.options, self.capacity, 1, 1)
+        spec = dataclasses.replace(
+            self.spec,
+            experiment=stages.stage_experiment(self.record.name, method, seed),
+            fixed={method: {**self.spec.fixed[method], "seed": config.seed}},
+            resources=resources,
+            shared_stages=True,
+        )
+        begun, content = spec.folder / BEGUN, json.dumps([key.hash for key in keys])
+        if spec.folder.exists() and not (begun.exists() and begun.read_text() == content):
+            shutil.rmtree(spec.folder)  # it was finished and pruned since, or the code was edited
+        spec.folder.mkdir(exist_ok=True)
+        begun.write_text(content)
+        missing = tuple(key.stage for key in keys[done:])
+        steps = sum(stage_steps(missing, config.warmup.steps, config.trainer.steps).values())
+        names = [stage.name for stage in missing]
+        labels = Labels(self.record.name, "stage", names[:1], {}, self.parent_key)
+        results = run_experiment(spec, labels, steps, self.tracker, f"shared stages {', '.join(names)}")
+        reason = next((result.error for result in results if result.error), None)
+        if reason is not None:
+            raise StageFailedError(f"The shared stages did not finish: {reason}")
+        if not _missing(results):
+            begun.unlink()
+
+    def _close_lost_stage_run(self, method: str, seed: int | None) -> None:
+        """Close the run of stages that this experiment began and, after it was killed, another one computed."""
+        name = stages.stage_experiment(self.record.name, method, seed)
+        self.tracker.end_lost(self.record.name, f"{name}/", known=())
 
     def _log_baseline(self, keys: list[stages.StageKey], folders: list[Path]) -> None:
-        """Record what the trials start from on the parent run."""
-        if not folders:
-            return
-        metrics = read_metrics(folders[0])
+        """Record what the trials start from on the parent run, and whether the cache had it."""
+        key, metrics = self.record.name, read_metrics(folders[0])
         start = {f"start/{goal}": metrics[goal] for goal in self.spec.objective.goals if goal in metrics}
-        self.tracker.log_summary(self.record.name, start, 0)
-        self.tracker.set_tags(self.record.name, {f"segadapt.stage.{key.stage.name}": key.hash for key in keys})
+        self.tracker.log_summary(key, start, 0)
+        self.tracker.log_file(key, folders[0] / "gallery.png", "start")
+        self.tracker.log_json(key, iou_table(folders[0]), "start/per_class_iou.json")
+        own = {stages.stage_experiment(self.record.name, method) for method in self.record.candidates}
+        tags = {}
+        for stage, folder in zip(keys, folders, strict=True):
+            found = stages.describe(folder)
+            computed = found is not None and found.experiment in own
+            tags[f"segadapt.stage.{stage.stage.name}"] = stage.hash
+            tags[f"segadapt.cache.{stage.stage.name}"] = "computed here" if computed else "hit"
+        self.tracker.set_tags(key, tags)
 
 
 def _failed(results: "list[TrialResult]") -> int:

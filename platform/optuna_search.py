@@ -18,7 +18,7 @@ from segadapt.platform.config import Values
 from segadapt.platform.objective import Objective
 from segadapt.platform.study import LOST, PRIOR, TRIAL_ID, Spaces, choice_of, propose, study_point
 from segadapt.platform.study_memory import StudyMemory
-from segadapt.platform.trial import METHOD
+from segadapt.platform.trial import INFEASIBLE, METHOD
 from segadapt.trainables.core.data.sampling import derived_seed
 
 FLOOR = 0.5
@@ -148,26 +148,27 @@ class StudySearch(OptunaSearch):
         return method if tried.count(method) < FLOOR * (len(tried) + 1) / len(self._spaces) else None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Do nothing: the scheduler, which Tune asks first, has recorded the value."""
+        """Note a trial that can never fit; values are recorded by the scheduler, which Tune asks first."""
+        if str(result.get("failure", "")).startswith(INFEASIBLE):  # fails, without a value that the sampler would learn
+            self._handle(trial_id).set_user_attr("infeasible", True)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study how the trial ended: complete, pruned (None to the base class) or failed."""
         if result is not None and (error or not result.get("finished")):
             result = None
-        if trial_id not in self._ot_trials:
-            self._ot_trials[trial_id] = self._continued(trial_id)
+        self._handle(trial_id)
         super().on_trial_complete(trial_id, result=result, error=error)
         del self._ot_trials[trial_id]
         self._paused.discard(trial_id)
         if self._live is not None:
             self._live.discard(trial_id)
 
-    def _continued(self, trial_id: str) -> Any:
-        """Return the study's handle of a trial that an earlier session proposed."""
-        for trial in self._ot_study.get_trials(deepcopy=False):
-            if trial.user_attrs.get(TRIAL_ID) == trial_id:
-                return optuna.trial.Trial(self._ot_study, trial._trial_id)
-        raise KeyError(f"The study must know every trial of its search, but {trial_id} is not in it.")
+    def _handle(self, trial_id: str) -> Any:
+        """Return the study's handle of a trial, which an earlier session may have proposed."""
+        if trial_id not in self._ot_trials:
+            found = [t for t in self._ot_study.get_trials(deepcopy=False) if t.user_attrs.get(TRIAL_ID) == trial_id]
+            self._ot_trials[trial_id] = optuna.trial.Trial(self._ot_study, found[0]._trial_id)
+        return self._ot_trials[trial_id]
 
 
 class Given(Searcher):

@@ -59,8 +59,9 @@ class Progress:
 
     def started(self, key: str, name: str, step: int = 0) -> None:
         """A trial was handed to a process, for the first time or again; `step` steps were done earlier."""
-        self._views.setdefault(key, TrialView(name, step=step))
-        self._skipped_steps += step
+        if key not in self._views:
+            self._views[key] = TrialView(name, step=step)
+            self._skipped_steps += step
 
     def result(self, key: str, step: int, value: float | None) -> None:
         """A trial was evaluated."""

@@ -9,16 +9,13 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
 from segadapt.platform.objective import Objective
-from segadapt.platform.study import TRIAL_ID, SchedulerName, record_values
+from segadapt.platform.study import RUNG, TRIAL_ID, SchedulerName, decisions, record_values
 
 STEP = "step"
 """Reported time axis: training steps, never Tune's count of reports, which restarts with a trial."""
 
 REDUCTION_FACTOR = 2
 """The better 1/REDUCTION_FACTOR of the trials that reached a rung go on."""
-
-_RUNG = "rung_"
-"""Attributes of the study's trials that hold a decision: `rung_STEP`."""
 
 
 def levels(grace_steps: int, steps: int) -> list[int]:
@@ -120,10 +117,10 @@ class StudyPruner(StudyScheduler):
 
     def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
         own = self._own(trial.trial_id)
-        decision = own.user_attrs.get(f"{_RUNG}{step}")
+        decision = own.user_attrs.get(f"{RUNG}{step}")
         if decision is None:
             decision = {"values": values, "continues": not self._pruner.prune(self._study, own)}
-            self._handle(own).set_user_attr(f"{_RUNG}{step}", decision)
+            self._handle(own).set_user_attr(f"{RUNG}{step}", decision)
         return str(self.CONTINUE if decision["continues"] else self.STOP)
 
 
@@ -149,7 +146,7 @@ class StudyRungs(StudyScheduler):
         reached = [rung for rung in self._rungs if rung <= step]
         if not reached:
             return str(self.CONTINUE)
-        rung = f"{_RUNG}{reached[-1]}"
+        rung = f"{RUNG}{reached[-1]}"
         trials = self._study.get_trials(deepcopy=False)
         own = self._own(trial.trial_id)
         if rung not in own.user_attrs:
@@ -199,8 +196,8 @@ class PromotingRungs(StudyRungs):
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Keep a trial that an earlier session left at a rung waiting there."""
         if trial.status == Trial.PENDING and trial.last_result:
-            decisions = _decisions(self._own(trial.trial_id))
-            if decisions and not decisions[max(decisions)]["continues"]:
+            found = decisions(self._own(trial.trial_id))
+            if found and not found[max(found)]["continues"]:
                 trial.set_status(Trial.PAUSED)
                 tune_controller.search_alg.searcher.on_pause(trial.trial_id)
 
@@ -249,18 +246,13 @@ class PromotingRungs(StudyRungs):
 
         if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             own = [self._own(trial_id) for trial_id in paused]
-            rung = max(max(_decisions(trial)) for trial in own)
-            highest = [trial for trial in own if rung in _decisions(trial)]
-            scores = self._objective.scores([_decisions(trial)[rung]["values"] for trial in highest])
+            rung = max(max(decisions(trial)) for trial in own)
+            highest = [trial for trial in own if rung in decisions(trial)]
+            scores = self._objective.scores([decisions(trial)[rung]["values"] for trial in highest])
             best = highest[scores.index(max(scores))].user_attrs[TRIAL_ID]
-            self._set_decision(best, f"{_RUNG}{rung}", _decisions(self._own(best))[rung]["values"], continues=True)
+            self._set_decision(best, f"{RUNG}{rung}", decisions(self._own(best))[rung]["values"], continues=True)
             tune_controller.search_alg.searcher.on_unpause(best)
             return paused[best]
         for trial in paused.values():
             tune_controller.stop_trial(trial)
         return None
-
-
-def _decisions(trial: Any) -> dict[int, Any]:
-    """Return what was decided about a trial of the study, by rung."""
-    return {int(name.removeprefix(_RUNG)): value for name, value in trial.user_attrs.items() if name.startswith(_RUNG)}

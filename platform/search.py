@@ -8,12 +8,13 @@ from typing import Any
 
 from segadapt.platform.config import Values
 from segadapt.platform.events import Events, Labels
+from segadapt.platform.ledger import GpuHours, Ledger, spent_hours
 from segadapt.platform.lineage import Inheritance
 from segadapt.platform.optuna_search import Given, Proposals, StudySearch
 from segadapt.platform.progress import Progress
 from segadapt.platform.rungs import scheduler
 from segadapt.platform.samplers import SamplerName, make_sampler
-from segadapt.platform.study import LOST, TRIAL_ID, SchedulerName, Spaces, values_by_step
+from segadapt.platform.study import LOST, TRIAL_ID, SchedulerName, Spaces, open_study_storage, values_by_step
 from segadapt.platform.study_memory import StudyMemory
 from segadapt.platform.tracking import Tracker
 from segadapt.platform.trial import WORKER_RETRIES, TrialSpec, run_in_process, run_with_ray_train
@@ -41,6 +42,7 @@ class SearchPlan:
     inherited: Sequence[Inheritance] = ()
     """What is known from earlier searches, if the study is new."""
     time_budget_s: float | None = None
+    max_gpu_hours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def run_experiment(
                 storage_path=str(spec.storage.experiments),
                 verbose=0,
                 callbacks=[Events(spec, labels)],
+                stop=_limit(plan),
                 failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
                 checkpoint_config=tune.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
@@ -121,7 +124,11 @@ def run_experiment(
         )
     progress = Progress(title, spec.objective.leading, plan.trials if plan else 1, steps)
     events = _events(tuner)
-    events.attach(tracker, progress, config.time_budget_s, partial(_close_lost, searcher) if searcher else None)
+    ledger, gpu_hours = Ledger(spec.folder, spec.resources), _gpu_hours(tuner)
+    if gpu_hours is not None:
+        gpu_hours.attach(ledger, spent_hours(spec.storage, spec.experiment, "gpu", stages_only=True))
+    close_lost = partial(_close_lost, searcher) if searcher is not None else None
+    events.attach(tracker, progress, ledger, config.time_budget_s, gpu_hours, close_lost)
     try:
         trials = tuner.fit()._experiment_analysis.trials
         if searcher is not None and not events.interrupted:
@@ -153,6 +160,16 @@ def _last_line(trial: Any) -> str:
 def _events(tuner: Any) -> Events:
     callbacks = tuner._local_tuner.get_run_config().callbacks
     found: Events = next(callback for callback in callbacks if isinstance(callback, Events))
+    return found
+
+
+def _limit(plan: "SearchPlan | ListPlan | None") -> GpuHours | None:
+    hours = plan.max_gpu_hours if isinstance(plan, SearchPlan) else None
+    return None if hours is None else GpuHours(hours)
+
+
+def _gpu_hours(tuner: Any) -> GpuHours | None:
+    found: GpuHours | None = tuner._local_tuner.get_run_config().stop
     return found
 
 
@@ -208,7 +225,7 @@ def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = StudyMemory(optuna.storages.RDBStorage(plan.study_url))
+    storage = StudyMemory(open_study_storage(plan.study_url))
     names = optuna.get_all_study_names(storage)
     begun = (spec.folder / "tuner.pkl").is_file()
     if spec.experiment in names and not begun:  # left by a driver killed before its first trial
@@ -235,7 +252,7 @@ def load_study(name: str, url: str) -> Any:
     """Return the study of a search."""
     import optuna
 
-    return optuna.load_study(study_name=name, storage=optuna.storages.RDBStorage(url))
+    return optuna.load_study(study_name=name, storage=open_study_storage(url))
 
 
 def _close_lost(searcher: StudySearch, known: Collection[str]) -> None:

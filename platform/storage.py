@@ -30,6 +30,11 @@ class Storage:
         return self.root / "mlartifacts"
 
     @property
+    def tracking(self) -> Path:
+        """What MLflow does not have yet, a folder per server."""
+        return self.root / "tracking"
+
+    @property
     def study_database(self) -> Path:
         """SQLite file of the Optuna studies."""
         return self.root / "optuna.db"

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from segadapt.platform.config import Values
+from segadapt.platform.errors import UsageError
 from segadapt.platform.trial import METHOD
 
 SchedulerName = Literal["asha", "asha-promote", "median", "hyperband", "none"]
@@ -19,11 +21,40 @@ LOST = "lost"
 PRIOR = "prior"
 """Attribute of trials that were taken over from an earlier search, which it names."""
 
+RUNG = "rung_"
+"""Attributes that hold what was decided about a trial, `rung_STEP`: its values there, and whether it goes on."""
 _VALUES = "values_"
 """Attributes that hold a trial's values at a step, `values_STEP`, where Optuna keeps none: with several goals."""
 
 Spaces = Mapping[str, Mapping[str, BaseDistribution]]
 """What varies, by method and dotted key."""
+
+
+def open_study_storage(url: str) -> BaseStorage:
+    """Connect to Optuna's storage.
+
+    Args:
+        url: As SQLAlchemy takes it; SQLite and PostgreSQL are tested.
+
+    Raises:
+        UsageError: If it cannot be reached; the message leaves out the password.
+    """
+    from optuna.storages import RDBStorage
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return RDBStorage(url)
+    except (SQLAlchemyError, ImportError) as error:
+        try:
+            shown = make_url(url).render_as_string(hide_password=True)
+        except SQLAlchemyError:
+            shown = "what was given"
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise UsageError(
+            "--study-uri must be a database that answers, such as postgresql+psycopg://user:password@host/name (with "
+            f"`pip install segadapt[postgresql]`), but {shown} does not: {reason}"
+        ) from error
 
 
 def record_values(trial: Any, known: FrozenTrial, step: int, values: Mapping[str, float]) -> None:
@@ -50,6 +81,11 @@ def values_by_step(trial: FrozenTrial, goals: Sequence[str]) -> dict[int, Mappin
     return {
         int(name.removeprefix(_VALUES)): value for name, value in trial.user_attrs.items() if name.startswith(_VALUES)
     }
+
+
+def decisions(trial: FrozenTrial) -> dict[int, Any]:
+    """Return what was decided about a trial, by rung."""
+    return {int(name.removeprefix(RUNG)): value for name, value in trial.user_attrs.items() if name.startswith(RUNG)}
 
 
 def study_point(spaces: Spaces, method: str, values: Values) -> dict[str, Any]:

@@ -1,23 +1,33 @@
-"""MLflow, written from the driver through a queue: a slow or absent server delays records, never a trial.
+"""MLflow, written from the driver through a queue on disk: a slow or absent server delays records, never a trial.
 
 Runs are addressed by a key of ours (`experiment/trial id`), kept as a tag; a run that exists is continued. Only
 explicit run ids are used, never MLflow's process-wide active run.
+
+What a process could not send, because the server was away or it was killed, is sent by the next one that tracks to the
+same server from the same storage folder, before its own records. A kill between sending a record and noting that
+repeats the record, so each kind may be repeated: see `_Runs`.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import math
 import os
-import queue
+import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
+from segadapt.platform import outbox
+from segadapt.platform.checkpoints import iou_table
+from segadapt.platform.outbox import Entry, Outbox
 from segadapt.platform.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -30,6 +40,8 @@ CHECKPOINT_TAG = "segadapt.checkpoint"
 METHOD_TAG = "segadapt.method"
 
 _TABLE = "per_class_iou.json"
+_EVALUATION = ("evaluation.json", "gallery.png")
+"""What of a checkpoint folder is tracked."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -45,6 +57,16 @@ def tracking_uri(storage: Storage, uri: str | None) -> str:
     return uri or f"sqlite:///{storage.mlflow_database}"
 
 
+def waiting_folder(storage: Storage, uri: str | None) -> Path:
+    """Return the folder of records that wait for a server, named after it without the password it may hold."""
+    if uri is None:
+        return storage.tracking / "local"
+    parts = urlsplit(uri.rstrip("/"))
+    place = parts.netloc.rpartition("@")[2] + parts.path
+    digest = hashlib.sha256(f"{parts.scheme}://{place}".encode()).hexdigest()[:8]
+    return storage.tracking / f"{re.sub('[^A-Za-z0-9.]+', '-', place).strip('-')[-60:]}-{digest}"
+
+
 def client(uri: str) -> Any:
     """Return an `MlflowClient` that gives up on an absent server at once.
 
@@ -52,6 +74,7 @@ def client(uri: str) -> Any:
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is ours
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -73,150 +96,333 @@ class RunInfo:
 
 
 class Tracker:
-    """Write runs from a queue in one thread, in order.
+    """Write runs from a queue in one thread, in order. The queue is on disk: what is logged outlives the process.
 
     Args:
-        storage: Where local artifacts go.
+        storage: Where the queue and local artifacts go.
         uri: The tracking server's address; None takes the storage's SQLite database.
     """
 
     def __init__(self, storage: Storage, uri: str | None) -> None:
-        self._storage = storage
-        self._local = uri is None
         self._uri = tracking_uri(storage, uri)
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._run_ids: dict[str, str] = {}
-        self._last_step: dict[str, int] = {}
-        self._client: Any = None
-        self._given_up = threading.Event()
-        self._thread = threading.Thread(target=self._write, name="segadapt-tracking", daemon=True)
+        self._outbox = Outbox.create(waiting_folder(storage, uri))
+        self._open: dict[str, None] = {}
+        self._sender = _Sender(storage, uri)
+        self._thread = threading.Thread(
+            target=self._sender.send_all, args=(self._outbox,), name="segadapt-tracking", daemon=True
+        )
         self._thread.start()
 
     def start(self, info: RunInfo) -> None:
         """Create the run, or continue the one that has its key; its tags are set anew, its params are kept."""
-        now = _now()
-        self._queue.put(lambda: self._start(info, now))
+        self._open[info.key] = None
+        params = {name: str(value) for name, value in info.params.items()}
+        tags = {"mlflow.user": os.environ.get("USER", "segadapt"), **info.tags}
+        self._record("start", **{**asdict(info), "tags": tags, "params": params}, timestamp=_now())
 
     def log_metrics(self, key: str, metrics: Mapping[str, Any], step: int) -> None:
-        """Log finite numbers at a training step; steps at or before the last logged one are repeats and left out."""
+        """Log finite numbers at a training step; a step that the run has is a repeat and left out."""
         numbers = {
             name: float(value)
             for name, value in metrics.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         }
-        now = _now()
-        self._queue.put(lambda: self._log_metrics(key, numbers, step, now))
+        self._record("log_metrics", key=key, numbers=numbers, step=step, timestamp=_now())
 
     def log_summary(self, key: str, metrics: Mapping[str, float], step: int) -> None:
         """Log numbers that sum a run up; may repeat."""
-        numbers = dict(metrics)
-        now = _now()
-        self._queue.put(lambda: self._log_batch(key, numbers, step, now))
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self._record("log_summary", key=key, numbers=numbers, step=step, timestamp=_now())
 
     def set_tags(self, key: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
-        self._queue.put(lambda: self._set_tags(key, tags))
+        self._record("set_tags", key=key, tags=dict(tags))
 
     def log_json(self, key: str, content: Any, name: str) -> None:
         """Store `content` as a JSON or YAML artifact, by the ending of `name`."""
-        self._queue.put(lambda: self._client.log_dict(self._run_id(key), content, name))
+        self._record("log_json", key=key, content=content, name=name)
 
     def log_file(self, key: str, path: Path, folder: str | None = None) -> None:
-        """Copy a file or folder into the run's artifacts."""
-        log = "log_artifacts" if path.is_dir() else "log_artifact"
-        self._queue.put(lambda: getattr(self._client, log)(self._run_id(key), str(path), folder))
+        """Copy a file or folder into the run's artifacts.
+
+        Until it is sent, a file is kept as a copy. A folder's files must not be written again, but may be removed.
+        """
+
+        def keep(files: Path) -> None:
+            if path.is_dir():
+                shutil.copytree(path, files / path.name, copy_function=_link)
+            elif path.exists():  # else sending it tells
+                shutil.copy(path, files)
+
+        self._record("log_file", keep, key=key, path=str(path), folder=folder)
 
     def log_evaluation(self, key: str, checkpoint: Path) -> None:
         """Store the gallery, the confusion matrix and the per-class table that lie in a checkpoint folder."""
-        self._queue.put(lambda: self._log_evaluation(key, checkpoint))
+
+        def keep(files: Path) -> None:
+            for name in _EVALUATION:
+                _link(checkpoint / name, files / name)
+
+        self._record("log_evaluation", keep, key=key)
 
     def log_figure(self, key: str, make: Callable[[], Any], name: str) -> None:
-        """Store the figure that `make` returns (plotly for .html, matplotlib for .png)."""
-        self._queue.put(lambda: self._client.log_figure(self._run_id(key), make(), name))
+        """Store the figure that `make` returns (plotly for .html, matplotlib for .png); it is drawn at once."""
+        folder, _, file = name.rpartition("/")
+
+        def keep(files: Path) -> None:
+            figure = make()
+            if file.endswith(".html"):
+                figure.write_html(files / file, include_plotlyjs="cdn", auto_open=False)
+            else:
+                figure.savefig(files / file)
+
+        self._record("log_file", keep, key=key, path=file, folder=folder or None)
 
     def end(self, key: str, status: Status) -> None:
         """Close a run."""
-        now = _now()
-        self._queue.put(lambda: self._client.set_terminated(self._run_id(key), status, now))
+        self._open.pop(key, None)
+        self._record("end", key=key, status=status, timestamp=_now())
 
     def end_lost(self, experiment: str, prefix: str, known: Collection[str]) -> None:
-        """Close open runs whose key has `prefix` and is not `known`: nobody will go on with them."""
-        self._queue.put(lambda: self._end_lost(experiment, prefix, known))
+        """Mark unfinished runs whose key has `prefix` and is not `known` as lost: nobody will go on with them."""
+        self._record("end_lost", experiment=experiment, prefix=prefix, known=list(known))
 
     def close(self, timeout_s: float = 120.0) -> None:
-        """Write what is queued and stop; after `timeout_s` seconds say what was lost and give up."""
-        self._queue.put(None)
+        """Close the runs that are still open and send what is queued; after `timeout_s` seconds the rest is left.
+
+        What is left is sent by the next process that tracks there.
+        """
+        for key in list(self._open):
+            self.set_tags(key, {STATE_TAG: "interrupted"})
+            self.end(key, "KILLED")
+        self._outbox.finish_input()
         self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self._given_up.set()
-            lost = self._queue.unfinished_tasks - 1  # all but the None above
-            logger.error(
-                "The tracking server %s did not take %d records within %g s; they are lost.", self._uri, lost, timeout_s
+        self._sender.given_up.set()
+        if waiting := self._outbox.waiting:
+            logger.warning(
+                "The tracking server %s did not take %d records within %g s. They wait in %s; the next segadapt "
+                "command that tracks there sends them.",
+                self._uri,
+                waiting,
+                timeout_s,
+                self._outbox.folder,
             )
 
-    def _write(self) -> None:
-        self._perform(self._connect)
-        while (action := self._queue.get()) is not None and not self._given_up.is_set():
-            self._perform(action)
-            self._queue.task_done()
+    def _record(self, operation: str, keep: Callable[[Path], None] | None = None, **arguments: Any) -> None:
+        try:
+            self._outbox.append(operation, arguments, keep)
+        except Exception:  # tracking never ends a search
+            logger.exception("A record for tracking (%s) could not be made; it is left out.", operation)
 
-    def _perform(self, action: Callable[[], None]) -> None:
-        """Do one action until it succeeds: later ones build on it. What the server refuses for good is dropped."""
-        refusals = 0
-        for pause in _pauses():
-            try:
-                return action()
-            except Exception as error:
-                refusals = refusals + 1 if self._answers() else 0
-                if not _is_transient(error) or refusals == _REFUSALS:
-                    logger.exception("The tracking server refused a record; it is left out.")
-                    return None
-                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self._uri, error, pause)
-            if self._given_up.wait(pause):
-                return None
-        return None
 
-    def _answers(self) -> bool:
-        """Return whether the server takes a request."""
-        for _ in range(2):  # the first may meet the connection that the failure left behind
-            with contextlib.suppress(Exception):
-                self._client.search_experiments(max_results=1)
-                return True
-        return False
+def send_waiting(storage: Storage, uri: str | None, timeout_s: float = 60.0) -> None:
+    """Send what ended processes have left for a server, for `timeout_s` seconds at most."""
+    folder = waiting_folder(storage, uri)
+    if not outbox.left_over(folder) or not os.access(folder, os.W_OK):
+        return
+    sender = _Sender(storage, uri)
+    try:
+        sender.connect()
+    except Exception as error:
+        logger.warning("Records of earlier commands wait in %s: %s does not answer (%s).", folder, sender.uri, error)
+        return
+    thread = threading.Thread(target=sender.send_left_over, name="segadapt-tracking", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        sender.given_up.set()
+        logger.warning("%s did not take all within %g s; the rest waits in %s.", sender.uri, timeout_s, folder)
 
-    def _connect(self) -> None:
+
+class _Sender:
+    """Empties boxes into a server, as often as it takes."""
+
+    def __init__(self, storage: Storage, uri: str | None) -> None:
+        self._storage = storage
+        self._local = uri is None
+        self.uri = tracking_uri(storage, uri)
+        self._folder = waiting_folder(storage, uri)
+        self._runs: _Runs | None = None
+        self.given_up = threading.Event()
+        """Set when nobody waits any more: what is not sent stays."""
+
+    def connect(self) -> None:
+        """Connect.
+
+        Raises:
+            Exception: Whatever MLflow's client raises if the server does not answer.
+        """
         with (self._storage.root / ".mlflow.lock").open("w") as lock:
             if self._local:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # two that create and migrate a fresh database at once break it
-            self._client = client(self._uri)
-            self._client.search_experiments(max_results=1)
+            runs = _Runs(client(self.uri), self._storage.mlflow_artifacts if self._local else None)
+            runs.check()
+            self._runs = runs
 
-    def _experiment_id(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        location = (self._storage.mlflow_artifacts / name).as_uri() if self._local else None
-        return str(self._client.create_experiment(name, artifact_location=location))
+    def send_all(self, own: Outbox) -> None:
+        """Send what others left, then the records of this process, which may still come in."""
+        self._reach()  # while the first records come in
+        self.send_left_over()
+        self._send(own)
+        own.close()
 
-    def _start(self, info: RunInfo, timestamp: int) -> None:
+    def send_left_over(self) -> None:
+        """Send what ended processes left, and close the runs that they left open."""
+        with outbox.taking(self._folder, self.given_up) as alone:
+            for folder in outbox.left_over(self._folder) if alone else []:
+                box = Outbox.take(folder)
+                if box is not None:
+                    self._send_left(box)
+                    box.close()
+                if self.given_up.is_set():
+                    return
+
+    def _send_left(self, box: Outbox) -> None:
+        unfinished = _left_open(box.entries())
+        for key, timestamp in unfinished.items():
+            box.append("set_tags", {"key": key, "tags": {STATE_TAG: "interrupted"}})
+            box.append("end", {"key": key, "status": "KILLED", "timestamp": timestamp})
+        box.finish_input()
+        waiting = box.waiting
+        self._send(box)
+        if waiting and not box.waiting:
+            logger.warning("Sent %d records that an earlier command had left for %s.", waiting, self.uri)
+
+    def _send(self, box: Outbox) -> None:
+        for entry in box:
+            if self.given_up.is_set() or not (self._reach() and self._deliver(box, entry)):
+                box.sync()
+                return
+
+    def _deliver(self, box: Outbox, entry: Entry) -> bool:
+        """Try until the server has the record: later ones build on it. What it refuses for good is set aside."""
+        assert self._runs is not None
+        refusals = 0
+        for pause in _pauses():
+            try:
+                self._runs.perform(entry)
+            except Exception as error:
+                refusals = refusals + 1 if _may_be_refusal(error) and self._runs.answers() else 0
+                if not _is_transient(error) or refusals == _REFUSALS:
+                    self._set_aside(box, entry, error)
+                    return True
+                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self.uri, error, pause)
+            else:
+                box.delivered(entry)
+                return True
+            box.sync()
+            if self.given_up.wait(pause):
+                return False
+        return False
+
+    def _set_aside(self, box: Outbox, entry: Entry, error: Exception) -> None:
+        where = box.refuse(entry, f"{type(error).__name__}: {error}")
+        key = entry.arguments.get("key", "")
+        logger.error("Tracking refused a record (%s %s): %s It is kept in %s.", entry.operation, key, error, where)
+
+    def _reach(self) -> bool:
+        """Connect, if that is not done; returns False if `given_up` came first."""
+        pauses = _pauses()
+        while self._runs is None:
+            try:
+                self.connect()
+            except Exception as error:
+                pause = next(pauses)
+                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self.uri, error, pause)
+                if self.given_up.wait(pause):
+                    return False
+        return True
+
+
+def _left_open(entries: Collection[Entry]) -> dict[str, int]:
+    """Return the keys of runs that were started and not ended, each with the time of the last record."""
+    unfinished: dict[str, None] = {}
+    last = 0
+    for entry in entries:
+        last = max(last, entry.arguments.get("timestamp", 0))
+        if entry.operation == "start":
+            unfinished[entry.arguments["key"]] = None
+        elif entry.operation == "end":
+            unfinished.pop(entry.arguments["key"], None)
+    return dict.fromkeys(unfinished, last)
+
+
+class _Runs:
+    """The operations of records, on an MLflow server. Each may be repeated right away, as after a kill.
+
+    A run is found by its key before it is made. Metrics are rows by run, name, step, time and value, and the time is
+    the record's. Tags, the end of a run and artifacts overwrite themselves.
+    """
+
+    def __init__(self, client: Any, artifacts: Path | None) -> None:
+        self._client = client
+        self._artifacts = artifacts
+        self._run_ids: dict[str, str] = {}
+        self._steps: dict[str, set[int]] = {}
+
+    def perform(self, entry: Entry) -> None:
+        """Do what a record says."""
+        files = {} if entry.files is None else {"files": entry.files}
+        getattr(self, f"_{entry.operation}")(**entry.arguments, **files)
+
+    def check(self) -> None:
+        """Make a small request.
+
+        Raises:
+            Exception: Whatever MLflow's client raises if the server does not answer it.
+        """
+        self._client.search_experiments(max_results=1)
+
+    def answers(self) -> bool:
+        """Return whether the server takes a request."""
+        for _ in range(2):  # the first may meet the connection that the failure left behind
+            with contextlib.suppress(Exception):
+                self.check()
+                return True
+        return False
+
+    def _start(
+        self,
+        *,
+        key: str,
+        experiment: str,
+        name: str,
+        tags: dict[str, str],
+        params: Mapping[str, str],
+        parent_key: str | None,
+        timestamp: int,
+    ) -> None:
         from mlflow.entities import Param, RunTag
 
-        experiment = self._experiment_id(info.experiment)
-        found = self._find([experiment], info.key)
-        tags = {**info.tags, "mlflow.user": os.environ.get("USER", "segadapt")}
-        if info.parent_key is not None:
-            tags["mlflow.parentRunId"] = self._run_id(info.parent_key)
+        experiment_id = self._experiment_id(experiment)
+        found = self._find([experiment_id], key)
+        parent = {} if parent_key is None else {"mlflow.parentRunId": self._run_id(parent_key)}
         known: Mapping[str, str] = {}
         if found is not None:
             run_id, known = found.info.run_id, found.data.params
             self._client.update_run(run_id, status="RUNNING")
-            history = self._client.get_metric_history(run_id, "time/evaluation")
-            self._last_step[info.key] = max((entry.step for entry in history), default=-1)
         else:
-            run_id = self._client.create_run(experiment, timestamp, {KEY_TAG: info.key}, info.name).info.run_id
-        self._run_ids[info.key] = run_id
-        params = [Param(name, str(value)) for name, value in info.params.items() if name not in known]
-        self._client.log_batch(run_id, params=params, tags=[RunTag(name, value) for name, value in tags.items()])
+            run_id = self._client.create_run(experiment_id, timestamp, {KEY_TAG: key}, name).info.run_id
+        self._run_ids[key] = run_id
+        self._client.log_batch(
+            run_id,
+            params=[Param(name, value) for name, value in params.items() if name not in known],
+            tags=[RunTag(name, value) for name, value in {**tags, **parent}.items()],
+        )
+
+    def _experiment_id(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            location = (self._artifacts / name).as_uri() if self._artifacts else None
+            try:
+                return str(self._client.create_experiment(name, artifact_location=location))
+            except MlflowException:
+                found = self._client.get_experiment_by_name(name)  # another process may have been first
+                if found is None:
+                    raise
+        return str(found.experiment_id)
 
     def _find(self, experiments: list[str], key: str) -> Any:
         found = self._client.search_runs(experiments, f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
@@ -231,44 +437,71 @@ class Tracker:
             self._run_ids[key] = found.info.run_id
         return self._run_ids[key]
 
-    def _log_metrics(self, key: str, numbers: Mapping[str, float], step: int, timestamp: int) -> None:
-        if step > self._last_step.get(key, -1):
-            self._log_batch(key, numbers, step, timestamp)
-            self._last_step[key] = step
+    def _log_metrics(self, *, key: str, numbers: Mapping[str, float], step: int, timestamp: int) -> None:
+        if key not in self._steps:
+            history = self._client.get_metric_history(self._run_id(key), "time/evaluation")
+            self._steps[key] = {entry.step for entry in history}
+        if step not in self._steps[key]:
+            self._log_summary(key=key, numbers=numbers, step=step, timestamp=timestamp)
+            self._steps[key].add(step)
 
-    def _log_batch(self, key: str, numbers: Mapping[str, float], step: int, timestamp: int) -> None:
+    def _log_summary(self, *, key: str, numbers: Mapping[str, float], step: int, timestamp: int) -> None:
         from mlflow.entities import Metric
 
         metrics = [Metric(name, value, timestamp, step) for name, value in numbers.items()]
         self._client.log_batch(self._run_id(key), metrics=metrics)
 
-    def _set_tags(self, key: str, tags: Mapping[str, str]) -> None:
+    def _set_tags(self, *, key: str, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():
             self._client.set_tag(self._run_id(key), name, value)
 
-    def _end_lost(self, experiment: str, prefix: str, known: Collection[str]) -> None:
-        found = self._client.get_experiment_by_name(experiment)
-        if found is None:
-            return
-        for run in self._client.search_runs([found.experiment_id], "attributes.status = 'RUNNING'", max_results=10_000):
-            key = run.data.tags.get(KEY_TAG, "")
-            if key.startswith(prefix) and key not in known:
-                self._client.set_tag(run.info.run_id, STATE_TAG, "lost")
-                self._client.set_terminated(run.info.run_id, "KILLED")
+    def _log_json(self, *, key: str, content: Any, name: str) -> None:
+        self._client.log_dict(self._run_id(key), content, name)
 
-    def _log_evaluation(self, key: str, checkpoint: Path) -> None:
+    def _log_file(self, *, key: str, path: str, folder: str | None, files: Path) -> None:
+        kept = files / Path(path).name
+        if kept.is_dir():
+            self._client.log_artifacts(self._run_id(key), str(kept), folder)
+        elif kept.exists():
+            self._client.log_artifact(self._run_id(key), str(kept), folder)
+        else:
+            raise FileNotFoundError(f"A file to track must exist, but {path} did not.")
+
+    def _log_evaluation(self, *, key: str, files: Path) -> None:
         from segadapt.platform.plots import confusion_figure
 
         run_id = self._run_id(key)
-        summary = json.loads((checkpoint / "evaluation.json").read_text())
+        summary = json.loads((files / "evaluation.json").read_text())
         for domain in ("target_val", "source_val"):
             figure = confusion_figure(summary[domain]["confusion"], summary["classes"], domain)
             self._client.log_figure(run_id, figure, f"confusion/{domain}.png")
-        iou = {name: summary["metrics"].get(f"target_val/iou/{name}") for name in summary["classes"]}
-        table = {"columns": ["class", "target_val_iou"], "data": list(iou.items())}
-        self._client.log_dict(run_id, table, _TABLE)  # `log_table` would add to the table of an earlier session
+        # `log_table` would add to the table of an earlier session
+        self._client.log_dict(run_id, iou_table(files), _TABLE)
         self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": _TABLE, "type": "table"}]))
-        self._client.log_artifact(run_id, str(checkpoint / "gallery.png"))
+        self._client.log_artifact(run_id, str(files / "gallery.png"))
+
+    def _end(self, *, key: str, status: Status, timestamp: int) -> None:
+        self._client.set_terminated(self._run_id(key), status, timestamp)
+
+    def _end_lost(self, *, experiment: str, prefix: str, known: Collection[str]) -> None:
+        found = self._client.get_experiment_by_name(experiment)
+        if found is None:
+            return
+        for unfinished in ("attributes.status = 'RUNNING'", f"tags.`{STATE_TAG}` = 'interrupted'"):
+            for run in self._client.search_runs([found.experiment_id], unfinished, max_results=10_000):
+                key = run.data.tags.get(KEY_TAG, "")
+                if key.startswith(prefix) and key not in known:
+                    self._client.set_tag(run.info.run_id, STATE_TAG, "lost")
+                    if run.info.status == "RUNNING":
+                        self._client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Give a file that is never written again a second name, or copy it where the disk cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
 
 
 def _now() -> int:
@@ -289,9 +522,20 @@ def _is_transient(error: Exception) -> bool:
     from sqlalchemy.exc import OperationalError
 
     if isinstance(error, MlflowException):  # a connection that fails or breaks counts as status 500
-        return bool(error.get_http_status_code() >= 500)  # type: ignore[no-untyped-call]
+        return _may_pass(error.get_http_status_code())  # type: ignore[no-untyped-call]
     if isinstance(error, HTTPError):  # an upload through the server
-        return error.response is None or error.response.status_code >= 500
+        return error.response is None or _may_pass(error.response.status_code)
     if isinstance(error, FileNotFoundError):  # what was to be uploaded is gone
         return False
     return isinstance(error, OSError | OperationalError)
+
+
+def _may_pass(status: int) -> bool:
+    return status >= 500 or status in (401, 403, 408, 429)  # no login, no permission, too slow, too much: as of now
+
+
+def _may_be_refusal(error: Exception) -> bool:
+    """Return whether an error can be the record's own fault; a database that is busy or full is not."""
+    from mlflow.exceptions import MlflowException
+
+    return not (isinstance(error, MlflowException) and error.error_code == "TEMPORARILY_UNAVAILABLE")

@@ -15,6 +15,7 @@ from segadapt.platform.objective import Objective
 from segadapt.platform.storage import Storage
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
+from segadapt.trainables.core.memory import InfeasibleError, noted_micro_batch
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.core.trainer import Report, Trainer, TrainerSettings
@@ -26,6 +27,9 @@ METHOD = "method"
 
 CONFIG = "config.json"
 """File in a checkpoint folder with the configuration of its trial."""
+
+INFEASIBLE = "infeasible:"
+"""How the reason of a failure begins when the trial does not fit the device's memory, whatever the micro-batch."""
 
 WORKER_RETRIES = 2
 """How often Ray starts a trial or its workers again after a process or node died."""
@@ -63,6 +67,8 @@ class TrialSpec:
     """Checkpoint folder to begin from; None begins from the shared stages."""
     shared_stages: bool = False
     """Compute the method's shared stages instead of its own."""
+    code: stages.CodeVersions | None = None
+    """Of the shared stages, as the driver found it: an edit while trials run must not hide their stages from them."""
 
     def method(self, values: Values) -> str:
         """Return the method of the trial with these searched values."""
@@ -87,6 +93,10 @@ class TrialSpec:
     def folder(self) -> Path:
         """The experiment's folder."""
         return self.storage.experiment(self.experiment)
+
+    def artifacts(self, trial_id: str) -> Path:
+        """Folder for what a trial's stages write."""
+        return self.folder / "artifacts" / trial_id
 
 
 def build_method(config: TrialConfig, num_classes: int) -> Method:
@@ -116,11 +126,12 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
     data, evaluation = load_data(config.data)
     report = _describing(report, config, data.fingerprint)
     method = build_method(config, len(data.classes))
-    keys = stages.stage_keys(spec.shared_config(config.method_name, config.seed), data.fingerprint)
+    shared_config = spec.shared_config(config.method_name, config.seed)
+    keys = stages.stage_keys(shared_config, data.fingerprint, spec.code)
     done = stages.longest_prefix(spec.storage, keys)
     if spec.shared_stages:
         plan = tuple(key.stage for key in keys[len(done) :])
-        report = stages.publishing(spec.storage, {key.stage.name: key for key in keys}, report)
+        report = stages.publishing(spec.storage, keys, shared_config, spec.experiment, report)
     else:
         plan = stages.split_plan(config)[1]
     trainer = Trainer(
@@ -132,7 +143,7 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
             trainer=config.trainer, optimizer=config.optimizer, augmentation=config.augmentation, seed=config.seed
         ),
         report=report,
-        folder=spec.folder / "artifacts" / trial_id,
+        folder=spec.artifacts(trial_id),
     )
     if resume is not None and spec.shared_stages and read_metrics(resume)["stage"] not in {s.name for s in plan}:
         resume = None  # it belongs to a stage that was finished and published since
@@ -145,6 +156,8 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
             )
         if start is not None:
             trainer.start_from(start)
+        if start is not None and start in done:
+            stages.mark_used(start)
     trainer.run(resume)
 
 
@@ -181,7 +194,9 @@ def _reason(error: Exception) -> str:
         error = next(iter(failures.values()))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     summary = lines[-1] if lines else ""
-    return summary if failures else f"{type(error).__name__}: {summary}"
+    summary = summary if failures else f"{type(error).__name__}: {summary}"
+    _, name, text = summary.partition(f"{InfeasibleError.__name__}: ")
+    return f"{INFEASIBLE} {text}" if name else summary
 
 
 def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
@@ -208,8 +223,9 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     trial_id = tune.get_context().get_trial_id()
     resources = spec.resources
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-    with _reporting_failure(tune.report):
-        result = TorchTrainer(
+
+    def fit() -> Any:
+        return TorchTrainer(
             train_worker,
             train_loop_config={"spec": spec, "trial_id": trial_id, "values": values},
             scaling_config=ray.train.ScalingConfig(
@@ -225,8 +241,25 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
                 failure_config=ray.train.FailureConfig(max_failures=WORKER_RETRIES),
             ),
         ).fit()
+
+    with _reporting_failure(tune.report):
+        result = _while_micro_batches_shrink(fit, spec.artifacts(trial_id))
         if result.metrics:  # what Tune missed, if the trial had ended when the driver was killed
             tune.report(result.metrics)
+
+
+def _while_micro_batches_shrink(fit: Callable[[], Any], folder: Path) -> Any:
+    """Call `fit` again as long as its workers left a smaller micro-batch in the folder before they failed.
+
+    Ray Train's own retries are for machines that fail, and too few for a batch that must be halved often.
+    """
+    while True:
+        before = noted_micro_batch(folder)
+        try:
+            return fit()
+        except Exception as error:
+            if noted_micro_batch(folder) == before or _reason(error).startswith(INFEASIBLE):
+                raise
 
 
 def train_worker(loop: dict[str, Any]) -> None:

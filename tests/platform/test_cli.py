@@ -1,12 +1,14 @@
 """The command line as a user meets it: what is wrong is said once, before anything starts."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+from conftest import TINY_WORDS
 
 from segadapt.platform.cli import main
 
@@ -84,8 +86,11 @@ def test_debug_shows_the_traceback(segadapt: Call) -> None:
 
 
 def test_dry_run_prints_configuration_and_space_and_touches_nothing(segadapt: Call, tmp_path: Path) -> None:
-    done = segadapt("search", "sdca", "--dry-run", "trainer.steps=33", "method.temperature=5.0")
+    tiny = [word for word in TINY_WORDS if not word.startswith("trainer.steps")]
+    done = segadapt("search", "sdca", "--dry-run", "trainer.steps=33", "method.temperature=5.0", *tiny)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"\n sdca +[\d.e-]+ +[\d.e-]+ +\S+ MiB", done.stdout), "seconds per step and evaluation, memory"
+    assert "at a time: at most" in done.stdout
     assert "steps: 33" in done.stdout
     assert "method.feature_gain" in done.stdout
     assert "0.003 to 3 (log)" in done.stdout
@@ -94,7 +99,9 @@ def test_dry_run_prints_configuration_and_space_and_touches_nothing(segadapt: Ca
 
 
 def test_a_fixed_setting_leaves_the_space(segadapt: Call) -> None:
-    searched = segadapt("search", "sdca", "--dry-run", "method.temperature=5.0").stdout.split("searched:")[1]
+    done = segadapt("search", "sdca", "--dry-run", "--no-probe", "method.temperature=5.0")
+    searched = done.stdout.split("searched:")[1]
+    assert "measur" not in searched
     assert "method.temperature" not in searched
 
 

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as official  # noqa: N813
-from conftest import TINY, TINY_WORDS
+from conftest import TINY
 from mlflow import MlflowClient
 from PIL import Image
 from torch import nn
@@ -32,16 +30,6 @@ from segadapt.trainables.core.networks import NetworkConfig, Segmenter, Segmente
 
 CPU = torch.device("cpu")
 NAMES = CITYSCAPES.names
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny run named `tiny`."""
-    folder = tmp_path_factory.mktemp("trained")
-    command = [str(Path(sys.executable).with_name("segadapt")), "train", "source_only", "--name", "tiny", *TINY_WORDS]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 def tracked(folder: Path) -> Any:

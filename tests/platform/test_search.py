@@ -135,6 +135,91 @@ def test_finish_self_trains_the_best_trial_and_links_to_it(searched: Searched) -
     assert "sdca-001" in unknown.stderr
 
 
+def test_an_extended_search_knows_its_trials_and_ranks_the_best_over_seeds(searched: Searched) -> None:
+    import optuna
+
+    folder, _ = searched
+    before = tracked(folder, "sdca-streets")
+    words = ["--extend", "sdca-streets", "--trials", "2", "--rerank", "2", "--seeds", "2"]
+    done = command(folder, "search", *words)
+    assert done.returncode == 0, done.stderr
+    runs = tracked(folder, "sdca-streets")
+    assert {name for name in runs if re.fullmatch(r"sdca-\d+", name)} == {
+        f"sdca-{number:03d}" for number in range(1, 6)
+    }
+    for name in ("sdca-001", "sdca-002", "sdca-003"):
+        assert runs[name].info.end_time == before[name].info.end_time, "earlier trials are left alone"
+    assert runs["sdca-streets"].data.tags["segadapt.trials"] == "5"
+    study = optuna.load_study(study_name="sdca-streets", storage=f"sqlite:///{folder}/runs/optuna.db")
+    assert len(study.trials) == 5
+    board = api.runs("sdca-streets", storage=str(folder / "runs"))
+    trials = [row.name for row in board.rows if row.kind == "trial"]
+    assert {found.name for found in board.reranked} == set(trials[:2])
+    for found in board.reranked:
+        seeds = [runs[f"{found.name}.seed-{seed}"] for seed in (1, 2)]
+        values = [run.data.metrics["best/target_val/miou"] for run in seeds]
+        assert list(found.values) == values
+        assert len(set(values)) == 2, "another seed is another run"
+        assert {run.data.tags["segadapt.seed"] for run in seeds} == {"1", "2"}
+        assert seeds[0].data.params["method.temperature"] == runs[found.name].data.params["method.temperature"]
+        starts = {run.data.tags["segadapt.kind"] for name, run in runs.items() if name == "source_only"}
+        assert starts == {"stage"}
+    assert board.verdict == runs["sdca-streets"].data.tags["segadapt.verdict"]
+    assert board.verdict in done.stdout
+    assert "95 % interval" in done.stdout
+    winner = runs[board.reranked[0].name]
+    assert runs["sdca-streets"].data.tags["segadapt.best_trial"] == winner.data.tags["segadapt.trial_id"]
+
+
+def test_a_fork_counts_the_trials_that_fit_its_ranges(searched: Searched) -> None:
+    import optuna
+
+    folder, _ = searched
+    words = ["--fork", "sdca-streets", "--trials", "2", "method.temperature=log_interval(1, 100)"]
+    done = command(folder, "search", *words, "--name", "forked")
+    assert done.returncode == 0, done.stderr
+    runs = tracked(folder, "forked")
+    assert runs["forked"].data.tags["segadapt.forked_from"] == "sdca-streets"
+    assert all(float(run.data.params["method.temperature"]) >= 1 for name, run in runs.items() if "sdca" in name)
+    storage = f"sqlite:///{folder}/runs/optuna.db"
+    earlier = optuna.load_study(study_name="sdca-streets", storage=storage).trials
+    study = optuna.load_study(study_name="forked", storage=storage).trials
+    fit = [trial.number for trial in earlier if trial.params["method.temperature"] >= 1]
+    assert 1 <= len(fit) < len(earlier), "the seed must put some trials on both sides"
+    prior = [trial for trial in study if trial.user_attrs.get("prior") == "sdca-streets"]
+    assert [trial.values for trial in prior] == [earlier[number].values for number in fit]
+    assert len(study) == len(fit) + 2
+    assert f"from sdca-streets: {len(fit)} trials count as prior points" in done.stdout
+    assert f"{len(earlier) - len(fit)} (method.temperature outside the range)" in done.stdout
+
+
+@pytest.mark.slow
+def test_several_goals_end_in_a_front_or_in_ranks(tmp_path: Path) -> None:
+    words = ["search", "sdca", "--trials", "3", *TINY_WORDS]
+    front = command(tmp_path, *words, "--objective", "target_val/miou,time/step", "--name", "front")
+    assert front.returncode == 0, front.stderr
+    assert "* on the Pareto front" in front.stdout
+    board = api.runs("front", storage=str(tmp_path / "runs"))
+    assert {row.state for row in board.rows} == {"finished"}, "trials on a front are compared at their end"
+    best = max(board.rows, key=lambda row: row.goals["target_val/miou"])
+    assert best.on_front
+    assert board.rows[0].name == best.name
+    plots = {path.name for path in (tmp_path / "runs" / "mlartifacts" / "front").glob("*/artifacts/plots/*")}
+    assert {"pareto_front.html", "pareto_front.png", "optimization_history.html"} <= plots
+    goals = ("score/entropy", "score/flip_agreement")
+    ranks = command(tmp_path, *words, "--objective", "+".join(goals), "--name", "ranks")
+    assert ranks.returncode == 0, ranks.stderr
+    assert "mean rank" in ranks.stdout
+    board = api.runs("ranks", storage=str(tmp_path / "runs"))
+    assert [row.score for row in board.rows] == sorted((row.score for row in board.rows), reverse=True)
+    assert {goal for row in board.rows for goal in row.goals} == set(goals)
+    parent = tracked(tmp_path, "ranks")["ranks"]
+    assert (
+        tracked(tmp_path, "ranks")[board.rows[0].name].data.tags["segadapt.trial_id"]
+        == (parent.data.tags["segadapt.best_trial"])
+    )
+
+
 def test_the_ui_serves_the_runs_on_loopback_only(searched: Searched) -> None:
     import socket
     import urllib.request
@@ -205,12 +290,14 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 240) -
 
 
 @pytest.mark.slow
-def test_a_search_whose_driver_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheduler", ["asha", "asha-promote"])
+def test_a_search_whose_driver_was_killed_goes_on_where_it_was(scheduler: str, tmp_path: Path) -> None:
     words = [*TINY_WORDS, "trainer.steps=60", "trainer.eval_every=4"]
     words = [word for word in words if word not in ("trainer.steps=8", "trainer.eval_every=2")]
+    options = ["--trials", "4", "--concurrent", "1", "--scheduler", scheduler]
     output = (tmp_path / "first.txt").open("w")
     driver = subprocess.Popen(
-        [COMMAND, "search", "sdca", "--trials", "4", "--concurrent", "1", *words],
+        [COMMAND, "search", "sdca", *options, *words],
         cwd=tmp_path,
         stdout=output,
         stderr=subprocess.STDOUT,
@@ -218,7 +305,7 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_was(tmp_path: Path) -
     )
     said = lambda: (tmp_path / "first.txt").read_text()  # noqa: E731
     try:
-        wait_for(lambda: re.search(r"sdca-00\d (finished|stopped)", said()) is not None, "a first trial to end")
+        wait_for(lambda: re.search(r"sdca-00\d (finished|stopped|paused)", said()) is not None, "a first trial to end")
         wait_for(lambda: re.search(r"sdca-00[2-4] step (12|16|20)/", said()) is not None, "a later trial to go on")
         time.sleep(2.5)  # the state is saved once a second
     finally:
@@ -226,18 +313,22 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_was(tmp_path: Path) -
         driver.wait()
         output.close()
     ended = set(re.findall(r"(sdca-\d+) (?:finished|stopped early)", said()))
-    running = {name: int(step) for name, step in re.findall(r"(sdca-\d+) step (\d+)/", said()) if name not in ended}
+    last = dict(re.findall(r"(sdca-\d+) (step \d+|paused|finished|stopped)", said()))
+    running = [name for name, event in last.items() if event.startswith("step")]
+    board = api.runs("sdca-streets", storage=str(tmp_path / "runs"))  # sends what was waiting, closes what was open
+    assert {row.state for row in board.rows if row.name in running} == {"interrupted"}
+    assert "RUNNING" not in {run.info.status for run in tracked(tmp_path, "sdca-streets").values()}
     before = {name: steps_of(tmp_path, run) for name, run in tracked(tmp_path, "sdca-streets").items()}
     resumed = command(tmp_path, "search", "--resume", "sdca-streets")
     assert resumed.returncode == 0, resumed.stderr
-    assert "left out" not in resumed.stderr, "every record found its run"
+    assert "refused" not in resumed.stderr, "every record found its run"
     for name in ended:
         assert f"{name} step" not in resumed.stdout, "finished trials are not run again"
         assert steps_of(tmp_path, tracked(tmp_path, "sdca-streets")[name]) == before[name]
-    for name, step in running.items():
+    for name in running:
         first = re.search(rf"{name} step (\d+)/", resumed.stdout)
         assert first is not None
-        assert int(first.group(1)) > 4, f"{name} was at {step} and must go on from its checkpoint"
+        assert int(first.group(1)) > 4, f"{name} was at {last[name]} and must go on from its checkpoint"
     runs = tracked(tmp_path, "sdca-streets")
     trials = [run for name, run in runs.items() if re.fullmatch(r"sdca-\d+", name)]
     assert len(trials) == 4
@@ -249,7 +340,7 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_was(tmp_path: Path) -
     assert "RUNNING" not in states
     assert sum(state in ("COMPLETE", "PRUNED") for state in states) == 4
     (tmp_path / "whole").mkdir()
-    whole = command(tmp_path / "whole", "search", "sdca", "--trials", "4", "--concurrent", "1", *words)
+    whole = command(tmp_path / "whole", "search", "sdca", *options, *words)
     assert whole.returncode == 0, whole.stderr
     undisturbed = tracked(tmp_path / "whole", "sdca-streets")
     for run in trials:

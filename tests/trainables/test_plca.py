@@ -32,8 +32,8 @@ from segadapt.trainables.core.losses.cycle_association import (
 from segadapt.trainables.core.losses.segmentation import lovasz_softmax, segmentation_cross_entropy
 from segadapt.trainables.core.losses.spatial_aggregation import aggregate_features, aggregate_probabilities
 from segadapt.trainables.core.method import SOURCE_ONLY, WarmupConfig
-from segadapt.trainables.core.networks import Segmenter
-from segadapt.trainables.plca import ADAPT, PLCA
+from segadapt.trainables.core.networks import Segmenter, build_segmenter
+from segadapt.trainables.plca import ADAPT, PLCA, AggregatingSegmenter
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("plca_basic", "plca_rect", "plca_sharp")
@@ -543,3 +543,15 @@ def test_method_continues_exactly_from_its_state() -> None:
 def test_settings_out_of_range_are_named(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PLCA.Config(**values)
+
+
+@pytest.mark.parametrize("name", ["compact", "lraspp_mobilenet_v3_large"])
+def test_an_aggregating_network_predicts_as_its_parts_do(name: str) -> None:
+    torch.manual_seed(0)
+    segmenter = build_segmenter(name, 5).eval()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        plain = AggregatingSegmenter(segmenter, 0.0, 1.0, 1e-6).eval()(images)
+        torch.testing.assert_close(plain.logits, segmenter(images).logits)
+        mixed = AggregatingSegmenter(segmenter, 1e-6, 1.0, 1e-6).eval()(images)
+        torch.testing.assert_close(mixed.logits.softmax(1), plain.logits.softmax(1), atol=1e-4, rtol=1e-4)

@@ -118,8 +118,16 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> SegmenterOutput:
         """Return logits and features of normalised images, (B, 3, H, W) float."""
-        features = self.backbone(images)
-        return SegmenterOutput(self.head(features), features)
+        features = self.features(images)
+        return SegmenterOutput(self.classify(features), features)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features of normalised images, (B, D, h, w)."""
+        return cast(Tensor, self.backbone(images))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the logits, (B, C, h, w), of features."""
+        return cast(Tensor, self.head(features))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Return RGB images, (..., 3, H, W) uint8, as this network's float input; see `normalisation`."""
@@ -256,14 +264,19 @@ class LrasppSegmenter(Segmenter):
     Source: Howard et al., Searching for MobileNetV3, ICCV 2019; torchvision's LRASPP, of which `head` is a part.
     """
 
-    def forward(self, images: Tensor) -> SegmenterOutput:
-        """Return logits and features of normalised images, (B, 3, H, W) float."""
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features of normalised images, (B, D, h, w)."""
         low, high = self.backbone(images)
         head = cast(Any, self.head)
         gated = head.cbr(high) * head.scale(high)
         context = F.interpolate(gated, size=low.shape[-2:], mode="bilinear", align_corners=False)
-        logits = head.low_classifier(low) + head.high_classifier(context)
-        return SegmenterOutput(logits, torch.cat([low, context], 1))
+        return torch.cat([low, context], 1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the logits, (B, C, h, w), of features."""
+        head = cast(Any, self.head)
+        detail = head.low_classifier.in_channels
+        return cast(Tensor, head.low_classifier(features[:, :detail]) + head.high_classifier(features[:, detail:]))
 
 
 def _group_norm(channels: int) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from segadapt.trainables.core import distributed
@@ -30,6 +31,14 @@ from segadapt.trainables.core.data.loading import (
 from segadapt.trainables.core.data.sampling import derived_seed
 from segadapt.trainables.core.data.transforms import AugmentationConfig
 from segadapt.trainables.core.evaluation import Evaluation, evaluate, save_gallery
+from segadapt.trainables.core.memory import (
+    InfeasibleError,
+    SmallerMicroBatchError,
+    Snapshot,
+    note_micro_batch,
+    noted_micro_batch,
+    smaller_micro_batch,
+)
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, trained_parameters
 from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder
 from segadapt.trainables.core.selection import ScoredImages, label_free_scores
@@ -81,9 +90,9 @@ class TrainerConfig:
     steps: int = 240
     """Optimiser steps after the warm-up, over all stages of the method."""
     batch_size: int = 8
-    """Images of each domain per micro-batch, over all workers."""
+    """Images of each domain per micro-batch, over all workers; halved by itself where the device's memory is short."""
     accumulate: int = 1
-    """Micro-batches per optimiser step."""
+    """Micro-batches per optimiser step; more by themselves where micro-batches were halved."""
     eval_every: int = 60
     """Steps between evaluations; every evaluation leaves a checkpoint."""
     eval_batch_size: int = 8
@@ -139,17 +148,17 @@ class _Progress:
     """Sums since the last report; kept on the device, so that steps need not wait for it."""
 
     terms: dict[str, Tensor] = field(default_factory=dict)
-    batches: int = 0
+    steps: int = 0
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
-            self.terms[name] = self.terms.get(name, 0.0) + value.detach().double()
-        self.batches += 1
+            self.terms[name] = self.terms.get(name, 0.0) + value
+        self.steps += 1
 
     def losses(self) -> dict[str, float]:
-        """Mean of each term over batches and workers."""
-        scale = self.batches * distributed.world_size()
+        """Mean of each term over steps and workers."""
+        scale = self.steps * distributed.world_size()
         return {name: float(distributed.sum_over_workers(total)) / scale for name, total in sorted(self.terms.items())}
 
 
@@ -195,6 +204,8 @@ class Trainer:
         self.settings = settings
         self.report = report
         self.folder = folder
+        self.micro_batch = noted_micro_batch(folder) or batch_size
+        """Images of each domain per micro-batch over all workers; smaller than asked for once memory was short."""
 
     def start_from(self, checkpoint: Path) -> None:
         """Begin with what an earlier trial or stage ended with.
@@ -210,14 +221,31 @@ class Trainer:
         self.method.segmenter.load_state_dict(network)
 
     def run(self, resume: Path | None = None) -> None:
-        """Train all planned stages, from the start or from a checkpoint this plan wrote."""
+        """Train all planned stages, from the start or from a checkpoint this plan wrote.
+
+        Raises:
+            InfeasibleError: If the device's memory is too small, even for single images.
+            SmallerMicroBatchError: If it is for one of several workers: run all again, from the last checkpoint.
+        """
         state = load_state(resume) if resume is not None else None
         first = [stage.name for stage in self.plan].index(state["stage"]) if state is not None else 0
         done = sum(self.steps[stage.name] for stage in self.plan[:first])
-        for stage in self.plan[first:]:
-            self._run_stage(stage, done, state)
-            state = None
-            done += self.steps[stage.name]
+        used = state.get("micro_batch", self.micro_batch) if state is not None else self.micro_batch
+        if used % distributed.world_size() == 0:  # otherwise there were fewer workers then
+            self.micro_batch = min(self.micro_batch, used)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # a trial's process is reused
+        try:
+            for stage in self.plan[first:]:
+                self._run_stage(stage, done, state)
+                state = None
+                done += self.steps[stage.name]
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            raise InfeasibleError(
+                f"Evaluation, the preparation of stages and the optimiser must fit the device, but: {reason} "
+                "Lower trainer.eval_batch_size or the images' size."
+            ) from error
 
     def _run_stage(self, stage: Stage, done: int, state: dict[str, Any] | None) -> None:
         """Prepare and train one stage; `done` steps precede it in the trial, `state` resumes in the middle of it."""
@@ -239,20 +267,24 @@ class Trainer:
             if steps == 0 or (config.evaluate_start and done == 0):
                 self._evaluate_and_report(stage, done, 0, optimizer, _Progress())
         train_step = self._parallel()
-        batches = self._batches(stage, folder).batches(
-            start * config.accumulate, steps * config.accumulate, threads=self._loader_threads
-        )
+        batches = self._micro_batches(stage, folder, start)
+        workers = distributed.world_size()
+        again = workers == 1 and smaller_micro_batch(self.micro_batch, workers) is not None
+        before = Snapshot(self.method) if again else None
         self._seed(stage, start)
         progress = _Progress()
         for step in range(start, steps):
             self.method.train()
             self._set_learning_rate(stage, optimizer, step, steps)
-            for micro in range(config.accumulate):
-                batch = self._on_device(next(batches))
-                with self._synchronised(train_step, micro == config.accumulate - 1):
-                    terms = self._terms(train_step, batch, step)
-                    torch.autograd.backward(torch.stack(list(terms.values())).sum() / config.accumulate)
-                progress.add(terms)
+            if before is not None:
+                before.take()
+            while (terms := self._gradients(train_step, batches, step)) is None:
+                self._use_smaller_micro_batches(stage, step)
+                assert before is not None
+                before.restore()
+                optimizer.zero_grad(set_to_none=True)
+                batches = self._micro_batches(stage, folder, step)
+            progress.add(terms)
             if self.settings.optimizer.clip_norm is not None:
                 parameters = [p for _, p in trained_parameters(self.method, stage) if p.requires_grad]
                 nn.utils.clip_grad_norm_(parameters, self.settings.optimizer.clip_norm)
@@ -263,6 +295,71 @@ class Trainer:
                 self._evaluate_and_report(stage, done, step + 1, optimizer, progress)
                 self._seed(stage, step + 1)
                 progress = _Progress()
+
+    def _micro_batches(self, stage: Stage, folder: Path, step: int) -> Iterator[DomainBatch]:
+        """Yield the micro-batches of the stage from a step on; a step sees the same images however it is parted."""
+        batches, parts = self._batches(stage, folder), self._parts
+        return batches.batches(step * parts, self.steps[stage.name] * parts, threads=self._loader_threads)
+
+    @property
+    def _parts(self) -> int:
+        """Micro-batches per optimiser step."""
+        config = self.settings.trainer
+        return config.batch_size * config.accumulate // self.micro_batch
+
+    def _gradients(self, train_step: nn.Module, batches: Iterator[DomainBatch], step: int) -> dict[str, Tensor] | None:
+        """Accumulate the gradients of one step; returns the mean of each term, or None if the device has no room.
+
+        When this has returned, nothing of a failed attempt is on the device but the gradients of its first parts.
+        """
+        parts, means = self._parts, dict[str, Tensor]()
+        try:
+            for part in range(parts):
+                batch = self._on_device(next(batches))
+                with self._synchronised(train_step, part == parts - 1):
+                    terms = self._terms(train_step, batch, step)
+                    torch.autograd.backward(torch.stack(list(terms.values())).sum() / parts)
+                for name, value in terms.items():
+                    means[name] = means.get(name, 0.0) + value.detach().double() / parts
+        except torch.OutOfMemoryError:
+            return None
+        return means
+
+    def _use_smaller_micro_batches(self, stage: Stage, step: int) -> None:
+        """Part the steps further, since one did not fit.
+
+        Several workers cannot do so in the middle of a step: the others may wait in a reduction, of gradients or of
+        the method's own statistics, for the one that failed. They begin again from the last checkpoint.
+        """
+        workers = distributed.world_size()
+        size = smaller_micro_batch(self.micro_batch, workers)
+        where = f"step {step} of stage '{stage.name}'"
+        if size is None:
+            raise InfeasibleError(
+                f"One image of each domain must fit the device, but {where} does not. Lower augmentation.crop or "
+                "augmentation.source_size and target_size, or choose a smaller network."
+            )
+        if workers > 1:
+            note_micro_batch(self.folder, size)
+            raise SmallerMicroBatchError(f"{self.micro_batch} images do not fit the device in {where}; {size} may.")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.micro_batch = size
+
+    def _describe_memory(self) -> dict[str, Any]:
+        """Return what is reported about memory: the micro-batch, the peak, and what parting the batch has changed."""
+        found: dict[str, Any] = {"memory/micro_batch": self.micro_batch}
+        if self.device.type == "cuda":
+            found["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        asked = self.settings.trainer.batch_size
+        if self.micro_batch < asked:
+            normalised = any(isinstance(module, _BatchNorm) and module.training for module in self.method.modules())
+            found["memory_note"] = (
+                f"Micro-batches of {self.micro_batch} instead of {asked} images, since the device's memory is short. "
+                + ("Batch normalisation sees micro-batches, so do losses" if normalised else "Losses")
+                + " that sort, contrast or average within a batch; the sum over them weighs micro-batches equally."
+            )
+        return found
 
     def _seed(self, stage: Stage, step: int) -> None:
         """Seed anew at every checkpoint, so that resuming draws what going on would have drawn, on every worker."""
@@ -335,7 +432,7 @@ class Trainer:
             data=self.data,
             augmentation=self.settings.augmentation,
             key=(self.settings.seed, stage.name),
-            batch_size=self.settings.trainer.batch_size,
+            batch_size=self.micro_batch,
             domains=stage.domains,
             colored=stage.colored,
             flipped=stage.flipped,
@@ -388,12 +485,13 @@ class Trainer:
         self, stage: Stage, done: int, step: int, optimizer: torch.optim.Optimizer, progress: _Progress
     ) -> None:
         elapsed = time.perf_counter() - progress.started
+        memory = self._describe_memory()  # of training; evaluation's own peak comes on top from the next time on
         losses = progress.losses()
         for name, value in losses.items():
             if not torch.isfinite(torch.tensor(value)):
                 raise NonFiniteLossError(
-                    f"Loss terms must be finite, but '{name}' became {value} within the last {progress.batches} "
-                    f"batches before step {step} of stage '{stage.name}'. Lower the learning rate or its weight."
+                    f"Loss terms must be finite, but '{name}' became {value} within the last {progress.steps} "
+                    f"steps before step {step} of stage '{stage.name}'. Lower the learning rate or its weight."
                 )
         self._agree_on_buffers()
         started = time.perf_counter()
@@ -419,10 +517,11 @@ class Trainer:
             **{f"loss/{name}": value for name, value in losses.items()},
             "time/evaluation": evaluated - started,
             "time/scores": time.perf_counter() - evaluated,
+            **memory,
         }
-        if progress.batches:
+        if progress.steps:
             metrics["loss/total"] = sum(losses.values())
-            metrics["time/step"] = elapsed * self.settings.trainer.accumulate / progress.batches
+            metrics["time/step"] = elapsed / progress.steps
             metrics["lr"] = optimizer.param_groups[0]["lr"]
 
         def write(folder: Path) -> None:
@@ -451,6 +550,7 @@ class Trainer:
             "stage": stage.name,
             "step": step,
             "deployed": deployed,
+            "micro_batch": self.micro_batch,
             "state": self.method.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
@@ -460,6 +560,7 @@ class Trainer:
         summary = {
             "metrics": metrics,
             "classes": evaluation.classes.names,
+            "colors": evaluation.classes.colors,
             "target_val": {"confusion": evaluation.target_val.confusion.tolist()},
             "source_val": {"confusion": evaluation.source_val.confusion.tolist()},
         }

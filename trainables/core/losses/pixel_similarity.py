@@ -61,8 +61,8 @@ class Comparison:
 
 
 def inverse_norms(rows: Tensor) -> Tensor:
-    """Return the inverse Euclidean norms, (L, 1); 0 for a zero row."""
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    """Return the inverse Euclidean norms, (..., L, 1), of rows (..., L, D); 0 for a zero row."""
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return torch.where(norms < SMALLEST_NORM, 0.0, 1.0 / norms)
 
 
@@ -73,13 +73,13 @@ def gradient_through_norm_(by_unit: Tensor, unit: Tensor, inverse: Tensor) -> Te
 
 
 def standardise_(scores: Tensor, factor: float) -> Tensor:
-    """Divide each row (n, M), less its mean, in place by `factor` times its deviation; return the divisors' inverse.
+    """Divide each row (..., n, M), less its mean, in place by `factor` times its deviation; return 1 / divisors.
 
     A row whose deviation is below the rounding of its entries becomes zero, and so does its inverse.
     """
-    mean = scores.mean(dim=1, keepdim=True)
+    mean = scores.mean(dim=-1, keepdim=True)
     scores.sub_(mean)
-    deviation = torch.linalg.vector_norm(scores, dim=1, keepdim=True) / max(scores.shape[1] - 1, 1) ** 0.5
+    deviation = torch.linalg.vector_norm(scores, dim=-1, keepdim=True) / max(scores.shape[-1] - 1, 1) ** 0.5
     spread = deviation > torch.finfo(scores.dtype).eps * mean.abs()
     inverse = torch.where(spread, 1.0 / (factor * deviation + SPREAD_FLOOR), 0.0)
     scores.mul_(inverse)

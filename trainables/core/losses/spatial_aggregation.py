@@ -87,10 +87,23 @@ def check_weight(weight: float) -> None:
 
 def _aggregated(values: Tensor, weight: float, comparison: Comparison) -> Tensor:
     check_weight(weight)
+    if torch.compiler.is_exporting():
+        return _aggregate_in_one(values, weight, comparison)
     if torch.is_grad_enabled() and values.requires_grad:
         result: Tensor = _AggregationOfImages.apply(values, weight, comparison)
         return result
     return _aggregate_images(values, [Aggregation(image_rows(image), weight, comparison) for image in values])
+
+
+def _aggregate_in_one(values: Tensor, weight: float, comparison: Comparison) -> Tensor:
+    """The same for exported graphs, which cannot walk chunks whose number depends on the size: holds (N, L, L)."""
+    rows = values.flatten(2).mT.to(precise(values.dtype))
+    query, key = comparison.query_and_key(rows)
+    scores = query @ key.mT
+    if comparison.floor is None:
+        standardise_(scores, comparison.factor)
+    mixed = weight * (scores.softmax(dim=-1) @ rows) + (1.0 - weight) * rows
+    return mixed.mT.reshape(values.shape)
 
 
 def _aggregate_images(values: Tensor, images: "list[Aggregation]", *, keep: bool = False) -> Tensor:

@@ -1,0 +1,141 @@
+"""What the stage cache saves: processor seconds of a search's trainings with and without it.
+
+    python benchmarks/stage_cache.py [KEY=VALUE ...] [--trials 20] [--methods sdca bicl drsl clst plca] [--json PATH]
+
+A real search (Ray, Optuna, ASHA) of small trials is run first; it gives the configurations, and the steps after which
+each trial ended or was stopped. Its trainings are then replayed twice in this process, one after another, by the
+function that every trial calls: once with the store of shared stages kept from trial to trial, once with the store
+emptied before each trial, which then computes its own warm-up (and for SDCA its own statistics). Counted is
+`time.process_time` of this process from building the networks to the last checkpoint of each training: no Ray, no
+tracking, and data that is made once beforehand. Both replays train the same configurations for the same steps.
+"""
+
+import argparse
+import ast
+import contextlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from segadapt.platform import api, stages, tracking
+from segadapt.platform.config import parse_assignments
+from segadapt.platform.environment import environment
+from segadapt.platform.experiments import Options, Record
+from segadapt.platform.storage import Storage
+from segadapt.platform.trial import TrialSpec, train
+from segadapt.trainables.core.data.datasets import load_data
+
+SMALL = {
+    "data.streets.height": 32,
+    "data.streets.width": 64,
+    "warmup.steps": 50,
+    "trainer.steps": 40,
+    "trainer.eval_every": 20,
+}
+"""Steps in the default proportion of warm-up to adaptation (300 to 240), on small images."""
+
+
+class _EnoughError(Exception):
+    """A replayed trial has taken the steps that it took in the search."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial of the search."""
+
+    name: str
+    values: Mapping[str, Any]
+    steps: int
+
+
+def searched(record: Record, folder: Path) -> list[Trial]:
+    """Run the search; returns its trials in the order of their names' numbers."""
+    api.search(record, Options(storage=str(folder)))
+    client = tracking.client(tracking.tracking_uri(Storage(folder), None))
+    trials = []
+    for row in api.runs(record.name, storage=str(folder)).rows:
+        if row.kind == "trial":
+            history = client.get_metric_history(row.run_id, record.objective)
+            values = {key: typed(text) for key, text in row.params.items()}
+            trials.append(Trial(row.name, values, max(entry.step for entry in history)))
+    return sorted(trials, key=lambda trial: trial.name[-3:])
+
+
+def typed(text: str) -> Any:
+    """Return a setting from the text that MLflow keeps of it."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def replay(spec: TrialSpec, trials: Sequence[Trial], *, cached: bool) -> dict[str, float]:
+    """Train the trials' shared stages and then the trials; returns processor seconds of both."""
+    seconds = {"shared_stages": 0.0, "trials": 0.0}
+    computed = 0
+    for trial in trials:
+        if not cached:
+            shutil.rmtree(spec.storage.stages, ignore_errors=True)
+        method = spec.method(trial.values)
+        config = spec.shared_config(method)
+        keys = stages.stage_keys(config, load_data(config.data)[0].fingerprint)
+        missing = len(keys) - len(stages.longest_prefix(spec.storage, keys))
+        if missing:
+            stages_spec = TrialSpec(spec.storage, "replay", {method: spec.fixed[method]}, shared_stages=True)
+            seconds["shared_stages"] += training(stages_spec, trial.name, {}, None)
+            computed += missing
+        seconds["trials"] += training(spec, trial.name, trial.values, trial.steps)
+    return {**seconds, "total": sum(seconds.values()), "stages_computed": computed}
+
+
+def training(spec: TrialSpec, name: str, values: Mapping[str, Any], steps: int | None) -> float:
+    """Train once, at most so many steps; returns processor seconds."""
+
+    def report(metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            assert write is not None
+            write(Path(folder))
+        if steps is not None and metrics["step"] >= steps:
+            raise _EnoughError
+
+    started = time.process_time()
+    with contextlib.suppress(_EnoughError):
+        train(spec, name, values, report, None)
+    return time.process_time() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--methods", nargs="+", default=["sdca", "bicl", "drsl", "clst", "plca"])
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    settings = {**SMALL, **parse_assignments(options.settings)}
+    with tempfile.TemporaryDirectory() as name:
+        record = api.plan_search(options.methods, settings, trials=options.trials, storage=name)
+        trials = searched(record, Path(name))
+        fixed = {method: found.fixed for method, found in record.candidates.items()}
+        spec = TrialSpec(Storage(Path(name) / "replay"), "replay", fixed)
+        replay(spec, trials[:1], cached=False)  # what is loaded and allocated once
+        shutil.rmtree(spec.storage.root)
+        rows = {"with": replay(spec, trials, cached=True), "without": replay(spec, trials, cached=False)}
+    result = {
+        "settings": settings,
+        "trials": {trial.name: trial.steps for trial in trials},
+        "cpu_seconds": {row: {key: round(value, 2) for key, value in found.items()} for row, found in rows.items()},
+        "ratio": round(rows["without"]["total"] / rows["with"]["total"], 2),
+        "environment": {key: value for key, value in environment().items() if key != "git"},
+    }
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

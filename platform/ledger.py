@@ -1,0 +1,134 @@
+"""What trials have cost so far: the time they ran and the devices they held, kept over restarts."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from segadapt.platform.storage import Storage
+from segadapt.platform.trial import Resources
+
+LEDGER = "cost.json"
+"""File in an experiment's folder: seconds, GPU seconds and CPU seconds of each trial."""
+
+_SAVE_EVERY_S = 5.0
+
+
+class Ledger:
+    """The accounts of one experiment.
+
+    Args:
+        folder: The experiment's; what earlier sessions spent is read from there.
+        resources: That a trial holds while it runs in this session.
+        clock: Seconds from any origin.
+    """
+
+    def __init__(self, folder: Path, resources: Resources, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file = folder / LEDGER
+        self._spent = _read(self._file)
+        self._rates = {
+            "seconds": 1.0,
+            "gpu_seconds": resources.workers * resources.gpus,
+            "cpu_seconds": resources.workers * resources.cpus,
+        }
+        self._clock = clock
+        self._running: dict[str, float] = {}
+        self._saved = clock()
+
+    def start(self, trial_id: str) -> None:
+        """A trial runs from now on."""
+        self._running.setdefault(trial_id, self._clock())
+
+    def stop(self, trial_id: str) -> None:
+        """A trial has ended or waits to be started again."""
+        if trial_id in self._running:
+            self._settle(trial_id)
+            del self._running[trial_id]
+            self._save()
+
+    def keep(self) -> None:
+        """Save every few seconds, so that a kill loses no more; call it often."""
+        if self._clock() - self._saved >= _SAVE_EVERY_S:
+            self._save()
+
+    def trial_hours(self, trial_id: str) -> float:
+        """Return the hours that a trial ran, over all sessions."""
+        self._settle(trial_id)
+        return self._spent.get(trial_id, {}).get("seconds", 0.0) / 3600
+
+    def gpu_hours(self) -> float:
+        """Return the GPU hours of all trials, over all sessions."""
+        for trial_id in self._running:
+            self._settle(trial_id)
+        return sum(spent["gpu_seconds"] for spent in self._spent.values()) / 3600
+
+    def _settle(self, trial_id: str) -> None:
+        if trial_id not in self._running:
+            return
+        now = self._clock()
+        spent = self._spent.setdefault(trial_id, dict.fromkeys(self._rates, 0.0))
+        for unit, rate in self._rates.items():
+            spent[unit] += rate * (now - self._running[trial_id])
+        self._running[trial_id] = now
+
+    def _save(self) -> None:
+        for trial_id in self._running:
+            self._settle(trial_id)
+        self._saved = self._clock()
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_name(f".{LEDGER}")
+        temporary.write_text(json.dumps(self._spent))
+        temporary.replace(self._file)
+
+
+def spent_hours(storage: Storage, experiment: str, unit: str, *, stages_only: bool = False) -> float:
+    """Return the hours that an experiment's trials and shared stages have held devices, as far as they are saved.
+
+    Args:
+        storage: The storage folder.
+        experiment: Its name.
+        unit: `gpu` or `cpu`.
+        stages_only: Leave the trials out.
+    """
+    files = list(storage.experiments.glob(f"{experiment}.stages-*/{LEDGER}"))
+    if not stages_only:
+        files.append(storage.experiment(experiment) / LEDGER)
+    return sum(spent[f"{unit}_seconds"] for file in files for spent in _read(file).values()) / 3600
+
+
+def _read(file: Path) -> dict[str, dict[str, float]]:
+    if not file.is_file():
+        return {}
+    found: dict[str, dict[str, float]] = json.loads(file.read_text())
+    return found
+
+
+class GpuHours(tune.Stopper):
+    """Ends a search, running trials included, when it has spent its GPU hours.
+
+    Args:
+        limit: GPU hours of all trials and shared stages, over all sessions.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._ledger: Ledger | None = None
+        self._stages = 0.0
+
+    def attach(self, ledger: Ledger, stages: float) -> None:
+        """Connect to this session's accounts; `stages` are the GPU hours that shared stages took."""
+        self._ledger, self._stages = ledger, stages
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ledger": None}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial is stopped by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Return whether all is spent."""
+        return self._ledger is not None and self._stages + self._ledger.gpu_hours() >= self._limit
