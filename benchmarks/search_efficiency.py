@@ -1,0 +1,389 @@
+"""Training steps until a search finds what 64 full random trials find, on the surrogate of streets trials.
+
+    python benchmarks/search_efficiency.py [--seeds 10] [--arms random plain segadapt ...] [--json PATH]
+    python benchmarks/search_efficiency.py --check          # the simulator against real Ray Tune
+
+The searchers and schedulers are the real objects; what is simulated is Tune's side of the protocol (proposal, results,
+decisions, completion) with workers that all take the same time per step, and training, which the surrogate answers with
+the noise of one seed. `--check` runs Ray Tune with the surrogate as its trainable, one trial at a time, and compares
+every proposal and every stop with the simulator's.
+
+A search has *matched* when a trial whose expected (noise-free) mIoU at full length is at least the target has run to
+full length. The target is the median, over many seeds, of the best expected mIoU among 64 random settings; random
+search thus needs 64 full trials at the median. Counted are the steps that all trials have taken by then.
+"""
+
+import argparse
+import heapq
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surrogate.model import Surrogate
+
+METRIC = "target_val/miou"
+RANDOM_TRIALS = 64
+PATIENCE = 2
+"""A search that has not matched after PATIENCE times the steps of 64 full trials is given up."""
+TARGET_SEEDS = 201
+Parts = tuple[Any, Any]
+"""A searcher and a scheduler."""
+
+
+# The arms: the one place that knows how searches are made.
+
+
+def distributions(surrogate: Surrogate) -> dict[str, Any]:
+    from segadapt import search_spaces
+
+    return search_spaces.load(surrogate.method)[0]
+
+
+def plain(surrogate: Surrogate, seed: int, workers: int, *, sampler: Any = None, scheduler: Any = None) -> Parts:
+    """Ray Tune as its documentation writes it: `OptunaSearch` with its own TPE, `ASHAScheduler` as in its example."""
+    import optuna
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
+
+    found = OptunaSearch(
+        space=distributions(surrogate),
+        metric=METRIC,
+        mode="max",
+        points_to_evaluate=[published(surrogate)],
+        **({"sampler": sampler} if sampler else {"seed": seed}),
+    )
+    found._study_name = f"{optuna.__name__}-{seed}"
+    if scheduler is None:
+        scheduler = ASHAScheduler(
+            time_attr="step", max_t=surrogate.steps[-1], grace_period=surrogate.steps[0], reduction_factor=3
+        )
+    scheduler.set_search_properties(METRIC, "max")
+    return ConcurrencyLimiter(found, max_concurrent=workers), scheduler
+
+
+def random_search(surrogate: Surrogate, seed: int, workers: int) -> Parts:
+    """Random settings to the end, from Optuna."""
+    from optuna.samplers import RandomSampler
+    from ray.tune.schedulers import FIFOScheduler
+
+    return plain(surrogate, seed, workers, sampler=RandomSampler(seed=seed), scheduler=FIFOScheduler())
+
+
+def segadapt(surrogate: Surrogate, seed: int, workers: int, *, sampler: str, scheduler: str) -> Parts:
+    """A search of the platform, as its command makes it, with the study in memory."""
+    import optuna
+
+    from segadapt.platform.objective import Objective
+    from segadapt.platform.optuna_search import StudySearch
+    from segadapt.platform.rungs import scheduler as make_scheduler
+    from segadapt.platform.samplers import make_sampler
+
+    objective = Objective((METRIC,))
+    searcher = StudySearch(
+        spaces={surrogate.method: distributions(surrogate)},
+        first={surrogate.method: published(surrogate)},
+        objective=objective,
+        sampler=make_sampler(sampler, seed=seed, joint=False, concurrent=workers),
+        seed=seed,
+        concurrent=workers,
+        study_name="search",
+        storage=optuna.storages.InMemoryStorage(),
+    )
+    made = make_scheduler(
+        scheduler,
+        searcher.study,
+        objective,
+        grace_steps=surrogate.steps[0],
+        steps=surrogate.steps[-1],
+        concurrent=workers,
+    )
+    return searcher, made
+
+
+def published(surrogate: Surrogate) -> dict[str, Any]:
+    from segadapt import search_spaces
+
+    return search_spaces.load(surrogate.method)[1]["paper"]
+
+
+def arms() -> dict[str, Callable[[Surrogate, int, int], Parts]]:
+    """Return what is compared, by name."""
+    from functools import partial
+
+    found: dict[str, Callable[[Surrogate, int, int], Parts]] = {
+        "random": random_search,
+        "plain": plain,
+        "segadapt": partial(segadapt, sampler="auto", scheduler="asha"),
+    }
+    for sampler in ("tpe", "gp", "random", "qmc"):
+        found[f"segadapt {sampler} asha"] = partial(segadapt, sampler=sampler, scheduler="asha")
+    for scheduler in ("asha-promote", "median", "hyperband", "none"):
+        found[f"segadapt auto {scheduler}"] = partial(segadapt, sampler="auto", scheduler=scheduler)
+    return found
+
+
+# Tune's side of the protocol.
+
+
+class Simulation:
+    """Run a search on the surrogate; stands in for Tune's controller.
+
+    Args:
+        surrogate: Answers trials.
+        searcher: Proposes.
+        scheduler: Decides.
+        seed: Of the trials' noise.
+        workers: Trials at a time.
+        trials: To propose at most.
+    """
+
+    def __init__(
+        self, surrogate: Surrogate, searcher: Any, scheduler: Any, *, seed: int, workers: int, trials: int
+    ) -> None:
+        self.surrogate = surrogate
+        self.searcher = searcher
+        self.scheduler = scheduler
+        self.seed = seed
+        self.workers = workers
+        self.wanted = trials
+        self.trials: list[Any] = []
+        self.done: dict[str, int] = {}
+        """Evaluations of each trial."""
+        self.steps = 0
+        """Taken by all trials."""
+        self.search_alg = self  # what schedulers ask Tune's controller for
+
+    def is_finished(self) -> bool:
+        """Return whether no more trials are to be proposed."""
+        return len(self.trials) >= self.wanted
+
+    def get_trials(self) -> list[Any]:
+        """Return all trials in the order of proposal."""
+        return self.trials
+
+    def get_live_trials(self) -> list[Any]:
+        """Return the trials that have not ended."""
+        return [trial for trial in self.trials if not trial.is_finished()]
+
+    def run(self) -> Iterator[Any]:
+        """Yield each trial that runs to full length, when it does."""
+        from ray.tune.experiment import Trial
+        from ray.tune.schedulers import TrialScheduler
+
+        clock, order, running = 0, itertools.count(), []
+        while True:
+            self._propose()
+            while len(running) < self.workers and (trial := self._next()) is not None:
+                trial.set_status(Trial.RUNNING)
+                heapq.heappush(running, (clock + self._stretch(trial), next(order), trial))
+            if not running:
+                return
+            clock, _, trial = heapq.heappop(running)
+            self.steps += self._stretch(trial)
+            result = self._evaluate(trial)
+            decision = self.scheduler.on_trial_result(self, trial, result)
+            if decision != TrialScheduler.STOP:
+                self.searcher.on_trial_result(trial.trial_id, result)
+            trial.update_last_result(result)
+            if result["finished"] or decision == TrialScheduler.STOP:
+                self._end(trial, result)
+                if result["finished"]:
+                    yield trial
+            elif decision == TrialScheduler.PAUSE:
+                trial.set_status(Trial.PAUSED)
+            else:
+                heapq.heappush(running, (clock + self._stretch(trial), next(order), trial))
+
+    def stop_trial(self, trial: Any) -> None:
+        """End a paused trial, as schedulers may ask for."""
+        self._end(trial, trial.last_result)
+
+    def _end(self, trial: Any, result: dict[str, Any]) -> None:
+        from ray.tune.experiment import Trial
+
+        self.scheduler.on_trial_complete(self, trial, result)
+        self.searcher.on_trial_complete(trial.trial_id, result=result)
+        trial.set_status(Trial.TERMINATED)
+
+    def _propose(self) -> None:
+        from ray.tune.experiment import Trial
+
+        while not self.is_finished():
+            trial_id = f"{len(self.trials):05d}"
+            values = self.searcher.suggest(trial_id)
+            if values is None:
+                return
+            trial = Trial("surrogate", config=values, trial_id=trial_id, stub=True)
+            self.trials.append(trial)
+            self.done[trial_id] = 0
+            self.scheduler.on_trial_add(self, trial)
+
+    def _next(self) -> Any:
+        """Return the trial to run: the scheduler's choice, otherwise the oldest that waits."""
+        from ray.tune.experiment import Trial
+
+        chosen = self.scheduler.choose_trial_to_run(self)
+        return chosen or next((trial for trial in self.trials if trial.status == Trial.PENDING), None)
+
+    def _stretch(self, trial: Any) -> int:
+        """Return the steps to a trial's next evaluation."""
+        done, steps = self.done[trial.trial_id], self.surrogate.steps
+        return steps[done] - (steps[done - 1] if done else 0)
+
+    def _evaluate(self, trial: Any) -> dict[str, Any]:
+        number = self.done[trial.trial_id]
+        self.done[trial.trial_id] += 1
+        return report_of(self.surrogate, trial.config, self.seed, number)
+
+
+def report_of(surrogate: Surrogate, values: Mapping[str, Any], seed: int, number: int) -> dict[str, Any]:
+    """Return what a trial reports at its evaluation of this number."""
+    step = surrogate.steps[number]
+    value = float(surrogate.noisy_curve(values, seed)[number])
+    finished = step == surrogate.steps[-1]
+    return {"step": step, METRIC: value, "finished": finished, "training_iteration": number + 1, "done": finished}
+
+
+# What is measured.
+
+
+def random_settings(surrogate: Surrogate, seed: int, count: int) -> list[dict[str, Any]]:
+    from optuna import create_study
+    from optuna.samplers import RandomSampler
+
+    study, space = create_study(sampler=RandomSampler(seed=seed)), distributions(surrogate)
+    return [study.ask(space).params for _ in range(count)]
+
+
+def target_of(surrogate: Surrogate) -> tuple[float, list[float]]:
+    """Return the target, and the lower and upper quartile of the best of 64 random settings."""
+    best = [
+        max(surrogate.final(values) for values in random_settings(surrogate, 10_000 + seed, RANDOM_TRIALS))
+        for seed in range(TARGET_SEEDS)
+    ]
+    quartiles = np.quantile(best, [0.25, 0.75])
+    return statistics.median(best), [float(quartile) for quartile in quartiles]
+
+
+def steps_to_match(surrogate: Surrogate, parts: Parts, target: float, *, seed: int, workers: int, trials: int) -> Any:
+    """Return the steps, and trials begun, until a search has matched; None if it was given up or ran out of trials."""
+    simulation = Simulation(surrogate, *parts, seed=seed, workers=workers, trials=trials)
+    for trial in simulation.run():
+        if simulation.steps > PATIENCE * RANDOM_TRIALS * surrogate.steps[-1]:
+            return None
+        if surrogate.final(trial.config) >= target:
+            return {"steps": simulation.steps, "trials": len(simulation.trials)}
+    return None
+
+
+def measure(surrogate: Surrogate, names: list[str], seeds: int, workers: int, trials: int) -> dict[str, Any]:
+    target, quartiles = target_of(surrogate)
+    full = surrogate.steps[-1]
+    print(f"target {target:.4f} (quartiles {quartiles[0]:.4f}, {quartiles[1]:.4f}), 64 full trials {64 * full} steps")
+    rows: dict[str, Any] = {}
+    for name in names:
+        started = time.process_time()
+        found = [
+            steps_to_match(
+                surrogate, arms()[name](surrogate, seed, workers), target, seed=seed, workers=workers, trials=trials
+            )
+            for seed in range(seeds)
+        ]
+        rows[name] = row(found, full) | {"cpu_s": round(time.process_time() - started, 1), "seeds": found}
+        print(
+            f"{name:24}" + ", ".join(f"{key} {value}" for key, value in rows[name].items() if key != "seeds"),
+            flush=True,
+        )
+    return {"target": target, "target_quartiles": quartiles, "full_steps": full, "arms": rows}
+
+
+def row(found: list[Any], full: int) -> dict[str, Any]:
+    """Return median and quartiles of the steps over seeds; a search that never matched counts as infinite."""
+    steps = sorted(entry["steps"] if entry else float("inf") for entry in found)
+    quartiles = np.quantile(steps, [0.25, 0.5, 0.75], method="inverted_cdf")
+    lower, median, upper = (None if np.isinf(value) else int(value) for value in quartiles)
+    return {
+        "median_steps": median,
+        "quartiles": [lower, upper],
+        "part_of_64_trials": None if median is None else round(median / (RANDOM_TRIALS * full), 3),
+        "not_matched": sum(entry is None for entry in found),
+    }
+
+
+# The check against Ray.
+
+
+def check(surrogate: Surrogate, name: str, seed: int, trials: int) -> None:
+    """Run a search by Ray Tune and by the simulator, and compare settings and steps of all trials."""
+    from ray import tune
+
+    simulation = Simulation(surrogate, *arms()[name](surrogate, seed, 1), seed=seed, workers=1, trials=trials)
+    for _ in simulation.run():
+        pass
+    expected = [(trial.config, trial.last_result["step"]) for trial in simulation.trials]
+
+    def train(values: dict[str, Any]) -> None:
+        checkpoint = tune.get_checkpoint()
+        done = json.loads((Path(checkpoint.path) / "done").read_text()) if checkpoint else 0
+        for number in range(done, len(surrogate.steps)):
+            result = report_of(surrogate, values, seed, number)
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "done").write_text(str(number + 1))
+                kept = {key: result[key] for key in ("step", METRIC, "finished")}
+                tune.report(kept, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    searcher, scheduler = arms()[name](surrogate, seed, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(train, {"cpu": 1}),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher, scheduler=scheduler, num_samples=trials, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(name="check", storage_path=folder, verbose=0),
+        )
+        ran = tuner.fit()._experiment_analysis.trials
+    actual = [(trial.config, trial.last_result["step"]) for trial in ran]
+    if actual != expected:
+        first = next(i for i, pair in enumerate(zip(actual, expected, strict=False)) if pair[0] != pair[1])
+        raise SystemExit(f"{name}: trial {first} differs.\nRay {actual[first]}\nsimulator {expected[first]}")
+    print(f"{name}: {len(actual)} trials, {sum(step for _, step in actual)} steps: Ray and the simulator agree")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=400, help="of a search that does not match")
+    parser.add_argument("--arms", nargs="+", default=list(arms()))
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    surrogate = Surrogate()
+    if options.check:
+        from segadapt.platform.cluster import connect
+
+        os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
+        with connect(None, dashboard=False):
+            for name in options.arms:
+                check(surrogate, name, 0, 30)
+        return
+    found = measure(surrogate, options.arms, options.seeds, options.workers, options.trials)
+    if options.json:
+        setting = {"seeds": options.seeds, "workers": options.workers, "trials": options.trials}
+        options.json.write_text(json.dumps({"setting": setting, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
