@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segadapt.trainables.core.checkpoint import MANIFEST
+from segadapt.trainables.core.checkpoint import MANIFEST, is_whole
 
 EVALUATION = "evaluation.json"
 """File in a checkpoint folder with the evaluation at its step."""
@@ -42,6 +42,12 @@ def checkpoints(experiment: Path, trial_id: str) -> Iterator[TrialCheckpoint]:
         for folder in sorted(parent.glob("checkpoint_*")):
             if (folder / MANIFEST).is_file() and (folder / EVALUATION).is_file():
                 yield TrialCheckpoint(folder, read_metrics(folder))
+
+
+def newest_checkpoint(experiment: Path, trial_id: str) -> Path | None:
+    """Return the kept checkpoint with the most steps that is whole; a kill may have cut the very last one short."""
+    kept = sorted(checkpoints(experiment, trial_id), key=lambda found: (found.metrics["step"], found.path.name))
+    return next((found.path for found in reversed(kept) if is_whole(found.path)), None)
 
 
 def best_checkpoint(experiment: Path, trial_id: str, metric: str) -> TrialCheckpoint | None:

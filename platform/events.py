@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -135,6 +136,8 @@ class Events(tune.Callback):
             self._tracker.end_lost(self._labels.experiment, self.key(""), known)
             if self._close_lost is not None:
                 self._close_lost([trial.trial_id for trial in trials])
+            for trial in trials:
+                _forget_replaced_checkpoint(trial)
         self._follow_pauses(trials)
 
     def _follow_pauses(self, trials: list[Any]) -> None:
@@ -270,3 +273,11 @@ class Events(tune.Callback):
 def _step(trial: Any) -> int:
     """Return the training steps that a trial has done."""
     return int((trial.last_result or {}).get("step", 0))
+
+
+def _forget_replaced_checkpoint(trial: Any) -> None:
+    """Let a trial begin whose checkpoint was replaced after Tune's state was saved; it finds the newest one itself."""
+    manager = trial.run_metadata.checkpoint_manager
+    latest = manager.latest_checkpoint_result
+    if latest is not None and latest.checkpoint is not None and not Path(latest.checkpoint.path).is_dir():
+        trial.run_metadata.checkpoint_manager = type(manager)(manager.checkpoint_config)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segadapt.platform import stages
-from segadapt.platform.checkpoints import TRAIN_FOLDER, read_metrics
+from segadapt.platform.checkpoints import TRAIN_FOLDER, newest_checkpoint, read_metrics
 from segadapt.platform.config import TrialConfig, Values, resolve
 from segadapt.platform.objective import Objective
 from segadapt.platform.storage import Storage
@@ -158,6 +158,8 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
             trainer.start_from(start)
         if start is not None and start in done:
             stages.mark_used(start)
+    else:
+        report(read_metrics(resume), None)  # once more: the driver may have been killed before it heard
     trainer.run(resume)
 
 
@@ -203,14 +205,19 @@ def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
     """Tune's function for a trial that trains in its own, reused process."""
     from ray import tune
 
+    trial_id = tune.get_context().get_trial_id()
+
     def report(metrics: dict[str, Any], write: Any) -> None:
+        if write is None:
+            tune.report(metrics)
+            return
         with tempfile.TemporaryDirectory(prefix="segadapt-") as folder:
             write(Path(folder))
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
-    checkpoint = tune.get_checkpoint()
     with _reporting_failure(tune.report):
-        train(spec, tune.get_context().get_trial_id(), values, report, Path(checkpoint.path) if checkpoint else None)
+        # Not Tune's checkpoint: its state may be older than the last one, or name one that was replaced since.
+        train(spec, trial_id, values, report, newest_checkpoint(spec.folder, trial_id))
 
 
 def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:

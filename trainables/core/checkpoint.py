@@ -27,6 +27,15 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps({"sha256": {STATE: file_hash(folder / STATE)}}))
 
 
+def is_whole(folder: Path) -> bool:
+    """Return whether the state in a checkpoint folder is what was written."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_text())["sha256"][STATE]
+        return bool(file_hash(folder / STATE) == expected)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def load_state(folder: Path) -> dict[str, Any]:
     """Load the state of a checkpoint folder to the CPU.
 
