@@ -1,5 +1,6 @@
 """Trials without Ray: the function that every launcher calls, on the storage it shares with other trials."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from segadapt import search_spaces
 from segadapt.platform import stages
+from segadapt.platform.checkpoints import newest_checkpoint
 from segadapt.platform.objective import Objective
 from segadapt.platform.optuna_search import FLOOR, StudySearch
 from segadapt.platform.storage import Storage
 from segadapt.platform.trial import TrialSpec, train
 from segadapt.trainables import METHODS
+from segadapt.trainables.core.checkpoint import save_state
 
 SHORT = TINY | {"trainer.steps": 2, "trainer.eval_every": 1, "trainer.batch_size": 2, "warmup.steps": 2}
 
@@ -106,3 +109,17 @@ def test_no_method_of_a_joint_search_is_starved_by_early_luck(tmp_path: Path) ->
         counts = [[values["method"] for values in proposed[:number]].count(name) for name in ("good", "bad", "worse")]
         assert min(counts) >= int(FLOOR * number / 3)
     assert max(counts) == counts[0] >= 30, "the better method gets the most"
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path: Path) -> None:
+    for number, step in enumerate((4, 12, 8)):
+        folder = tmp_path / "trial" / f"checkpoint_{number:06d}"
+        folder.mkdir(parents=True)
+        save_state(folder, {"step": step})
+        (folder / "evaluation.json").write_text(json.dumps({"metrics": {"step": step, "target_val/miou": 0.5}}))
+    newest = newest_checkpoint(tmp_path, "trial")
+    assert newest == tmp_path / "trial" / "checkpoint_000001"
+    state = newest / "state.pt"
+    state.write_bytes(state.read_bytes()[:-10])
+    assert newest_checkpoint(tmp_path, "trial") == tmp_path / "trial" / "checkpoint_000002"
+    assert newest_checkpoint(tmp_path, "absent") is None
