@@ -224,7 +224,7 @@ def plan_search(
         raise UsageError(f"--fork takes the methods of {fork!r}, but got {' '.join(methods)} besides. Leave them out.")
     candidates = _forked(parent, values) if parent is not None else _candidates(methods, values, preset)
     chosen = Objective.parse(objective or (parent.objective if parent is not None else TARGET))
-    scheduler = scheduler or (parent.scheduler if parent is not None else "none" if chosen.is_front else "asha")
+    scheduler = scheduler or ("none" if chosen.is_front else parent.scheduler if parent is not None else "asha")
     sampler = sampler or (parent.sampler if parent is not None else "auto")
     configs = {method: _checked(method, {**found.fixed, **found.first}) for method, found in candidates.items()}
     default = "-".join(candidates) if len(candidates) <= 3 else f"{len(candidates)}-methods"

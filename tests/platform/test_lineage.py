@@ -1,5 +1,6 @@
 """What a search takes over from an earlier one."""
 
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -7,9 +8,12 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
+from segadapt.platform import api
 from segadapt.platform.errors import UsageError
+from segadapt.platform.experiments import Record
 from segadapt.platform.lineage import Settings, inherit
 from segadapt.platform.ranges import split_ranges, start
+from segadapt.platform.storage import open_storage
 from segadapt.platform.study import PRIOR, TRIAL_ID, propose
 
 MIOU = "target_val/miou"
@@ -115,3 +119,20 @@ def test_ranges_are_read_from_settings() -> None:
 def test_a_range_that_cannot_be_searched_is_refused(key: str, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         split_ranges("sdca", {key: text})
+
+
+def test_a_fork_takes_over_what_is_not_given(tmp_path: Path) -> None:
+    storage = str(tmp_path)
+    words = {"trainer.steps": 40, "method.temperature": "log_interval(0.5, 5)"}
+    parent = api.plan_search(["sdca"], words, trials=7, seed=3, sampler="random", storage=storage)
+    parent.save(open_storage(storage))
+    fork = api.plan_search([], {"method.lovasz_weight": 0.5, "data.streets.seed": 1}, fork=parent.name, storage=storage)
+    assert (fork.trials, fork.seed, fork.sampler, fork.scheduler) == (7, 3, "random", "asha")
+    assert (fork.forked_from, fork.warm_start) == (parent.name, [parent.name])
+    found, before = fork.candidates["sdca"], parent.candidates["sdca"]
+    assert found.fixed == {**before.fixed, "method.lovasz_weight": 0.5, "data.streets.seed": 1}
+    assert found.space == {key: value for key, value in before.space.items() if key != "method.lovasz_weight"}
+    assert found.first["method.temperature"] == 5.0, "the published 100 lies outside"
+    assert Record.load(open_storage(storage), parent.name).candidates == parent.candidates
+    front = api.plan_search([], {}, fork=parent.name, objective=f"{MIOU},time/step", storage=storage)
+    assert front.scheduler == "none"
