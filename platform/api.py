@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from segadapt import search_spaces
 from segadapt.platform import cache, tracking
+from segadapt.platform.checkpoints import checkpoints
 from segadapt.platform.config import Key, TrialConfig, Values, anchored, flatten, keys, resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Candidate, Options, Outcome, Record, run
@@ -29,7 +31,7 @@ from segadapt.platform.selection import TARGET, Choice, compare
 from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.study import SCHEDULERS, open_study_storage
 from segadapt.platform.trial import CONFIG
-from segadapt.trainables import METHODS
+from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core.evaluation import Inference, score
 from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.source_only import SourceOnly
@@ -99,7 +101,13 @@ class FinishResult:
     from_run: str
     before: Mapping[str, float]
     after: Mapping[str, float]
+    """After the last step."""
+    rounds: Sequence[Mapping[str, float]]
+    """Of each round that ended: `labelled_share`, the share of target pixels that was labelled, and metrics at its end."""
     checkpoint: str | None
+    """The best by the search's objective."""
+    last: str | None
+    """That of the last step."""
 
 
 @dataclass(frozen=True)
@@ -458,16 +466,20 @@ def train(
     return record.name, run(record, options)
 
 
-def finish(run_name: str, values: Values, options: Options, *, search_name: str) -> tuple[FinishResult | None, Outcome]:
-    """Self-train from the kept checkpoint of a trial: evaluate, label the target, retrain on both domains, evaluate.
+def finish(
+    run_name: str, values: Values, options: Options, *, search_name: str, rounds: int | None = None
+) -> tuple[FinishResult | None, Outcome]:
+    """Self-train from the kept checkpoint of a trial: evaluate; in rounds label the target, train on both, evaluate.
 
     Asked for again with the same settings, it goes on where it was interrupted.
 
     Args:
         run_name: Name of a run in the search, or `best`.
-        values: Settings of the method `self_training` that differ from its defaults, by dotted key.
+        values: Settings of the method `self_training` that differ from its defaults, by dotted key. Labels are chosen by
+            the rule of the trial's method, unless `method.rule` is given.
         options: Where it runs.
         search_name: The search (or single run) that holds the trial.
+        rounds: Times the target is labelled; None leaves `method.rounds` as it is.
 
     Raises:
         UsageError: If there is no such trial, or it left no checkpoint.
@@ -485,6 +497,10 @@ def finish(run_name: str, values: Values, options: Options, *, search_name: str)
         ) from error
     inherited = {key: value for key, value in trained.items() if key.startswith(_INHERITED)}
     settings = {**inherited, "seed": trained["seed"], "trainer.evaluate_start": True, **anchored(values)}
+    if rounds is not None:
+        settings["method.rounds"] = rounds
+    if "method.rule" not in settings:
+        settings = {**_labelling(row.method, trained), **settings}
     _checked("self_training", settings)
     digest = hashlib.sha256(json.dumps([row.checkpoint, settings], sort_keys=True).encode()).hexdigest()[:8]
     record = Record(
@@ -1152,6 +1168,14 @@ def _kept(entries: Sequence[Any]) -> dict[str, dict[str, float]]:
     }
 
 
+def _labelling(method: str, trained: Values) -> dict[str, Any]:
+    """Return the settings of `self_training` that label as the trial's method does, with the trial's own settings."""
+    own = {key: value for key, value in trained.items() if key in keys(method)}
+    return {
+        f"method.{key}": value for key, value in method_class(method).labelling(resolve(method, own).method).items()
+    }
+
+
 def _finish_result(record: Record, row: Row, options: Options) -> FinishResult | None:
     client = _client(options.storage, options.tracking_uri)
     experiment = client.get_experiment_by_name(record.search)
@@ -1166,5 +1190,20 @@ def _finish_result(record: Record, row: Row, options: Options) -> FinishResult |
         if name.startswith(("target_val/", "source_val/")):
             history = sorted(client.get_metric_history(run_id, name), key=lambda entry: entry.step)
             before[name], after[name] = history[0].value, history[-1].value
-    checkpoint = found[0].data.tags.get(tracking.CHECKPOINT_TAG)
-    return FinishResult(found[0].info.run_name, row.name, before, after, checkpoint)
+    metrics, tags = found[0].data.metrics, found[0].data.tags
+    ended = itertools.takewhile(lambda number: f"round/{number}/labelled_share" in metrics, itertools.count(1))
+    rounds = [
+        {name.removeprefix(f"round/{number}/"): v for name, v in metrics.items() if name.startswith(f"round/{number}/")}
+        for number in ended
+    ]
+    kept = list(checkpoints(open_storage(options.storage).experiment(record.name), tags["segadapt.trial_id"]))
+    last = max(kept, key=lambda entry: entry.metrics["step"], default=None)
+    return FinishResult(
+        name=found[0].info.run_name,
+        from_run=row.name,
+        before=before,
+        after=after,
+        rounds=rounds,
+        checkpoint=tags.get(tracking.CHECKPOINT_TAG),
+        last=str(last.path) if last is not None else None,
+    )

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from segadapt.platform import api
 from segadapt.platform.experiments import Candidate, Options, Record
 from segadapt.platform.storage import Storage
+from segadapt.trainables.core.checkpoint import load_state, tensors_hash
 
 COMMAND = str(Path(sys.executable).with_name("segadapt"))
 
@@ -117,7 +118,7 @@ def test_a_second_search_takes_another_name_and_loads_the_warm_up(searched: Sear
 
 def test_finish_self_trains_the_best_trial_and_links_to_it(searched: Searched) -> None:
     folder, _ = searched
-    done = command(folder, "finish", "best", "--search", "sdca-streets", "trainer.steps=4")
+    done = command(folder, "finish", "best", "--search", "sdca-streets", "--rounds", "2", "trainer.steps=4")
     assert done.returncode == 0, done.stderr
     assert re.search(r"target_val/miou +0\.\d+ +0\.\d+ +[+-]0\.\d+", done.stdout)
     runs = tracked(folder, "sdca-streets")
@@ -128,8 +129,18 @@ def test_finish_self_trains_the_best_trial_and_links_to_it(searched: Searched) -
     assert steps_of(folder, run)[0] == 0, "evaluated before"
     before = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db").get_metric_history(run.info.run_id, "target_val/miou")
     assert before[0].value == pytest.approx(best.best, abs=1e-12), "starts from the trial's checkpoint exactly"
-    labels = list((folder / "runs" / "ray").glob("*.finish-*/artifacts/*/round_1/*.png"))
-    assert len(labels) == TINY["data.streets.train_images"]
+    (artifacts,) = (folder / "runs" / "ray").glob("*.finish-*/artifacts/*")
+    made = [json.loads((artifacts / f"round_{number}" / "provenance.json").read_text()) for number in (1, 2)]
+    trained = load_state(Path(str(best.checkpoint)))
+    prefix = trained["deployed"] + "."
+    network = {name.removeprefix(prefix): t for name, t in trained["state"].items() if name.startswith(prefix)}
+    assert made[0]["network"] == tensors_hash(network), "the first round is labelled by the trial's network"
+    assert made[1]["network"] != made[0]["network"]
+    for number, provenance in enumerate(made, 1):
+        assert run.data.metrics[f"round/{number}/labelled_share"] == provenance["labelled_share"]
+        assert 0 <= run.data.metrics[f"round/{number}/target_val/miou"] <= 1
+        assert run.data.tags[f"segadapt.round.{number}.labelled_by"] == provenance["network"]
+    assert {"best checkpoint:", "last checkpoint:"} <= {line[:16] for line in done.stdout.splitlines()}
     unknown = command(folder, "finish", "nonesuch", "--search", "sdca-streets")
     assert unknown.returncode == 2
     assert "sdca-001" in unknown.stderr
