@@ -103,7 +103,7 @@ class FinishResult:
     after: Mapping[str, float]
     """After the last step."""
     rounds: Sequence[Mapping[str, float]]
-    """Of each round that ended: `labelled_share`, the share of target pixels that was labelled, and metrics at its end."""
+    """Of each round that ended: `labelled_share`, of the target's pixels, and metrics at its end."""
     checkpoint: str | None
     """The best by the search's objective."""
     last: str | None
@@ -475,8 +475,8 @@ def finish(
 
     Args:
         run_name: Name of a run in the search, or `best`.
-        values: Settings of the method `self_training` that differ from its defaults, by dotted key. Labels are chosen by
-            the rule of the trial's method, unless `method.rule` is given.
+        values: Settings of the method `self_training` that differ from its defaults, by dotted key. Labels are chosen
+            by the rule of the trial's method, unless `method.rule` is given.
         options: Where it runs.
         search_name: The search (or single run) that holds the trial.
         rounds: Times the target is labelled; None leaves `method.rounds` as it is.

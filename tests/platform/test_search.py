@@ -1,5 +1,6 @@
 """Searches as a user runs them: a real Ray, a real study, a real MLflow database."""
 
+import json
 import os
 import re
 import signal

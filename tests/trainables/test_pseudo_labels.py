@@ -210,7 +210,7 @@ def test_labels_are_one_parquet_file_that_says_how_they_were_made(tmp_path: Path
     table = parquet.read_table(path)
     assert table.column_names == list(COLUMNS)
     assert table["id"].to_pylist() == list(IDS)
-    provenance = json.loads(table.schema.metadata[PROVENANCE_KEY])
+    provenance = json.loads(parquet.read_metadata(path).metadata[PROVENANCE_KEY])
     folder = PseudoLabelFolder(tmp_path, IDS)
     assert provenance == folder.provenance
     assert provenance["rule"] == "quantile"
