@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from segadapt import search_spaces
 from segadapt.platform import cache, tracking
-from segadapt.platform.checkpoints import checkpoints
+from segadapt.platform.checkpoints import checkpoints, read_metrics
 from segadapt.platform.config import Key, TrialConfig, Values, anchored, flatten, keys, resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Candidate, Options, Outcome, Record, run
@@ -496,12 +497,13 @@ def finish(
             "Finish another run, or run the trial again."
         ) from error
     inherited = {key: value for key, value in trained.items() if key.startswith(_INHERITED)}
-    settings = {**inherited, "seed": trained["seed"], "trainer.evaluate_start": True, **anchored(values)}
+    settings = {**inherited, "seed": trained["seed"], **anchored(values)}
     if rounds is not None:
         settings["method.rounds"] = rounds
     if "method.rule" not in settings:
         settings = {**_labelling(row.method, trained), **settings}
-    _checked("self_training", settings)
+    restart = _checked("self_training", settings).method.restart
+    settings.setdefault("trainer.evaluate_start", not restart)  # the trial's network is not what is trained then
     digest = hashlib.sha256(json.dumps([row.checkpoint, settings], sort_keys=True).encode()).hexdigest()[:8]
     record = Record(
         kind="finish",
@@ -1190,6 +1192,9 @@ def _finish_result(record: Record, row: Row, options: Options) -> FinishResult |
         if name.startswith(("target_val/", "source_val/")):
             history = sorted(client.get_metric_history(run_id, name), key=lambda entry: entry.step)
             before[name], after[name] = history[0].value, history[-1].value
+    if next(iter(record.configs().values())).method.restart:  # what was evaluated first is not the trial's network
+        shown = read_metrics(Path(str(record.start)))
+        before = {name: shown.get(name, math.nan) for name in after}
     metrics, tags = found[0].data.metrics, found[0].data.tags
     ended = itertools.takewhile(lambda number: f"round/{number}/labelled_share" in metrics, itertools.count(1))
     rounds = [

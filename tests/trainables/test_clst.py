@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy import Reports, toy_config
 
-from segadapt.trainables.clst import CENTROIDS, CLST, ENSEMBLE, Round
+from segadapt.trainables.clst import CENTROIDS, CLST, Round
 from segadapt.trainables.core.checkpoint import load_state
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.data.datasets import load_data
@@ -41,6 +41,7 @@ from segadapt.trainables.core.state.confidence_thresholds import (
 )
 from segadapt.trainables.core.state.mean_teacher import MeanTeacher
 from segadapt.trainables.core.state.prediction_ensemble import (
+    ENSEMBLE,
     COMPLETE,
     EnsembleConfidence,
     PredictionEnsemble,
