@@ -100,6 +100,9 @@ class FinishResult:
 
     name: str
     from_run: str
+    seed: int
+    best: float | None
+    """Leading goal of the search at the best checkpoint."""
     before: Mapping[str, float]
     after: Mapping[str, float]
     """After the last step."""
@@ -468,8 +471,8 @@ def train(
 
 
 def finish(
-    run_name: str, values: Values, options: Options, *, search_name: str, rounds: int | None = None
-) -> tuple[FinishResult | None, Outcome]:
+    run_name: str, values: Values, options: Options, *, search_name: str, rounds: int | None = None, seeds: int = 1
+) -> tuple[list[FinishResult], Outcome]:
     """Self-train from the kept checkpoint of a trial: evaluate; in rounds label the target, train on both, evaluate.
 
     Asked for again with the same settings, it goes on where it was interrupted.
@@ -481,10 +484,16 @@ def finish(
         options: Where it runs.
         search_name: The search (or single run) that holds the trial.
         rounds: Times the target is labelled; None leaves `method.rounds` as it is.
+        seeds: How often it is done: with the trial's seed, or the one given, and those that follow it.
+
+    Returns:
+        One result per seed that began, best first, and how it ended.
 
     Raises:
         UsageError: If there is no such trial, or it left no checkpoint.
     """
+    if seeds < 1:
+        raise UsageError(f"--seeds must be at least 1, but got {seeds}.")
     board = runs(search_name, storage=options.storage, tracking_uri=options.tracking_uri)
     row = _pick(board, run_name)
     assert row.checkpoint is not None
@@ -504,19 +513,22 @@ def finish(
         settings = {**_labelling(row.method, trained), **settings}
     restart = _checked("self_training", settings).method.restart
     settings.setdefault("trainer.evaluate_start", not restart)  # the trial's network is not what is trained then
-    digest = hashlib.sha256(json.dumps([row.checkpoint, settings], sort_keys=True).encode()).hexdigest()[:8]
+    asked = [row.checkpoint, settings, *([seeds] if seeds > 1 else [])]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     record = Record(
         kind="finish",
         name=f"{search_name}.finish-{row.name}-{digest}",
         candidates={"self_training": Candidate(settings)},
         objective=board.objective,
+        trials=seeds,
+        seeds=seeds,
         search=search_name,
         start=str(start),
         from_key=_key_of(row, options),
         from_name=row.name,
     )
     outcome = run(record, options)
-    return _finish_result(record, row, options), outcome
+    return _finish_results(record, row, options), outcome
 
 
 def evaluate(
@@ -1178,24 +1190,26 @@ def _labelling(method: str, trained: Values) -> dict[str, Any]:
     }
 
 
-def _finish_result(record: Record, row: Row, options: Options) -> FinishResult | None:
+def _finish_results(record: Record, row: Row, options: Options) -> list[FinishResult]:
+    """Return how the runs of a finish ended, best first."""
     client = _client(options.storage, options.tracking_uri)
     experiment = client.get_experiment_by_name(record.search)
-    found = client.search_runs(
-        [experiment.experiment_id], f"tags.`segadapt.experiment` = '{record.name}'", max_results=1
-    )
-    if not found:
-        return None
-    run_id = found[0].info.run_id
+    found = client.search_runs([experiment.experiment_id], f"tags.`segadapt.experiment` = '{record.name}'")
+    newest = {run.info.run_name: run for run in reversed(found)}
+    results = [_finish_result(record, row, run, client, options) for run in newest.values()]
+    return sorted(results, key=lambda result: (math.inf if result.best is None else -result.best, result.seed))
+
+
+def _finish_result(record: Record, row: Row, run: Any, client: Any, options: Options) -> FinishResult:
     before, after = {}, {}
-    for name in found[0].data.metrics:
+    for name in run.data.metrics:
         if name.startswith(("target_val/", "source_val/")):
-            history = sorted(client.get_metric_history(run_id, name), key=lambda entry: entry.step)
+            history = sorted(client.get_metric_history(run.info.run_id, name), key=lambda entry: entry.step)
             before[name], after[name] = history[0].value, history[-1].value
     if next(iter(record.configs().values())).method.restart:  # what was evaluated first is not the trial's network
         shown = read_metrics(Path(str(record.start)))
         before = {name: shown.get(name, math.nan) for name in after}
-    metrics, tags = found[0].data.metrics, found[0].data.tags
+    metrics, tags = run.data.metrics, run.data.tags
     ended = itertools.takewhile(lambda number: f"round/{number}/labelled_share" in metrics, itertools.count(1))
     rounds = [
         {name.removeprefix(f"round/{number}/"): v for name, v in metrics.items() if name.startswith(f"round/{number}/")}
@@ -1204,8 +1218,10 @@ def _finish_result(record: Record, row: Row, options: Options) -> FinishResult |
     kept = list(checkpoints(open_storage(options.storage).experiment(record.name), tags["segadapt.trial_id"]))
     last = max(kept, key=lambda entry: entry.metrics["step"], default=None)
     return FinishResult(
-        name=found[0].info.run_name,
+        name=run.info.run_name,
         from_run=row.name,
+        seed=int(tags["segadapt.seed"]),
+        best=metrics.get(f"best/{Objective.parse(record.objective).leading}"),
         before=before,
         after=after,
         rounds=rounds,

@@ -41,8 +41,8 @@ from segadapt.trainables.core.state.confidence_thresholds import (
 )
 from segadapt.trainables.core.state.mean_teacher import MeanTeacher
 from segadapt.trainables.core.state.prediction_ensemble import (
-    ENSEMBLE,
     COMPLETE,
+    ENSEMBLE,
     EnsembleConfidence,
     PredictionEnsemble,
     decode_ensemble,
