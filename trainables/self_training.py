@@ -44,8 +44,7 @@ class SelfTraining(Method):
         rounds: int = 1
         """Times the target is labelled anew; `trainer.steps` are shared equally."""
         rule: Literal["quantile", "fixed", "global_local", "self_paced", "ensemble"] = "quantile"
-        """Which pixels get a label: those above a quantile per class (SDCA) or a fixed confidence, or as BiCL
-        (`global_local`), DRSL (`self_paced`) or CLST (`ensemble`) choose them."""
+        """Which pixels get a label, as SDCA, every pixel above a confidence, BiCL, DRSL or CLST choose them."""
         quantile: float = 0.5
         """Share of each class's predicted pixels below its threshold, in `quantile`, `ensemble`. Paper (SDCA): 0.5."""
         confidence_cap: float = 0.9
