@@ -35,6 +35,7 @@ from segadapt.platform.trial import CONFIG
 from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core.evaluation import Inference, score
 from segadapt.trainables.core.networks import build_segmenter
+from segadapt.trainables.self_training import SelfTraining
 from segadapt.trainables.source_only import SourceOnly
 
 if TYPE_CHECKING:
@@ -511,7 +512,7 @@ def finish(
         settings["method.rounds"] = rounds
     if "method.rule" not in settings:
         settings = {**_labelling(row.method, trained), **settings}
-    restart = _checked("self_training", settings).method.restart
+    restart = _restarts(_checked("self_training", settings))
     settings.setdefault("trainer.evaluate_start", not restart)  # the trial's network is not what is trained then
     asked = [row.checkpoint, settings, *([seeds] if seeds > 1 else [])]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
@@ -1190,6 +1191,12 @@ def _labelling(method: str, trained: Values) -> dict[str, Any]:
     }
 
 
+def _restarts(config: TrialConfig) -> bool:
+    """Return whether a finish gives the network its first weights again."""
+    assert isinstance(config.method, SelfTraining.Config)
+    return config.method.restart
+
+
 def _finish_results(record: Record, row: Row, options: Options) -> list[FinishResult]:
     """Return how the runs of a finish ended, best first."""
     client = _client(options.storage, options.tracking_uri)
@@ -1206,7 +1213,7 @@ def _finish_result(record: Record, row: Row, run: Any, client: Any, options: Opt
         if name.startswith(("target_val/", "source_val/")):
             history = sorted(client.get_metric_history(run.info.run_id, name), key=lambda entry: entry.step)
             before[name], after[name] = history[0].value, history[-1].value
-    if next(iter(record.configs().values())).method.restart:  # what was evaluated first is not the trial's network
+    if _restarts(next(iter(record.configs().values()))):  # what was evaluated first is not the trial's network
         shown = read_metrics(Path(str(record.start)))
         before = {name: shown.get(name, math.nan) for name in after}
     metrics, tags = run.data.metrics, run.data.tags
