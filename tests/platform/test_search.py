@@ -159,7 +159,7 @@ def test_a_finish_on_several_seeds_shows_their_spread_and_names_the_best(searche
     best = max(found, key=lambda name: found[name].metrics["best/target_val/miou"])
     assert f"best: {best}" in done.stdout
     assert re.search(r"target_val/miou over 2 seeds: 0\.\d+ \+- 0\.\d+", done.stdout)
-    shown = re.search(r"target_val/miou +(0\.\d+) ", done.stdout)
+    shown = re.search(r"target_val/miou +(0\.\d+) +0\.\d+ ", done.stdout)
     assert shown is not None
     assert float(shown.group(1)) == pytest.approx(runs["sdca-001"].data.metrics["best/target_val/miou"], abs=6e-4)
 
