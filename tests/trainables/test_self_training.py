@@ -141,6 +141,18 @@ def test_the_average_of_the_weights_labels_the_rounds_after_the_first(tmp_path: 
     assert tensors_hash(teacher) != tensors_hash(network_of(reports, 0))
 
 
+def test_resuming_with_restart_and_teacher_is_bit_exact(tmp_path: Path) -> None:
+    values = {"method__restart": True, "method__teacher": True, "trainer__eval_every": 1}
+    whole, reports = rounds_trainer(tmp_path, **values)
+    whole.run()
+    last = tensors_hash(load_state(reports.checkpoint(3))["state"])
+    for index in (1, 2):  # the end of the first round, the middle of the second
+        trainer, _ = rounds_trainer(tmp_path / str(index), **values)
+        trainer.folder = whole.folder
+        trainer.run(reports.checkpoint(index))
+        assert tensors_hash(trainer.method.state_dict()) == last
+
+
 def test_without_source_weight_only_the_target_trains(tmp_path: Path) -> None:
     trainer, reports = rounds_trainer(tmp_path, method__source_weight=0.0, trainer__steps=2)
     trainer.run()
