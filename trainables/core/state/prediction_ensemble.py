@@ -238,6 +238,9 @@ def label_ensemble(
             ensemble.finish(len(data.target_ids))
         provenance = {
             "rule": "ensemble",
+            "momentum": momentum,
+            "share": share,
+            "cap": cap,
             "threshold": threshold,
             "thresholds": thresholds.tolist(),
             "mean_confidence": counted.mean().item(),
