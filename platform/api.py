@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import socket
 import subprocess
@@ -18,6 +20,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from segadapt import search_spaces
 from segadapt.platform import cache, tracking
+from segadapt.platform.checkpoints import checkpoints, read_metrics
 from segadapt.platform.config import Key, TrialConfig, Values, anchored, flatten, keys, resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Candidate, Options, Outcome, Record, run
@@ -29,9 +32,10 @@ from segadapt.platform.selection import TARGET, Choice, compare
 from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.study import SCHEDULERS, open_study_storage
 from segadapt.platform.trial import CONFIG
-from segadapt.trainables import METHODS
+from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core.evaluation import Inference, score
 from segadapt.trainables.core.networks import build_segmenter
+from segadapt.trainables.self_training import SelfTraining
 from segadapt.trainables.source_only import SourceOnly
 
 if TYPE_CHECKING:
@@ -97,9 +101,18 @@ class FinishResult:
 
     name: str
     from_run: str
+    seed: int
+    best: float | None
+    """Leading goal of the search at the best checkpoint."""
     before: Mapping[str, float]
     after: Mapping[str, float]
+    """After the last step."""
+    rounds: Sequence[Mapping[str, float]]
+    """Of each round that ended: `labelled_share`, of the target's pixels, and metrics at its end."""
     checkpoint: str | None
+    """The best by the search's objective."""
+    last: str | None
+    """That of the last step."""
 
 
 @dataclass(frozen=True)
@@ -458,20 +471,30 @@ def train(
     return record.name, run(record, options)
 
 
-def finish(run_name: str, values: Values, options: Options, *, search_name: str) -> tuple[FinishResult | None, Outcome]:
-    """Self-train from the kept checkpoint of a trial: evaluate, label the target, retrain on both domains, evaluate.
+def finish(
+    run_name: str, values: Values, options: Options, *, search_name: str, rounds: int | None = None, seeds: int = 1
+) -> tuple[list[FinishResult], Outcome]:
+    """Self-train from the kept checkpoint of a trial: evaluate; in rounds label the target, train on both, evaluate.
 
     Asked for again with the same settings, it goes on where it was interrupted.
 
     Args:
         run_name: Name of a run in the search, or `best`.
-        values: Settings of the method `self_training` that differ from its defaults, by dotted key.
+        values: Settings of the method `self_training` that differ from its defaults, by dotted key. Labels are chosen
+            by the rule of the trial's method, unless `method.rule` is given.
         options: Where it runs.
         search_name: The search (or single run) that holds the trial.
+        rounds: Times the target is labelled; None leaves `method.rounds` as it is.
+        seeds: How often it is done: with the trial's seed, or the one given, and those that follow it.
+
+    Returns:
+        One result per seed that began, best first, and how it ended.
 
     Raises:
         UsageError: If there is no such trial, or it left no checkpoint.
     """
+    if seeds < 1:
+        raise UsageError(f"--seeds must be at least 1, but got {seeds}.")
     board = runs(search_name, storage=options.storage, tracking_uri=options.tracking_uri)
     row = _pick(board, run_name)
     assert row.checkpoint is not None
@@ -484,21 +507,29 @@ def finish(run_name: str, values: Values, options: Options, *, search_name: str)
             "Finish another run, or run the trial again."
         ) from error
     inherited = {key: value for key, value in trained.items() if key.startswith(_INHERITED)}
-    settings = {**inherited, "seed": trained["seed"], "trainer.evaluate_start": True, **anchored(values)}
-    _checked("self_training", settings)
-    digest = hashlib.sha256(json.dumps([row.checkpoint, settings], sort_keys=True).encode()).hexdigest()[:8]
+    settings = {**inherited, "seed": trained["seed"], **anchored(values)}
+    if rounds is not None:
+        settings["method.rounds"] = rounds
+    if "method.rule" not in settings:
+        settings = {**_labelling(row.method, trained), **settings}
+    restart = _restarts(_checked("self_training", settings))
+    settings.setdefault("trainer.evaluate_start", not restart)  # the trial's network is not what is trained then
+    asked = [row.checkpoint, settings, *([seeds] if seeds > 1 else [])]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     record = Record(
         kind="finish",
         name=f"{search_name}.finish-{row.name}-{digest}",
         candidates={"self_training": Candidate(settings)},
         objective=board.objective,
+        trials=seeds,
+        seeds=seeds,
         search=search_name,
         start=str(start),
         from_key=_key_of(row, options),
         from_name=row.name,
     )
     outcome = run(record, options)
-    return _finish_result(record, row, options), outcome
+    return _finish_results(record, row, options), outcome
 
 
 def evaluate(
@@ -1152,19 +1183,55 @@ def _kept(entries: Sequence[Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def _finish_result(record: Record, row: Row, options: Options) -> FinishResult | None:
+def _labelling(method: str, trained: Values) -> dict[str, Any]:
+    """Return the settings of `self_training` that label as the trial's method does, with the trial's own settings."""
+    own = {key: value for key, value in trained.items() if key in keys(method)}
+    return {
+        f"method.{key}": value for key, value in method_class(method).labelling(resolve(method, own).method).items()
+    }
+
+
+def _restarts(config: TrialConfig) -> bool:
+    """Return whether a finish gives the network its first weights again."""
+    assert isinstance(config.method, SelfTraining.Config)
+    return config.method.restart
+
+
+def _finish_results(record: Record, row: Row, options: Options) -> list[FinishResult]:
+    """Return how the runs of a finish ended, best first."""
     client = _client(options.storage, options.tracking_uri)
     experiment = client.get_experiment_by_name(record.search)
-    found = client.search_runs(
-        [experiment.experiment_id], f"tags.`segadapt.experiment` = '{record.name}'", max_results=1
-    )
-    if not found:
-        return None
-    run_id = found[0].info.run_id
+    found = client.search_runs([experiment.experiment_id], f"tags.`segadapt.experiment` = '{record.name}'")
+    newest = {run.info.run_name: run for run in reversed(found)}
+    results = [_finish_result(record, row, run, client, options) for run in newest.values()]
+    return sorted(results, key=lambda result: (math.inf if result.best is None else -result.best, result.seed))
+
+
+def _finish_result(record: Record, row: Row, run: Any, client: Any, options: Options) -> FinishResult:
     before, after = {}, {}
-    for name in found[0].data.metrics:
+    for name in run.data.metrics:
         if name.startswith(("target_val/", "source_val/")):
-            history = sorted(client.get_metric_history(run_id, name), key=lambda entry: entry.step)
+            history = sorted(client.get_metric_history(run.info.run_id, name), key=lambda entry: entry.step)
             before[name], after[name] = history[0].value, history[-1].value
-    checkpoint = found[0].data.tags.get(tracking.CHECKPOINT_TAG)
-    return FinishResult(found[0].info.run_name, row.name, before, after, checkpoint)
+    if _restarts(next(iter(record.configs().values()))):  # what was evaluated first is not the trial's network
+        shown = read_metrics(Path(str(record.start)))
+        before = {name: shown.get(name, math.nan) for name in after}
+    metrics, tags = run.data.metrics, run.data.tags
+    ended = itertools.takewhile(lambda number: f"round/{number}/labelled_share" in metrics, itertools.count(1))
+    rounds = [
+        {name.removeprefix(f"round/{number}/"): v for name, v in metrics.items() if name.startswith(f"round/{number}/")}
+        for number in ended
+    ]
+    kept = list(checkpoints(open_storage(options.storage).experiment(record.name), tags["segadapt.trial_id"]))
+    last = max(kept, key=lambda entry: entry.metrics["step"], default=None)
+    return FinishResult(
+        name=run.info.run_name,
+        from_run=row.name,
+        seed=int(tags["segadapt.seed"]),
+        best=metrics.get(f"best/{Objective.parse(record.objective).leading}"),
+        before=before,
+        after=after,
+        rounds=rounds,
+        checkpoint=tags.get(tracking.CHECKPOINT_TAG),
+        last=str(last.path) if last is not None else None,
+    )

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -380,6 +380,10 @@ def finish(
     run: Annotated[str, typer.Argument(help="`best`, or the name or id of a run in the search.")],
     search_name: Annotated[str, typer.Option("--search", help="The search that holds the run.")],
     settings: Assignments = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Times the target is labelled, trained on and evaluated; default: 1.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Do it on so many seeds: the trial's and those that follow it.")] = 1,
     storage: Storage = "runs",
     tracking_uri: TrackingUri = None,
     address: Address = None,
@@ -388,16 +392,23 @@ def finish(
     gpus: Gpus = None,
     debug: Debug = False,
 ) -> None:
-    """Self-train the best trial: evaluate, label the target, retrain on both domains, evaluate.
+    """Self-train the best trial: evaluate; in rounds label the target, train on both domains, evaluate.
 
-    Example: segadapt finish best --search sdca-streets method.quantile=0.6
+    The same command after a kill goes on where it was.
+
+    Example: segadapt finish best --search sdca-streets --rounds 2 trainer.steps=400
     """
     from segadapt.platform import api
 
     options = _options(storage, tracking_uri, address, launcher, workers, gpus, debug)
-    result, outcome = api.finish(run, _values(None, settings), options, search_name=search_name)
-    if result is not None and result.after:
-        _show_finish(result)
+    found, outcome = api.finish(
+        run, _values(None, settings), options, search_name=search_name, rounds=rounds, seeds=seeds
+    )
+    results = [result for result in found if result.after]
+    if results:
+        _show_finish(results[0])
+    if len(results) > 1:
+        _show_seeds(results)
     sys.exit(_status(outcome))
 
 
@@ -898,8 +909,25 @@ def _show_finish(result: "FinishResult") -> None:
         table.add_row(metric, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
     console = _console()
     console.print(table)
-    if result.checkpoint:
-        console.print(f"checkpoint: {result.checkpoint}", soft_wrap=True)
+    for number, found in enumerate(result.rounds, 1):
+        miou = _number(found.get("target_val/miou"))
+        console.print(f"round {number}: {found['labelled_share']:.1%} of the target labelled, target_val/miou {miou}")
+    for name, path in (("best", result.checkpoint), ("last", result.last)):
+        if path:
+            console.print(f"{name} checkpoint: {path}", soft_wrap=True)
+
+
+def _show_seeds(results: "Sequence[FinishResult]") -> None:
+    """Show what several seeds of a finish, best first, have reached after the last step."""
+    from statistics import mean, stdev
+
+    console = _console()
+    for metric in ("target_val/miou", "source_val/miou"):
+        values = [result.after[metric] for result in results if metric in result.after]
+        if len(values) > 1:
+            each = ", ".join(f"{value:.3f}" for value in values)
+            console.print(f"{metric} over {len(values)} seeds: {mean(values):.3f} +- {stdev(values):.3f} ({each})")
+    console.print(f"best: {results[0].name}")
 
 
 def _show_evaluation(result: "EvaluationResult") -> None:

@@ -1,5 +1,6 @@
 """Tune's events on their way to tracking and to the screen. Lives in the driver."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,6 +27,7 @@ from segadapt.platform.tracking import (
     Tracker,
 )
 from segadapt.platform.trial import INFEASIBLE, TrialSpec
+from segadapt.trainables.core.pseudo_labels import PROVENANCE
 
 _STATUS: dict[str, Status] = {
     "failed": "FAILED",
@@ -208,12 +210,30 @@ class Events(tune.Callback):
             trial.max_failures = 0  # the code or its settings failed, not a machine: trying again would fail again
             return
         metrics = {name: value for name, value in result.items() if name.startswith(METRIC_PREFIXES)}
+        if self._labels.kind == "finish":
+            metrics |= self._round(trial_id, result)
         self._tracker.log_metrics(self.key(trial_id), metrics, int(result["step"]))
         if "fingerprint" in result:
             self._tracker.set_tags(self.key(trial_id), {"segadapt.data": result["fingerprint"]})
         if "memory_note" in result:
             self._tracker.set_tags(self.key(trial_id), {"segadapt.memory": result["memory_note"]})
         self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective.leading))
+
+    def _round(self, trial_id: str, result: dict[str, Any]) -> dict[str, float]:
+        """Keep how the labels of a round were made, and return the metrics of its end under the round's number."""
+        assert self._tracker is not None
+        stage = str(result["stage"])
+        number = stage.removeprefix("round_")
+        if number == stage or not result["stage_finished"]:
+            return {}
+        content = json.loads((self._spec.artifacts(trial_id) / stage / PROVENANCE).read_text())
+        self._tracker.log_json(self.key(trial_id), content, f"rounds/{number}.json")
+        self._tracker.set_tags(self.key(trial_id), {f"segadapt.round.{number}.labelled_by": content["network"]})
+        ends = {
+            name: value for name, value in result.items() if name.startswith(("target_val/miou", "source_val/miou"))
+        }
+        found = {"labelled_share": content["labelled_share"], **ends}
+        return {f"round/{number}/{name}": value for name, value in found.items()}
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Stop the clock of a trial whose process died, until it is started again."""

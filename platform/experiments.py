@@ -124,7 +124,7 @@ class Record:
     rerank: int = 0
     """So many of the best configurations are trained again after the search, on other seeds."""
     seeds: int = 0
-    """How many seeds."""
+    """How many seeds; of a finish, on how many it is done."""
     search: str | None = None
     """Of a finish: the experiment in MLflow that it belongs to."""
     start: str | None = None
@@ -330,12 +330,12 @@ class _Session:
     def _run_trials(self) -> "list[TrialResult]":
         from segadapt.platform.events import Labels
         from segadapt.platform.ledger import spent_hours
-        from segadapt.platform.search import SearchPlan, run_experiment
+        from segadapt.platform.search import ListPlan, SearchPlan, run_experiment
 
         record = self.record
         configs = record.configs().values()
         steps = max(stages.own_steps(config) for config in configs)
-        plan = None
+        plan: SearchPlan | ListPlan | None = None
         if record.max_gpu_hours is not None:
             spent = spent_hours(self.spec.storage, record.name, "gpu")
             if spent >= record.max_gpu_hours:
@@ -359,6 +359,11 @@ class _Session:
                 max_gpu_hours=record.max_gpu_hours,
             )
         names = {"search": [], "train": [record.methods], "finish": [f"finish-{record.from_name}"]}[record.kind]
+        if record.kind == "finish" and record.seeds > 1:
+            first = next(iter(configs)).seed
+            values = [{"seed": seed} for seed in range(first, first + record.seeds)]
+            names = [f"finish-{record.from_name}.seed-{found['seed']}" for found in values]
+            plan = ListPlan(values, self.concurrent)
         labels = Labels(
             experiment=record.search or record.name,
             kind="finish" if record.kind == "finish" else "trial",

@@ -27,8 +27,9 @@ ALLOWED = {
     "trainables/core/data/folder.py": {"yaml"},
     "trainables/core/data/shards.py": {"pyarrow"},
     "trainables/core/data/packing.py": {"pyarrow"},
+    "trainables/core/pseudo_labels.py": {"pyarrow"},
 }
-"""Own data lists its classes in YAML, packed data is Parquet; imported when such a folder is opened."""
+"""Own data lists its classes in YAML, packed data and pseudo labels are Parquet; imported when they are opened."""
 
 
 def test_the_standard_library_platform_is_found_from_the_root() -> None:

@@ -11,7 +11,7 @@ network's setting. Random scale and crop are off by default. The schedule's leng
 
 import copy
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,17 @@ class BiCL(Method):
             for number in range(config.rounds)
         )
         return (SOURCE_ONLY, *rounds)
+
+    @classmethod
+    def labelling(cls, config: Config) -> dict[str, Any]:
+        """Return the rule of §7."""
+        return {
+            "rule": "global_local",
+            "share": config.share,
+            "share_step": config.share_step,
+            "local_share": config.share,
+            "excluded_classes": config.excluded_classes,
+        }
 
     def prepare_stage(self, stage: Stage, data: StageData) -> None:
         """Split the stem before the first round; label the target set before every round (§7)."""

@@ -11,23 +11,22 @@ warm-up is the one all methods share, with its Lovász-Softmax.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch
-from segadapt.trainables.core.distributed import barrier, rank, sum_over_workers, world_size
+from segadapt.trainables.core.data.batch import DomainBatch
+from segadapt.trainables.core.distributed import rank, world_size
 from segadapt.trainables.core.labels import labels_at_features
 from segadapt.trainables.core.losses.centroid_contrast import centroid_contrast
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, ParameterGroup, Stage, StageData, WarmupConfig
 from segadapt.trainables.core.networks import Segmenter
-from segadapt.trainables.core.pseudo_labels import PROVENANCE, write_provenance, write_pseudo_label
 from segadapt.trainables.core.state.class_centroids import ClassCentroids
 from segadapt.trainables.core.state.confidence_thresholds import RunningConfidence, confidence_at, keep_confident
 from segadapt.trainables.core.state.mean_teacher import MeanTeacher
-from segadapt.trainables.core.state.prediction_ensemble import EnsembleConfidence, PredictionEnsemble, decode_ensemble
+from segadapt.trainables.core.state.prediction_ensemble import label_ensemble
 from segadapt.trainables.core.validation import check
 
 
@@ -46,9 +45,6 @@ class Round(Stage):
 
 CENTROIDS = Stage(name="centroids", share=0.0)
 ADAPT = Stage(name="adapt", colored=("source", "target"), flipped=True)
-
-ENSEMBLE = "ensemble"
-"""Folder of the averaged predictions, inside that of the round."""
 
 
 class CLST(Method):
@@ -140,6 +136,16 @@ class CLST(Method):
             for number in range(1, config.rounds + 1)
         )
         return (*cls.stages, *rounds)
+
+    @classmethod
+    def labelling(cls, config: Config) -> dict[str, Any]:
+        """Return the rule of §7, with the quantile."""
+        return {
+            "rule": "ensemble",
+            "quantile": 1 - config.kept_share,
+            "confidence_cap": config.confidence_cap,
+            "ensemble_momentum": config.ensemble_momentum,
+        }
 
     def prepare_stage(self, stage: Stage, data: StageData) -> None:
         """Fill the centroids; label the target set before a round; start the teacher (§6, §7)."""
@@ -239,43 +245,21 @@ class CLST(Method):
         The network passes over the set once. All workers call this for their share.
         """
         # The folders of a trial's stages lie beside each other.
-        previous = data.folder.with_name(stage.previous) / ENSEMBLE if stage.previous is not None else None
-        ensemble = PredictionEnsemble(data.folder / ENSEMBLE, previous=previous, momentum=self.config.ensemble_momentum)
-        if rank() == 0:
-            (data.folder / PROVENANCE).unlink(missing_ok=True)
-            ensemble.begin()
-        classes, device = self.segmenter.num_classes, self.source_centroids.centroids.device
-        counted = EnsembleConfidence(classes, device)
-        sizes: dict[str, tuple[int, int]] = {}
-        for images, indices in data.target_batches():
-            names = [data.target_ids[index] for index in indices.tolist()]
-            counted.update(ensemble.update(names, self.segmenter(images).logits.double().softmax(dim=1)))
-            sizes.update(dict.fromkeys(names, _size(images)))
-        counted.reduce()
-        thresholds = self._thresholds(counted)
+        previous = data.folder.with_name(stage.previous) if stage.previous is not None else None
+        label_ensemble(
+            lambda images: self.segmenter(images).logits,
+            data,
+            self.segmenter.num_classes,
+            previous=previous,
+            momentum=self.config.ensemble_momentum,
+            threshold=self.config.threshold,
+            share=self.config.kept_share,
+            cap=self.config.confidence_cap,
+            align_corners=self.segmenter.align_corners,
+            notes={"round": stage.number},
+        )
 
-        pixels = torch.zeros(2, classes, dtype=torch.int64, device=device)  # predicted, kept
-        for name, size in sizes.items():
-            probabilities = decode_ensemble(ensemble.read(name).to(device)).unsqueeze(0)
-            confidence, prediction = self._confidence_at(probabilities, size)
-            labels = keep_confident(confidence, prediction, thresholds)
-            pixels += torch.stack([_count(prediction, classes), _count(labels, classes)])
-            write_pseudo_label(data.folder, name, labels[0].to(torch.uint8).cpu())
-        predicted, kept = sum_over_workers(pixels).tolist()
-        barrier()
-        if rank() == 0:
-            ensemble.finish(len(data.target_ids))
-            provenance = {
-                "round": stage.number,
-                "threshold": self.config.threshold,
-                "thresholds": thresholds.tolist(),
-                "mean_confidence": counted.mean().item(),
-                "kept_share": [part / whole if whole else None for part, whole in zip(kept, predicted, strict=True)],
-            }
-            write_provenance(data.folder, provenance)
-        barrier()
-
-    def _thresholds(self, confidences: RunningConfidence | EnsembleConfidence) -> Tensor:
+    def _thresholds(self, confidences: RunningConfidence) -> Tensor:
         """Return the smallest confidence of a label of each class, (C,) float64."""
         if self.config.threshold == "sqrt_mean":
             return confidences.sqrt_mean_thresholds()
@@ -295,8 +279,3 @@ def _projection(channels: int, projected: int) -> nn.Module:
 
 def _size(maps: Tensor) -> tuple[int, int]:
     return maps.shape[-2], maps.shape[-1]
-
-
-def _count(labels: Tensor, classes: int) -> Tensor:
-    """Return the pixels of each class, (C,) int64; 255 is left out."""
-    return torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)[:classes]

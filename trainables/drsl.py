@@ -11,7 +11,7 @@ follows the trainer's schedule, there it is constant.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,11 @@ class DRSL(Method):
             for number in range(config.rounds)
         )
         return (SOURCE_ONLY, *([modes] if share > 0 else []), *rounds)
+
+    @classmethod
+    def labelling(cls, config: Config) -> dict[str, Any]:
+        """Return the rule of §6."""
+        return {"rule": "self_paced", "share": config.portion, "share_step": config.portion_step}
 
     def prepare_stage(self, stage: Stage, data: StageData) -> None:
         """Label the target set before every round (§6)."""

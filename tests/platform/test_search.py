@@ -1,7 +1,9 @@
 """Searches as a user runs them: a real Ray, a real study, a real MLflow database."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -18,6 +20,7 @@ from mlflow import MlflowClient
 from segadapt.platform import api
 from segadapt.platform.experiments import Candidate, Options, Record
 from segadapt.platform.storage import Storage
+from segadapt.trainables.core.checkpoint import file_hash, load_state, tensors_hash
 
 COMMAND = str(Path(sys.executable).with_name("segadapt"))
 
@@ -117,7 +120,7 @@ def test_a_second_search_takes_another_name_and_loads_the_warm_up(searched: Sear
 
 def test_finish_self_trains_the_best_trial_and_links_to_it(searched: Searched) -> None:
     folder, _ = searched
-    done = command(folder, "finish", "best", "--search", "sdca-streets", "trainer.steps=4")
+    done = command(folder, "finish", "best", "--search", "sdca-streets", "--rounds", "2", "trainer.steps=4")
     assert done.returncode == 0, done.stderr
     assert re.search(r"target_val/miou +0\.\d+ +0\.\d+ +[+-]0\.\d+", done.stdout)
     runs = tracked(folder, "sdca-streets")
@@ -128,11 +131,65 @@ def test_finish_self_trains_the_best_trial_and_links_to_it(searched: Searched) -
     assert steps_of(folder, run)[0] == 0, "evaluated before"
     before = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db").get_metric_history(run.info.run_id, "target_val/miou")
     assert before[0].value == pytest.approx(best.best, abs=1e-12), "starts from the trial's checkpoint exactly"
-    labels = list((folder / "runs" / "ray").glob("*.finish-*/artifacts/*/round_1/*.png"))
-    assert len(labels) == TINY["data.streets.train_images"]
+    (artifacts,) = (folder / "runs" / "ray").glob("*.finish-*/artifacts/*")
+    made = [json.loads((artifacts / f"round_{number}" / "provenance.json").read_text()) for number in (1, 2)]
+    trained = load_state(Path(str(best.checkpoint)))
+    prefix = trained["deployed"] + "."
+    network = {name.removeprefix(prefix): t for name, t in trained["state"].items() if name.startswith(prefix)}
+    assert made[0]["network"] == tensors_hash(network), "the first round is labelled by the trial's network"
+    assert made[1]["network"] != made[0]["network"]
+    for number, provenance in enumerate(made, 1):
+        assert run.data.metrics[f"round/{number}/labelled_share"] == provenance["labelled_share"]
+        assert 0 <= run.data.metrics[f"round/{number}/target_val/miou"] <= 1
+        assert run.data.tags[f"segadapt.round.{number}.labelled_by"] == provenance["network"]
+    assert {"best checkpoint:", "last checkpoint:"} <= {line[:16] for line in done.stdout.splitlines()}
     unknown = command(folder, "finish", "nonesuch", "--search", "sdca-streets")
     assert unknown.returncode == 2
     assert "sdca-001" in unknown.stderr
+
+
+def test_a_finish_on_several_seeds_shows_their_spread_and_names_the_best(searched: Searched) -> None:
+    folder, _ = searched
+    words = ("--seeds", "2", "trainer.steps=2", "method.restart=true", "method.rule=fixed", "seed=3")
+    done = command(folder, "finish", "sdca-001", "--search", "sdca-streets", *words)
+    assert done.returncode == 0, done.stderr
+    runs = tracked(folder, "sdca-streets")
+    found = {name: runs[name].data for name in ("finish-sdca-001.seed-3", "finish-sdca-001.seed-4")}
+    assert [data.tags["segadapt.seed"] for data in found.values()] == ["3", "4"]
+    best = max(found, key=lambda name: found[name].metrics["best/target_val/miou"])
+    assert f"best: {best}" in done.stdout
+    assert re.search(r"target_val/miou over 2 seeds: 0\.\d+ \+- 0\.\d+", done.stdout)
+    shown = re.search(r"target_val/miou +(0\.\d+) +0\.\d+ ", done.stdout)
+    assert shown is not None
+    assert float(shown.group(1)) == pytest.approx(runs["sdca-001"].data.metrics["best/target_val/miou"], abs=6e-4)
+
+
+@pytest.mark.slow
+def test_a_finish_whose_driver_was_killed_leaves_the_bytes_of_an_undisturbed_one(searched: Searched) -> None:
+    folder, _ = searched
+    words = ["finish", "best", "--search", "sdca-streets", "--rounds", "2", "trainer.steps=80", "trainer.eval_every=10"]
+    known = set((folder / "runs" / "ray").glob("*.finish-*"))
+    with (folder / "killed.txt").open("w") as output:
+        driver = subprocess.Popen([COMMAND, *words], cwd=folder, stdout=output, stderr=output, process_group=0)
+        try:
+            said = lambda: (folder / "killed.txt").read_text()  # noqa: E731
+            wait_for(lambda: re.search(r" step (50|60|70)/", said()) is not None, "the second round")
+        finally:
+            os.kill(driver.pid, signal.SIGKILL)
+            driver.wait()
+    assert " finished" not in said()
+    (begun,) = set((folder / "runs" / "ray").glob("*.finish-*")) - known
+    found = []
+    for _ in ("gone on", "undisturbed"):
+        done = command(folder, *words)
+        assert done.returncode == 0, done.stderr
+        last = re.search(r"last checkpoint: (.+)", done.stdout)
+        assert last is not None
+        labels = sorted(begun.glob("artifacts/*/round_*/*"))
+        found.append([file_hash(path) for path in (Path(last.group(1)) / "state.pt", *labels)])
+        shutil.rmtree(begun)
+    assert len(found[0]) == 5, "the state, and of each round a file of labels and their provenance"
+    assert found[0] == found[1]
 
 
 def test_an_extended_search_knows_its_trials_and_ranks_the_best_over_seeds(searched: Searched) -> None:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from toy import Reports, toy_config
 
-from segadapt.trainables.clst import CENTROIDS, CLST, ENSEMBLE, Round
+from segadapt.trainables.clst import CENTROIDS, CLST, Round
 from segadapt.trainables.core.checkpoint import load_state
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.data.datasets import load_data
@@ -42,6 +42,7 @@ from segadapt.trainables.core.state.confidence_thresholds import (
 from segadapt.trainables.core.state.mean_teacher import MeanTeacher
 from segadapt.trainables.core.state.prediction_ensemble import (
     COMPLETE,
+    ENSEMBLE,
     EnsembleConfidence,
     PredictionEnsemble,
     decode_ensemble,
@@ -730,7 +731,7 @@ def test_a_round_averages_with_the_one_before_and_labels_from_what_it_stored(tmp
     run_again = [replace(stage, share=0.0) for stage in plan if isinstance(stage, Round)]
     with torch.no_grad():
         for stage in run_again:
-            method.prepare_stage(stage, trainer._stage_data(trainer.folder / stage.name))
+            method.prepare_stage(stage, trainer._stage_data(stage, trainer.folder / stage.name))
     first, second = (
         torch.stack([PredictionEnsemble(trainer.folder / stage.name / ENSEMBLE).read(i) for i in ids])
         for stage in run_again
@@ -743,7 +744,7 @@ def test_centroids_come_from_the_first_source_images_in_their_order(tmp_path: Pa
     trainer, _ = clst_trainer(tmp_path, centroid_images=3)
     method = trainer.method.eval()
     with torch.no_grad():
-        method.prepare_stage(CENTROIDS, trainer._stage_data(tmp_path))
+        method.prepare_stage(CENTROIDS, trainer._stage_data(CENTROIDS, tmp_path))
         images = trainer._normalised(torch.stack([trainer.data.source.image(index) for index in range(3)]))
         features = method.segmenter(images).features
         labels = torch.stack([trainer.data.source.label(index) for index in range(3)]).long()

@@ -690,9 +690,9 @@ def test_rounds_label_with_growing_portions_and_say_how(tmp_path: Path) -> None:
     method.eval()
     folder = tmp_path / "other"
     with torch.no_grad():
-        method.prepare_stage(last, trainer._stage_data(folder))
+        method.prepare_stage(last, trainer._stage_data(last, folder))
         probabilities = torch.cat(
-            [method._probabilities(images) for images, _ in trainer._stage_data(folder).target_batches()]
+            [method._probabilities(images) for images, _ in trainer._stage_data(last, folder).target_batches()]
         )
     again = PseudoLabelFolder(folder, trainer.data.target.ids)
     thresholds = literal.self_paced_thresholds(probabilities, 0.5)

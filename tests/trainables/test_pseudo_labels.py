@@ -16,14 +16,16 @@ from torch import Tensor
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.method import StageData
 from segadapt.trainables.core.pseudo_labels import (
+    COLUMNS,
     PROVENANCE,
+    PROVENANCE_KEY,
     ConfidenceHistogram,
     PseudoLabelFolder,
+    PseudoLabelWriter,
     class_thresholds,
     confidence_and_prediction,
     label_target,
     select,
-    write_pseudo_label,
 )
 
 
@@ -136,7 +138,8 @@ def stage_data(folder: Path, indices: Sequence[int] = range(len(IDS))) -> StageD
     def source() -> Iterator[tuple[Tensor, Tensor]]:
         yield from ()
 
-    return StageData(folder=folder, target_ids=IDS, source_batches=source, target_batches=target)
+    made_by = {"network": "0123"}
+    return StageData(folder, IDS, source, target, made_by)
 
 
 def test_labelling_keeps_the_confident_part_of_every_class(tmp_path: Path) -> None:
@@ -172,9 +175,17 @@ def test_missing_labels_are_counted_and_one_is_named(tmp_path: Path) -> None:
 
 
 def test_interrupted_writing_is_noticed(tmp_path: Path) -> None:
-    for image_id in IDS:
-        write_pseudo_label(tmp_path, image_id, torch.zeros(2, 2, dtype=torch.uint8))
+    with PseudoLabelWriter(stage_data(tmp_path), 3) as writer:
+        writer.write(torch.arange(6), torch.zeros(6, 2, 2, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"must hold provenance\.json, but .* interrupted"):
+        PseudoLabelFolder(tmp_path, IDS)
+
+
+def test_changed_labels_are_refused(tmp_path: Path) -> None:
+    label_target(lambda images: images, stage_data(tmp_path), 3)
+    path = tmp_path / "labels-00000-of-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"labels-00000-of-00001\.parquet must be as it was written"):
         PseudoLabelFolder(tmp_path, IDS)
 
 
@@ -189,11 +200,30 @@ def test_labelling_again_first_withdraws_the_mark(tmp_path: Path) -> None:
     assert not (tmp_path / PROVENANCE).exists()
 
 
-def test_nothing_temporary_is_left(tmp_path: Path) -> None:
-    label_target(lambda images: images, stage_data(tmp_path), 3)
-    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {PROVENANCE, *(f"{image_id}.png" for image_id in IDS)}
-    assert set(json.loads((tmp_path / PROVENANCE).read_text())) == {"quantile", "cap", "thresholds", "kept_share"}
+def test_labels_are_one_parquet_file_that_says_how_they_were_made(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    (tmp_path / ".labels-00001-of-00002.parquet.partial").write_bytes(b"of an attempt that was killed")
+    label_target(lambda images: images, stage_data(tmp_path), 3, quantile=0.5, cap=0.99)
+    path = tmp_path / "labels-00000-of-00001.parquet"
+    assert {found.name for found in tmp_path.iterdir()} == {PROVENANCE, path.name}, "nothing temporary is left"
+    table = parquet.read_table(path)
+    assert table.column_names == list(COLUMNS)
+    assert table["id"].to_pylist() == list(IDS)
+    provenance = json.loads(parquet.read_metadata(path).metadata[PROVENANCE_KEY])
+    folder = PseudoLabelFolder(tmp_path, IDS)
+    assert provenance == folder.provenance
+    assert provenance["rule"] == "quantile"
+    assert provenance["network"] == "0123", "what the trainer says of its network"
+    labels = torch.stack([folder.read(image_id) for image_id in IDS])
+    kept = (labels != IGNORE_INDEX).float().flatten(1).mean(1)
+    assert table["kept"].to_pylist() == pytest.approx(kept.tolist())
+    assert provenance["labelled_share"] == pytest.approx(kept.mean().item())
+    counts = torch.bincount(labels.flatten(), minlength=256)[:3]
+    assert provenance["class_shares"] == pytest.approx((counts / counts.sum()).tolist())
+    before = path.read_bytes()
+    label_target(lambda images: images, stage_data(tmp_path), 3, quantile=0.5, cap=0.99)
+    assert path.read_bytes() == before, "labelled again, the bytes are the same"
 
 
 def run_worker(rank: int, folder: str) -> None:

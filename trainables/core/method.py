@@ -1,8 +1,8 @@
 """The method contract: what an adaptation method owns. The trainer owns the rest."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -87,6 +87,8 @@ class StageData:
     """
     target_batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
     """Starts a pass over this worker's share of the target set: images (B, 3, H, W) normalised, indices (B,)."""
+    made_by: Mapping[str, str] = field(default_factory=dict)
+    """What pseudo labels are labelled with: stage, method, hash of the network, fingerprint of the data."""
 
 
 class Method(nn.Module, ABC):
@@ -139,6 +141,15 @@ class Method(nn.Module, ABC):
     def deployed(self) -> Segmenter:
         """The network that is evaluated and exported."""
         return self.segmenter
+
+    def labeller(self, stage: Stage) -> Segmenter:
+        """Return the network that makes the pseudo labels of a stage."""
+        return self.segmenter
+
+    @classmethod
+    def labelling(cls, config: Any) -> dict[str, Any]:
+        """Return the settings of `self_training` that label as a trial with this method's `config` does."""
+        return {"rule": "quantile"}
 
     def supervised_terms(self, logits: Tensor, labels: Tensor, lovasz_weight: float) -> dict[str, Tensor]:
         """Cross entropy plus weighted Lovász-Softmax of up-sampled logits against source labels (SDCA §5.3).

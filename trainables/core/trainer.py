@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from segadapt.trainables.core import distributed
-from segadapt.trainables.core.checkpoint import load_state, save_state
+from segadapt.trainables.core.checkpoint import load_state, save_state, tensors_hash
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch, DomainData, EvaluationData
 from segadapt.trainables.core.data.loading import (
     BatchSource,
@@ -262,7 +262,7 @@ class Trainer:
             self._seed(stage, 0)
             self.method.eval()
             with torch.no_grad():
-                self.method.prepare_stage(stage, self._stage_data(folder))
+                self.method.prepare_stage(stage, self._stage_data(stage, folder))
             distributed.barrier()
             if steps == 0 or (config.evaluate_start and done == 0):
                 self._evaluate_and_report(stage, done, 0, optimizer, _Progress())
@@ -460,7 +460,7 @@ class Trainer:
             target_images=self._normalised(target) if target is not None else None,
         )
 
-    def _stage_data(self, folder: Path) -> StageData:
+    def _stage_data(self, stage: Stage, folder: Path) -> StageData:
         augmentation, batch_size = self.settings.augmentation, self.settings.trainer.eval_batch_size
         source_images = ResizedImages(self.data.source, augmentation, "source", labels=True)
         target_images = ResizedTargetImages(self.data.target, augmentation)
@@ -478,8 +478,21 @@ class Trainer:
                 yield self._normalised(images), torch.tensor(indices)
 
         return StageData(
-            folder=folder, target_ids=self.data.target.ids, source_batches=source_in_step, target_batches=target
+            folder=folder,
+            target_ids=self.data.target.ids,
+            source_batches=source_in_step,
+            target_batches=target,
+            made_by=self._made_by(stage) if stage.pseudo_labels else {},
         )
+
+    def _made_by(self, stage: Stage) -> dict[str, str]:
+        """Return what pseudo labels of the stage are labelled with; `network` is that of the labelling weights."""
+        return {
+            "stage": stage.name,
+            "method": self.method.name,
+            "network": tensors_hash(self.method.labeller(stage).state_dict()),
+            "data": self.data.fingerprint,
+        }
 
     def _evaluate_and_report(
         self, stage: Stage, done: int, step: int, optimizer: torch.optim.Optimizer, progress: _Progress

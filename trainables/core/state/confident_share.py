@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
-from segadapt.trainables.core.distributed import barrier, rank, sum_over_workers
+from segadapt.trainables.core.distributed import sum_over_workers
 from segadapt.trainables.core.method import StageData
-from segadapt.trainables.core.pseudo_labels import (
-    ConfidenceHistogram,
-    confidence_and_prediction,
-    write_provenance,
-    write_pseudo_label,
-)
+from segadapt.trainables.core.pseudo_labels import ConfidenceHistogram, PseudoLabelWriter, confidence_and_prediction
 
 _EVERY = 5
 
@@ -128,24 +123,22 @@ def label_confident_share(
         for images, _ in data.target_batches():
             yield predict(images)
 
-    thresholds = class_share_thresholds(logits, num_classes, share=share, excluded=excluded)
     kept = torch.zeros(IGNORE_INDEX + 1, dtype=torch.int64)
-    for images, indices in data.target_batches():
-        labels = select_confident_share(predict(images), thresholds, share=local_share).cpu()
-        kept += torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)
-        for index, label in zip(indices.tolist(), labels, strict=True):
-            write_pseudo_label(data.folder, data.target_ids[index], label)
-    kept = sum_over_workers(kept)
-    barrier()
-    if rank() == 0:
+    with PseudoLabelWriter(data, num_classes) as writer:
+        thresholds = class_share_thresholds(logits, num_classes, share=share, excluded=excluded)
+        for images, indices in data.target_batches():
+            labels = select_confident_share(predict(images), thresholds, share=local_share).cpu()
+            kept += torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)
+            writer.write(indices, labels)
+        kept = sum_over_workers(kept)
         provenance = {
+            "rule": "global_local",
             "share": share,
             "local_share": local_share,
             "thresholds": thresholds.tolist(),
             "kept_share": (kept[:num_classes] / kept.sum()).tolist(),
         }
-        write_provenance(data.folder, provenance)
-    barrier()
+        writer.finish(provenance)
 
 
 def _every_fifth(logits: Tensor) -> tuple[Tensor, Tensor]:

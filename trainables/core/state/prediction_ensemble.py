@@ -4,15 +4,22 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from segadapt.trainables.core.distributed import sum_over_workers
-from segadapt.trainables.core.state.confidence_thresholds import share_thresholds
+from segadapt.trainables.core.data.batch import IGNORE_INDEX
+from segadapt.trainables.core.distributed import rank, sum_over_workers
+from segadapt.trainables.core.method import StageData
+from segadapt.trainables.core.pseudo_labels import PseudoLabelWriter
+from segadapt.trainables.core.state.confidence_thresholds import confidence_at, keep_confident, share_thresholds
+
+ENSEMBLE = "ensemble"
+"""Folder of the averaged predictions, inside that of the round."""
 
 COMPLETE = "complete.json"
 """Written last: its presence means that every image of the round has been written."""
@@ -168,6 +175,84 @@ class EnsembleConfidence:
     def sqrt_mean_thresholds(self) -> Tensor:
         """Return the square root of the mean confidence for every class, (C,) float64."""
         return self.mean().sqrt().expand(len(self.counts))
+
+
+def label_ensemble(
+    predict: Callable[[Tensor], Tensor],
+    data: StageData,
+    num_classes: int,
+    *,
+    previous: Path | None,
+    momentum: float = 0.6,
+    threshold: Literal["quantile", "sqrt_mean"] = "quantile",
+    share: float = 0.5,
+    cap: float = 0.9,
+    align_corners: bool = True,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Average new predictions into the ensemble of the round before, and label the target set with the result.
+
+    The network passes over the set once. All workers call this for their share.
+
+    Args:
+        predict: Maps normalised images, (B, 3, H, W), to logits at the size of the ensemble, (B, C, h, w).
+        data: The un-augmented target set and the folder of the round.
+        num_classes: C.
+        previous: Folder of the round before; None in the first.
+        momentum: See `PredictionEnsemble`.
+        threshold: Confidence a label needs: a quantile per class, or the root of the mean confidence.
+        share: Of each class's predicted cells above its quantile.
+        cap: Largest quantile.
+        align_corners: How confidences are up-sampled.
+        notes: Further entries of the provenance.
+    """
+    before = previous / ENSEMBLE if previous is not None else None
+    ensemble = PredictionEnsemble(data.folder / ENSEMBLE, previous=before, momentum=momentum)
+    with PseudoLabelWriter(data, num_classes) as writer:
+        if rank() == 0:
+            ensemble.begin()
+        sizes: dict[int, tuple[int, int]] = {}
+        counted: EnsembleConfidence | None = None
+        device = torch.device("cpu")
+        for images, indices in data.target_batches():
+            logits = predict(images)
+            device = logits.device
+            counted = counted or EnsembleConfidence(num_classes, device)
+            names = [data.target_ids[index] for index in indices.tolist()]
+            counted.update(ensemble.update(names, logits.double().softmax(dim=1)))
+            sizes.update(dict.fromkeys(indices.tolist(), (images.shape[-2], images.shape[-1])))
+        counted = counted or EnsembleConfidence(num_classes, device)  # fewer images than workers
+        counted.reduce()
+        by_share = threshold == "quantile"
+        thresholds = counted.share_thresholds(share=share, cap=cap) if by_share else counted.sqrt_mean_thresholds()
+
+        pixels = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # predicted, kept
+        for index, size in sizes.items():
+            probabilities = decode_ensemble(ensemble.read(data.target_ids[index]).to(device)).unsqueeze(0)
+            confidence, prediction = confidence_at(probabilities, size, align_corners=align_corners)
+            labels = keep_confident(confidence, prediction, thresholds)
+            pixels += torch.stack([_count(prediction, num_classes), _count(labels, num_classes)])
+            writer.write(torch.tensor([index]), labels.to(torch.uint8))
+        predicted, kept = sum_over_workers(pixels).tolist()
+        if rank() == 0:
+            ensemble.finish(len(data.target_ids))
+        provenance = {
+            "rule": "ensemble",
+            "momentum": momentum,
+            "share": share,
+            "cap": cap,
+            "threshold": threshold,
+            "thresholds": thresholds.tolist(),
+            "mean_confidence": counted.mean().item(),
+            "kept_share": [part / whole if whole else None for part, whole in zip(kept, predicted, strict=True)],
+            **(notes or {}),
+        }
+        writer.finish(provenance)
+
+
+def _count(labels: Tensor, num_classes: int) -> Tensor:
+    """Return the pixels of each class, (C,) int64; 255 is left out."""
+    return torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)[:num_classes]
 
 
 def _path(folder: Path, image_id: str) -> Path:

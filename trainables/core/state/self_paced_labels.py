@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
-from segadapt.trainables.core.distributed import barrier, rank, sum_over_workers
+from segadapt.trainables.core.distributed import sum_over_workers
 from segadapt.trainables.core.method import StageData
-from segadapt.trainables.core.pseudo_labels import (
-    PROVENANCE,
-    ConfidenceHistogram,
-    write_provenance,
-    write_pseudo_label,
-)
+from segadapt.trainables.core.pseudo_labels import ConfidenceHistogram, PseudoLabelWriter
 
 _EVERY = 4
 
@@ -108,30 +103,25 @@ def label_self_paced(
         for images, _ in data.target_batches():
             yield predict(images).float()
 
-    if rank() == 0:  # the sums of `self_paced_thresholds` make the others wait for this
-        (data.folder / PROVENANCE).unlink(missing_ok=True)
-    thresholds = self_paced_thresholds(probabilities, num_classes, portion=portion)
     counts = torch.zeros(2, num_classes, dtype=torch.int64)  # pixels predicted, pixels labelled
-    for images, indices in data.target_batches():
-        scores = predict(images).float()
-        labels = self_paced_labels(scores, thresholds)
-        counts = counts.to(labels.device) + torch.stack(
-            [_count(scores.argmax(1), num_classes), _count(labels, num_classes)]
-        )
-        for index, label in zip(indices.tolist(), labels.cpu(), strict=True):
-            write_pseudo_label(data.folder, data.target_ids[index], label)
-    predicted, labelled = sum_over_workers(counts).cpu().unbind()
-    barrier()
-    if rank() == 0:
+    with PseudoLabelWriter(data, num_classes) as writer:
+        thresholds = self_paced_thresholds(probabilities, num_classes, portion=portion)
+        for images, indices in data.target_batches():
+            scores = predict(images).float()
+            labels = self_paced_labels(scores, thresholds)
+            parts = [_count(scores.argmax(1), num_classes), _count(labels, num_classes)]
+            counts = counts.to(labels.device) + torch.stack(parts)
+            writer.write(indices, labels)
+        predicted, labelled = sum_over_workers(counts).cpu().unbind()
         provenance = {
+            "rule": "self_paced",
             "portion": portion,
             "thresholds": thresholds.tolist(),
             "predicted": predicted.tolist(),
             "labelled": labelled.tolist(),
             **(notes or {}),
         }
-        write_provenance(data.folder, provenance)
-    barrier()
+        writer.finish(provenance)
     return predicted
 
 

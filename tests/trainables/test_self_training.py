@@ -1,0 +1,169 @@
+"""Promises of self-training in rounds: killed anywhere it gives the same bytes; its rules, its restart, its teacher."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy import Reports, toy_config, toy_trainer
+
+from segadapt.platform.trial import build_method
+from segadapt.trainables import METHODS, method_class
+from segadapt.trainables.core import trainer as trainer_module
+from segadapt.trainables.core.checkpoint import MANIFEST, file_hash, load_state, tensors_hash
+from segadapt.trainables.core.data.datasets import load_data
+from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder, PseudoLabelWriter
+from segadapt.trainables.core.trainer import Trainer
+from segadapt.trainables.self_training import SelfTraining
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["segadapt.trainables.self_training", "segadapt.platform.trial", "toy"])
+
+RULES = ("quantile", "fixed", "global_local", "self_paced", "ensemble")
+
+
+def rounds_trainer(folder: Path, **values: Any) -> tuple[Trainer, Reports]:
+    """Two rounds from random weights, without the warm-up."""
+    config = toy_config("self_training", **{"method__rounds": 2, "trainer__steps": 4, **values})
+    plan = SelfTraining.plan(config.method)[1:]
+    return toy_trainer(config, folder, plan)
+
+
+def killing(function: Callable[..., Any], calls: int) -> Callable[..., Any]:
+    """Return the function, except that the process is killed within its call number `calls`."""
+    left = calls
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def session(folder: Path, killed_in: str | None) -> None:
+    """Start, or go on from the last whole checkpoint; the process kills itself in the second round."""
+    torch.set_num_threads(1)
+    trainer, reports = rounds_trainer(folder, trainer__eval_batch_size=4)
+    done = len(list(reports.folder.glob(f"*/{MANIFEST}")))
+    reports.metrics = [{}] * done
+    if killed_in == "labelling":
+        PseudoLabelWriter.write = killing(PseudoLabelWriter.write, 5)  # type: ignore[method-assign]
+    if killed_in == "training":
+        trainer.method.after_step = killing(trainer.method.after_step, 3)  # type: ignore[method-assign]
+    if killed_in == "evaluation":
+        trainer_module.label_free_scores = killing(trainer_module.label_free_scores, 2)
+    trainer.run(reports.checkpoint(done - 1) if done else None)
+
+
+def run_session(folder: Path, killed_in: str | None) -> None:
+    process = PROCESSES.Process(target=session, args=(folder, killed_in))
+    process.start()
+    process.join(120)
+    assert process.exitcode == (0 if killed_in is None else -signal.SIGKILL)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the hash of the last state and of everything that the rounds wrote."""
+    files = [path for path in (folder / "artifacts").rglob("*") if path.is_file()]
+    last = max((folder / "checkpoints").iterdir())
+    return {str(path.relative_to(folder)): file_hash(path) for path in [*files, last / "state.pt"]}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_session(folder, None)
+    found = hashes(folder)
+    assert sum(name.endswith(".parquet") for name in found) == 2
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["labelling", "training", "evaluation"])
+def test_killed_in_any_phase_it_gives_the_same_bytes(phase: str, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    run_session(tmp_path, phase)
+    assert not list((tmp_path / "checkpoints").glob("001")), "killed in the second round"
+    run_session(tmp_path, None)
+    assert hashes(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_labels_every_round_and_says_how(rule: str, tmp_path: Path) -> None:
+    trainer, reports = rounds_trainer(tmp_path, method__rule=rule, method__confidence_cap=0.12, trainer__steps=2)
+    first = tensors_hash(trainer.method.segmenter.state_dict())
+    trainer.run()
+    found = [PseudoLabelFolder(trainer.folder / f"round_{n}", trainer.data.target.ids).provenance for n in (1, 2)]
+    assert [made["rule"] for made in found] == [rule, rule]
+    assert [made["stage"] for made in found] == ["round_1", "round_2"]
+    assert found[0]["network"] == first
+    assert found[1]["network"] == tensors_hash(network_of(reports, 0)), "that of the checkpoint before"
+    for made in found:
+        assert made["data"] == trainer.data.fingerprint
+        assert 0 < made["labelled_share"] <= 1
+        assert sum(made["class_shares"]) == pytest.approx(1)
+
+
+def network_of(reports: Reports, index: int) -> dict[str, torch.Tensor]:
+    state = load_state(reports.checkpoint(index))
+    prefix = state["deployed"] + "."
+    return {name.removeprefix(prefix): t for name, t in state["state"].items() if name.startswith(prefix)}
+
+
+def test_a_restart_trains_the_first_weights_on_labels_of_the_trial(tmp_path: Path) -> None:
+    config = toy_config("self_training", method__restart=True, trainer__evaluate_start=True, trainer__steps=2)
+    trainer, reports = toy_trainer(config, tmp_path, SelfTraining.plan(config.method)[1:])
+    first = tensors_hash(trainer.method.segmenter.state_dict())
+    trial = build_method(replace(config, seed=7), len(load_data(config.data)[0].classes))
+    trainer.method.segmenter.load_state_dict(trial.segmenter.state_dict())
+    trainer.run()
+    labels = PseudoLabelFolder(trainer.folder / "round_1", trainer.data.target.ids)
+    assert labels.provenance["network"] == tensors_hash(trial.segmenter.state_dict()) != first
+    assert tensors_hash(network_of(reports, 0)) == first, "evaluated before the first step"
+
+
+def test_the_average_of_the_weights_labels_the_rounds_after_the_first(tmp_path: Path) -> None:
+    trainer, reports = rounds_trainer(tmp_path, method__teacher=True, method__teacher_momentum=0.5)
+    first = tensors_hash(trainer.method.segmenter.state_dict())
+    trainer.run()
+    state = load_state(reports.checkpoint(0))["state"]
+    prefix = "teacher.network."
+    teacher = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    made = [PseudoLabelFolder(trainer.folder / f"round_{n}", trainer.data.target.ids).provenance for n in (1, 2)]
+    assert [found["network"] for found in made] == [first, tensors_hash(teacher)]
+    assert tensors_hash(teacher) != tensors_hash(network_of(reports, 0))
+
+
+def test_resuming_with_restart_and_teacher_is_bit_exact(tmp_path: Path) -> None:
+    values = {"method__restart": True, "method__teacher": True, "trainer__eval_every": 1}
+    whole, reports = rounds_trainer(tmp_path, **values)
+    whole.run()
+    last = tensors_hash(load_state(reports.checkpoint(3))["state"])
+    for index in (1, 2):  # the end of the first round, the middle of the second
+        trainer, _ = rounds_trainer(tmp_path / str(index), **values)
+        trainer.folder = whole.folder
+        trainer.run(reports.checkpoint(index))
+        assert tensors_hash(trainer.method.state_dict()) == last
+
+
+def test_without_source_weight_only_the_target_trains(tmp_path: Path) -> None:
+    trainer, reports = rounds_trainer(tmp_path, method__source_weight=0.0, trainer__steps=2)
+    trainer.run()
+    assert {name for name in reports.metrics[-1] if name.startswith("loss/")} == {
+        "loss/target_cross_entropy",
+        "loss/total",
+    }
+
+
+@pytest.mark.parametrize("name", [method.name for method in METHODS])
+def test_every_method_has_a_rule(name: str) -> None:
+    settings = method_class(name).labelling(toy_config(name).method)
+    config = toy_config("self_training", **{f"method__{key}": value for key, value in settings.items()})
+    assert config.method.rule in RULES
