@@ -1,0 +1,123 @@
+"""What is told about a search: while it runs by `segadapt status`, and after it by `segadapt report`."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY_WORDS
+from test_search import command
+
+from segadapt.platform import api
+
+NAME = "told"
+
+
+@dataclass(frozen=True)
+class Told:
+    """A search of a few trials and what `status` said about it from other processes while it ran."""
+
+    folder: Path
+    watched: list[dict[str, Any]]
+    """What `status --watch --json` printed, which ended by itself."""
+
+    @property
+    def storage(self) -> str:
+        return str(self.folder / "runs")
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    folder = tmp_path_factory.mktemp("told")
+    program = str(Path(sys.executable).with_name("segadapt"))
+    words = [program, "search", "sdca", "--trials", "6", "--name", NAME, *TINY_WORDS]
+    search = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    database = folder / "runs" / "mlflow.db"
+    watched: subprocess.CompletedProcess[str] | None = None
+    while search.poll() is None and (watched is None or watched.returncode != 0):
+        if database.is_file():  # refused until the search has opened its run
+            watch = [program, "status", NAME, "--watch", "--json"]
+            watched = subprocess.run(watch, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    output, _ = search.communicate(timeout=120)
+    assert search.returncode == 0, output
+    assert watched is not None
+    assert watched.returncode == 0, watched.stderr
+    return Told(folder, [json.loads(line) for line in watched.stdout.splitlines()])
+
+
+def test_status_follows_a_search_from_another_process_and_ends_with_it(told: Told) -> None:
+    first, last = told.watched[0], told.watched[-1]
+    assert first["state"] == "running"
+    assert (last["state"], last["running"], last["left_s"]) == ("finished", [], None)
+    assert [sum(found["states"].values()) for found in told.watched] == sorted(
+        sum(found["states"].values()) for found in told.watched
+    )
+    for found in told.watched:
+        assert (found["search"], found["asked"], found["objective"]) == (NAME, 6, "target_val/miou")
+        assert all(trial["state"] in ("running", "paused") and trial["step"] <= 8 for trial in found["running"])
+    assert any(found["running"] for found in told.watched), "it ran while it was watched"
+
+
+def test_status_of_an_ended_search_counts_its_trials_and_rungs(told: Told) -> None:
+    found = api.status(NAME, storage=told.storage)
+    board = api.runs(NAME, storage=told.storage)
+    trials = [row for row in board.rows if row.kind == "trial"]
+    assert sum(found.states.values()) == len(trials) == 6
+    assert (found.best, found.best_name) == (trials[0].best, trials[0].name)
+    assert found.rungs[0].reached == 6
+    stopped = sum(rung.reached - rung.continued for rung in found.rungs)
+    assert stopped == found.states.get("stopped early", 0)
+    shown = command(told.folder, "status", NAME)
+    assert shown.returncode == 0, shown.stderr
+    assert trials[0].name in shown.stdout
+    assert "finished" in shown.stdout
+    unknown = command(told.folder, "status", "nonesuch")
+    assert unknown.returncode == 2
+    assert NAME in unknown.stderr
+
+
+def test_a_report_is_one_file_that_loads_nothing(told: Told, tmp_path: Path) -> None:
+    path = api.report(NAME, str(tmp_path / "told.html"), storage=told.storage)
+    page = path.read_text()
+    board = api.runs(NAME, storage=told.storage)
+    for row in board.rows:
+        assert row.name in page
+    assert page.count("data:image/png;base64,") >= 2, "galleries of source-only and best"
+    assert f"segadapt search --resume {NAME} --rerank" in page, "what to do next"
+    assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?https?:", page)
+    with pytest.raises(api.UsageError, match="must be writable"):
+        api.report(NAME, str(tmp_path / "none" / "told.html"), storage=told.storage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_report_opens_without_network(told: Told, tmp_path: Path, scheme: Any) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    path = api.report(NAME, str(tmp_path / "told.html"), storage=told.storage)
+    requests, errors = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(color_scheme=scheme, viewport={"width": 1100, "height": 900})
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(path.as_uri())
+        page.wait_for_selector(".plotly-graph-div .main-svg")
+        drawn = page.locator(".plotly-graph-div:has(.main-svg)").count()
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
+        browser.close()
+    assert [url for url in requests if url.startswith(("http:", "https:", "ws"))] == []
+    assert errors == []
+    assert drawn >= 3
+    assert drawn == path.read_text().count('class="plotly-graph-div"')
+    dark = sum(int(part) for part in re.findall(r"\d+", background)[:3]) < 3 * 128
+    assert dark == (scheme == "dark")
