@@ -214,14 +214,18 @@ class Events(tune.Callback):
             self._tracker.set_tags(self.key(trial_id), {"segadapt.data": result["fingerprint"]})
             data = self._spec.config(trial.config).data
             self._tracker.log_datasets(self.key(trial_id), datasets(data, result["fingerprint"]))
+        if "checkpoint_path" in result:  # of a trial that Ray Train runs: Tune sees no checkpoint
+            self._keep_gallery(trial, Path(result["checkpoint_path"]))
         if "memory_note" in result:
             self._tracker.set_tags(self.key(trial_id), {"segadapt.memory": result["memory_note"]})
         self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective.leading))
 
     def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any) -> None:
         """Keep the pictures of an evaluation: its checkpoint gives way to a better one."""
+        self._keep_gallery(trial, Path(checkpoint.path))
+
+    def _keep_gallery(self, trial: Any, folder: Path) -> None:
         assert self._tracker is not None
-        folder = Path(checkpoint.path)
         if (folder / "gallery.png").is_file():
             self._tracker.log_gallery(self.key(trial.trial_id), folder, _step(trial))
 

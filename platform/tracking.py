@@ -39,6 +39,9 @@ FAILURE_TAG = "segadapt.failure"
 CHECKPOINT_TAG = "segadapt.checkpoint"
 METHOD_TAG = "segadapt.method"
 
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Has MLflow open an experiment with its table of runs; it would show traces of language models otherwise."""
+
 _TABLE = "per_class_iou.json"
 _GALLERY = "gallery.png"
 _EVALUATION = ("evaluation.json", _GALLERY)
@@ -435,7 +438,7 @@ class _Runs:
         if found is None:
             location = (self._artifacts / name).as_uri() if self._artifacts else None
             try:
-                return str(self._client.create_experiment(name, artifact_location=location))
+                return str(self._client.create_experiment(name, artifact_location=location, tags=_EXPERIMENT_TAGS))
             except MlflowException:
                 found = self._client.get_experiment_by_name(name)  # another process may have been first
                 if found is None:
