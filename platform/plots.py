@@ -242,6 +242,7 @@ def _rungs_picture(points: Mapping[int, Sequence[tuple[int, float, bool]]], goal
         if chosen:
             axes.scatter(*zip(*chosen, strict=True), color=_RUNG_COLORS[went_on], label=name, zorder=2)
     axes.legend()
+    axes.set_xticks(sorted({rung[0] for rungs in points.values() for rung in rungs}))
     axes.set_xlabel("training steps")
     axes.set_ylabel(goal)
     axes.set_title("Rungs")

@@ -490,7 +490,7 @@ class _Runs:
 
         run_id = self._run_id(key)
         # MLflow names images at random: a repeat would be a second one
-        if not any(f"gallery%step%{step}%" in found.path for found in self._client.list_artifacts(run_id, "images")):
+        if not any(f"gallery+step+{step}+" in found.path for found in self._client.list_artifacts(run_id, "images")):
             with Image.open(files / _GALLERY) as image:
                 self._client.log_image(run_id, image, key="gallery", step=step, timestamp=timestamp, synchronous=True)
 

@@ -1,17 +1,22 @@
 """What is told about a search: while it runs by `segadapt status`, and after it by `segadapt report`."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TINY_WORDS
-from test_search import command
+from mlflow import MlflowClient
+from test_search import command, steps_of, tracked
+from test_tracking import free_port
 
 from segadapt.platform import api
 
@@ -94,30 +99,91 @@ def test_a_report_is_one_file_that_loads_nothing(told: Told, tmp_path: Path) -> 
         api.report(NAME, str(tmp_path / "none" / "told.html"), storage=told.storage)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_report_opens_without_network(told: Told, tmp_path: Path, scheme: Any) -> None:
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium on this machine")
     from playwright.sync_api import sync_playwright
 
-    path = api.report(NAME, str(tmp_path / "told.html"), storage=told.storage)
-    requests, errors = [], []
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(color_scheme=scheme, viewport={"width": 1100, "height": 900})
-        page.on("request", lambda request: requests.append(request.url))
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(path.as_uri())
-        page.wait_for_selector(".plotly-graph-div .main-svg")
-        drawn = page.locator(".plotly-graph-div:has(.main-svg)").count()
-        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
-        browser.close()
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_report_opens_without_network(told: Told, browser: Any, tmp_path: Path, scheme: Any) -> None:
+    path = api.report(NAME, str(tmp_path / "told.html"), storage=told.storage)
+    requests: list[str] = []
+    errors: list[str] = []
+    page = browser.new_page(color_scheme=scheme, viewport={"width": 1100, "height": 900})
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(path.as_uri())
+    page.wait_for_selector(".plotly-graph-div .main-svg")
+    drawn = page.locator(".plotly-graph-div:has(.main-svg)").count()
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
     assert [url for url in requests if url.startswith(("http:", "https:", "ws"))] == []
     assert errors == []
     assert drawn >= 3
     assert drawn == path.read_text().count('class="plotly-graph-div"')
     dark = sum(int(part) for part in re.findall(r"\d+", background)[:3]) < 3 * 128
     assert dark == (scheme == "dark")
+
+
+@pytest.fixture
+def served(told: Told) -> Iterator[str]:
+    """The address of `segadapt ui` on the search."""
+    port = free_port()
+    program = str(Path(sys.executable).with_name("segadapt"))
+    words = [program, "ui", "--port", str(port), "--storage", told.storage]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, process_group=0)
+    assert server.stdout is not None
+    assert "MLflow shows" in server.stdout.readline()
+    yield f"http://127.0.0.1:{port}"
+    os.killpg(server.pid, signal.SIGINT)
+    server.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_the_ui_leads_from_a_search_to_the_gallery_of_its_best_trial(
+    told: Told, served: str, browser: Any, tmp_path: Path
+) -> None:
+    best = api.runs(NAME, storage=told.storage).rows[0].name
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.set_default_timeout(60_000)
+    page.goto(f"{served}/#/experiments")
+    page.get_by_text("Model training", exact=True).first.click()
+    page.get_by_role("link", name=NAME, exact=True).first.click()
+    parent = page.get_by_role("gridcell").filter(has=page.get_by_role("link", name=NAME, exact=True))
+    parent.get_by_role("button").first.click()  # unfolds its trials
+    page.get_by_text("streets-source-train").first.wait_for()
+    page.get_by_role("link", name=best, exact=True).first.click()
+    page.get_by_text("Best checkpoint at step").wait_for()
+    page.screenshot(path=tmp_path / "trial.png")
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text("gallery.png", exact=True).first.click()
+    picture = page.locator("img[alt='gallery.png'], [role=tabpanel] img").first
+    picture.wait_for()
+    page.wait_for_function("() => [...document.images].some(image => image.naturalWidth > 100)")
+    page.screenshot(path=tmp_path / "gallery.png")
+
+
+def test_runs_say_in_words_what_they_are_and_keep_a_gallery_of_each_evaluation(told: Told) -> None:
+    runs = tracked(told.folder, NAME)
+    client = MlflowClient(f"sqlite:///{told.folder}/runs/mlflow.db")
+    best = api.runs(NAME, storage=told.storage).rows[0]
+    assert f"**{best.name}** is the best of 6 trials" in runs[NAME].data.tags["mlflow.note.content"]
+    for name in (NAME, best.name):
+        inputs = {entry.dataset.name: entry for entry in runs[name].inputs.dataset_inputs}
+        assert set(inputs) == {"streets-source-train", "streets-target-train", "streets-target-val"}
+        contexts = {found: entry.tags[0].value for found, entry in inputs.items()}
+        assert contexts["streets-target-val"] == "evaluation"
+        assert runs[best.name].data.tags["segadapt.data"].startswith(inputs["streets-target-val"].dataset.digest)
+    images = [entry.path for entry in client.list_artifacts(best.run_id, "images") if entry.path.endswith(".png")]
+    steps = sorted(int(re.search(r"step\+(\d+)\+", path)[1]) for path in images)  # type: ignore[index]
+    assert steps == steps_of(told.folder, runs[best.name])
