@@ -1,5 +1,7 @@
 """What is told about a search: while it runs by `segadapt status`, and after it by `segadapt report`."""
 
+import dataclasses
+import html
 import json
 import os
 import re
@@ -12,13 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from conftest import TINY_WORDS
 from mlflow import MlflowClient
+from optuna.distributions import FloatDistribution
+from optuna.trial import create_trial
 from test_search import command, steps_of, tracked
 from test_tracking import free_port
 
 from segadapt.platform import api
+from segadapt.platform.report import render
+from segadapt.platform.reranking import rerank, verdict
 
 NAME = "told"
 
@@ -187,3 +194,21 @@ def test_runs_say_in_words_what_they_are_and_keep_a_gallery_of_each_evaluation(t
     images = [entry.path for entry in client.list_artifacts(best.run_id, "images") if entry.path.endswith(".png")]
     steps = sorted(int(re.search(r"step\+(\d+)\+", path)[1]) for path in images)  # type: ignore[index]
     assert steps == steps_of(told.folder, runs[best.name])
+
+
+def test_a_report_shows_importance_and_the_verdict_over_seeds(told: Told) -> None:
+    study = optuna.create_study(direction="maximize")
+    for number in range(6):
+        distributions = {"optimizer.lr": FloatDistribution(0, 1)}
+        params = {"optimizer.lr": number / 6}
+        study.add_trial(create_trial(value=number / 10, params=params, distributions=distributions))
+    board = api.runs(NAME, selection=True, storage=told.storage)
+    first, second = (row.name for row in board.rows[:2])
+    ranking = rerank({first: {1: 0.5, 2: 0.6}, second: {1: 0.4, 2: 0.41}})
+    board = dataclasses.replace(board, reranked=ranking, verdict=verdict(ranking))
+    assert board.verdict
+    client = MlflowClient(f"sqlite:///{told.folder}/runs/mlflow.db")
+    page = render(board, list(tracked(told.folder, NAME).values()), client, study)
+    assert all(name in page for name in ("fANOVA", "PED-ANOVA", "importance, 6 trials"))
+    assert board.verdict in html.unescape(page)
+    assert f"segadapt search --resume {NAME} --rerank" not in page, "it is done"
