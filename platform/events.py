@@ -215,19 +215,19 @@ class Events(tune.Callback):
             data = self._spec.config(trial.config).data
             self._tracker.log_datasets(self.key(trial_id), datasets(data, result["fingerprint"]))
         if "checkpoint_path" in result:  # of a trial that Ray Train runs: Tune sees no checkpoint
-            self._keep_gallery(trial, Path(result["checkpoint_path"]))
+            self._keep_gallery(trial_id, Path(result["checkpoint_path"]), int(result["step"]))
         if "memory_note" in result:
             self._tracker.set_tags(self.key(trial_id), {"segadapt.memory": result["memory_note"]})
         self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective.leading))
 
     def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any) -> None:
         """Keep the pictures of an evaluation: its checkpoint gives way to a better one."""
-        self._keep_gallery(trial, Path(checkpoint.path))
+        self._keep_gallery(trial.trial_id, Path(checkpoint.path), _step(trial))
 
-    def _keep_gallery(self, trial: Any, folder: Path) -> None:
+    def _keep_gallery(self, trial_id: str, folder: Path, step: int) -> None:
         assert self._tracker is not None
         if (folder / "gallery.png").is_file():
-            self._tracker.log_gallery(self.key(trial.trial_id), folder, _step(trial))
+            self._tracker.log_gallery(self.key(trial_id), folder, step)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Stop the clock of a trial whose process died, until it is started again."""
