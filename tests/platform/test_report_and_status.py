@@ -20,7 +20,7 @@ from conftest import TINY_WORDS
 from mlflow import MlflowClient
 from optuna.distributions import FloatDistribution
 from optuna.trial import create_trial
-from test_search import command, steps_of, tracked
+from test_search import command, gallery_steps, steps_of, tracked
 from test_tracking import free_port
 
 from segadapt.platform import api
@@ -182,7 +182,6 @@ def test_the_ui_leads_from_a_search_to_the_gallery_of_its_best_trial(
 
 def test_runs_say_in_words_what_they_are_and_keep_a_gallery_of_each_evaluation(told: Told) -> None:
     runs = tracked(told.folder, NAME)
-    client = MlflowClient(f"sqlite:///{told.folder}/runs/mlflow.db")
     best = api.runs(NAME, storage=told.storage).rows[0]
     assert f"**{best.name}** is the best of 6 trials" in runs[NAME].data.tags["mlflow.note.content"]
     for name in (NAME, best.name):
@@ -191,9 +190,7 @@ def test_runs_say_in_words_what_they_are_and_keep_a_gallery_of_each_evaluation(t
         contexts = {found: entry.tags[0].value for found, entry in inputs.items()}
         assert contexts["streets-target-val"] == "evaluation"
         assert runs[best.name].data.tags["segadapt.data"].startswith(inputs["streets-target-val"].dataset.digest)
-    images = [entry.path for entry in client.list_artifacts(best.run_id, "images") if entry.path.endswith(".png")]
-    steps = sorted(int(re.search(r"step\+(\d+)\+", path)[1]) for path in images)  # type: ignore[index]
-    assert steps == steps_of(told.folder, runs[best.name])
+    assert gallery_steps(told.folder, runs[best.name]) == steps_of(told.folder, runs[best.name])
 
 
 def test_a_report_shows_importance_and_the_verdict_over_seeds(told: Told) -> None:
