@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 from segadapt.platform.checkpoints import best_checkpoint
 from segadapt.platform.environment import environment, git_tags
 from segadapt.platform.ledger import GpuHours, Ledger
+from segadapt.platform.notes import NOTE_TAG, datasets, trial_note
 from segadapt.platform.objective import GOALS
 from segadapt.platform.progress import Progress
 from segadapt.platform.tracking import (
@@ -76,6 +77,7 @@ class Events(tune.Callback):
         self._gpu_hours: GpuHours | None = None
         self._swept = False
         self._paused: set[str] = set()
+        self._described: set[str] = set()
         self._close_lost: Callable[[Collection[str]], None] | None = None
         self.interrupted: set[str] = set()
         """Trials that this session was stopped in the middle of; they can go on."""
@@ -213,8 +215,13 @@ class Events(tune.Callback):
         if self._labels.kind == "finish":
             metrics |= self._round(trial_id, result)
         self._tracker.log_metrics(self.key(trial_id), metrics, int(result["step"]))
-        if "fingerprint" in result:
+        if "fingerprint" in result and trial_id not in self._described:
+            self._described.add(trial_id)
             self._tracker.set_tags(self.key(trial_id), {"segadapt.data": result["fingerprint"]})
+            data = self._spec.config(trial.config).data
+            self._tracker.log_datasets(self.key(trial_id), datasets(data, result["fingerprint"]))
+        if "checkpoint_path" in result:  # of a trial that Ray Train runs: Tune sees no checkpoint
+            self._keep_gallery(trial_id, Path(result["checkpoint_path"]), int(result["step"]))
         if "memory_note" in result:
             self._tracker.set_tags(self.key(trial_id), {"segadapt.memory": result["memory_note"]})
         self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective.leading))
@@ -234,6 +241,15 @@ class Events(tune.Callback):
         }
         found = {"labelled_share": content["labelled_share"], **ends}
         return {f"round/{number}/{name}": value for name, value in found.items()}
+
+    def on_checkpoint(self, iteration: int, trials: list[Any], trial: Any, checkpoint: Any, **info: Any) -> None:
+        """Keep the pictures of an evaluation: its checkpoint gives way to a better one."""
+        self._keep_gallery(trial.trial_id, Path(checkpoint.path), _step(trial))
+
+    def _keep_gallery(self, trial_id: str, folder: Path, step: int) -> None:
+        assert self._tracker is not None
+        if (folder / "gallery.png").is_file():
+            self._tracker.log_gallery(self.key(trial_id), folder, step)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Stop the clock of a trial whose process died, until it is started again."""
@@ -276,15 +292,19 @@ class Events(tune.Callback):
         self._tracker.log_summary(key, {"cost/hours": self._ledger.trial_hours(trial_id)}, 0)
         tags = {STATE_TAG: state}
         best = best_checkpoint(self._spec.folder, trial_id, self._spec.objective.keeps)
+        goals: dict[str, float] = {}
         if best is not None:
             tags[CHECKPOINT_TAG] = str(best.path)
             tags["segadapt.best_step"] = str(best.metrics["step"])
             known = {name: best.metrics.get(name, math.nan) for name in GOALS}
+            goals = {goal: known[goal] for goal in self._spec.objective.goals if goal in known}
             kept = {f"best/{name}": value for name, value in known.items() if math.isfinite(value)}
             self._tracker.log_summary(key, kept, best.metrics["step"])
             self._tracker.log_evaluation(key, best.path)
         if state in ("failed", "infeasible"):
             tags[FAILURE_TAG] = self._failures.get(trial_id, "a process or node died too often; see Ray's error file")
+        step = best.metrics["step"] if best is not None else None
+        tags[NOTE_TAG] = trial_note(state, goals, step, tags.get(FAILURE_TAG))
         self._tracker.set_tags(key, tags)
         self._tracker.end(key, _STATUS.get(state, "FINISHED"))
         self._progress.ended(trial_id, state)

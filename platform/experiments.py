@@ -19,6 +19,7 @@ from segadapt.platform.config import TrialConfig, Values, resolve
 from segadapt.platform.environment import environment, git_tags
 from segadapt.platform.errors import UsageError
 from segadapt.platform.lineage import Inheritance, Settings, inherit
+from segadapt.platform.notes import NOTE_TAG, datasets, search_note
 from segadapt.platform.objective import Objective
 from segadapt.platform.reranking import Reranked, rerank, verdict
 from segadapt.platform.samplers import SamplerName
@@ -403,6 +404,7 @@ class _Session:
 
     def _open_parent(self) -> None:
         from segadapt.platform.tracking import KIND_TAG, METHOD_TAG, STATE_TAG, RunInfo
+        from segadapt.trainables.core.data.datasets import load_data
 
         record, found = self.record, environment()
         tags = {KIND_TAG: record.kind, METHOD_TAG: record.methods, STATE_TAG: "running", **git_tags(found)}
@@ -415,6 +417,8 @@ class _Session:
         if len(record.candidates) == 1:
             params |= next(iter(record.candidates.values())).fixed
         self.tracker.start(RunInfo(record.name, record.name, record.name, tags, params))
+        for data in dict.fromkeys(config.data for config in record.configs().values()):
+            self.tracker.log_datasets(record.name, datasets(data, load_data(data)[0].fingerprint))
         configs = {name: config.as_dict() for name, config in record.configs().items()}
         self.tracker.log_json(record.name, configs, "config.yaml")
         self.tracker.log_json(record.name, found, "environment.json")
@@ -431,7 +435,11 @@ class _Session:
             best = found[winner]
             values = {f"best/{goal}": best.metrics[goal] for goal in self.spec.objective.goals if goal in best.metrics}
             self.tracker.log_summary(record.name, values, best.metrics["step"])
-            self.tracker.set_tags(record.name, {"segadapt.best_trial": winner.trial_id})
+            goals = {goal: best.metrics[goal] for goal in self.spec.objective.goals if goal in best.metrics}
+            told = verdict(ranking) if ranking else None
+            note = search_note(record.name, winner.name, goals, best.metrics["step"], len(results), told)
+            tags = {"segadapt.best_trial": winner.trial_id, "segadapt.best_name": winner.name}
+            self.tracker.set_tags(record.name, tags | ({NOTE_TAG: note} if record.kind == "search" else {}))
             self.tracker.log_file(f"{record.name}/{winner.trial_id}", best.path, "checkpoint")
         if record.kind == "search":
             if found:

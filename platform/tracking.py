@@ -19,7 +19,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,8 +39,12 @@ FAILURE_TAG = "segadapt.failure"
 CHECKPOINT_TAG = "segadapt.checkpoint"
 METHOD_TAG = "segadapt.method"
 
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Has MLflow open an experiment with its table of runs; it would show traces of language models otherwise."""
+
 _TABLE = "per_class_iou.json"
-_EVALUATION = ("evaluation.json", "gallery.png")
+_GALLERY = "gallery.png"
+_EVALUATION = ("evaluation.json", _GALLERY)
 """What of a checkpoint folder is tracked."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -137,6 +141,23 @@ class Tracker:
     def set_tags(self, key: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run."""
         self._record("set_tags", key=key, tags=dict(tags))
+
+    def log_datasets(self, key: str, datasets: Sequence[Mapping[str, str]]) -> None:
+        """Log on which data a run works.
+
+        Args:
+            key: Of the run.
+            datasets: Each with `name`, `digest`, `source_type`, `source`, and as `context` training or evaluation.
+        """
+        self._record("log_datasets", key=key, datasets=[dict(found) for found in datasets])
+
+    def log_gallery(self, key: str, checkpoint: Path, step: int) -> None:
+        """Store the gallery in a checkpoint folder as the one of a training step."""
+
+        def keep(files: Path) -> None:
+            _link(checkpoint / _GALLERY, files / _GALLERY)
+
+        self._record("log_gallery", keep, key=key, step=step, timestamp=_now())
 
     def log_json(self, key: str, content: Any, name: str) -> None:
         """Store `content` as a JSON or YAML artifact, by the ending of `name`."""
@@ -417,7 +438,7 @@ class _Runs:
         if found is None:
             location = (self._artifacts / name).as_uri() if self._artifacts else None
             try:
-                return str(self._client.create_experiment(name, artifact_location=location))
+                return str(self._client.create_experiment(name, artifact_location=location, tags=_EXPERIMENT_TAGS))
             except MlflowException:
                 found = self._client.get_experiment_by_name(name)  # another process may have been first
                 if found is None:
@@ -454,6 +475,24 @@ class _Runs:
     def _set_tags(self, *, key: str, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():
             self._client.set_tag(self._run_id(key), name, value)
+
+    def _log_datasets(self, *, key: str, datasets: Sequence[Mapping[str, str]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        for found in datasets:
+            about = {name: value for name, value in found.items() if name != "context"}
+            inputs.append(DatasetInput(Dataset(**about), [InputTag("mlflow.data.context", found["context"])]))
+        self._client.log_inputs(self._run_id(key), inputs)
+
+    def _log_gallery(self, *, key: str, step: int, timestamp: int, files: Path) -> None:
+        from PIL import Image
+
+        run_id = self._run_id(key)
+        # MLflow names images at random: a repeat would be a second one
+        if not any(f"gallery+step+{step}+" in found.path for found in self._client.list_artifacts(run_id, "images")):
+            with Image.open(files / _GALLERY) as image:
+                self._client.log_image(run_id, image, key="gallery", step=step, timestamp=timestamp, synchronous=True)
 
     def _log_json(self, *, key: str, content: Any, name: str) -> None:
         self._client.log_dict(self._run_id(key), content, name)

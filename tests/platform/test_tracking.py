@@ -452,3 +452,16 @@ def test_runs_that_nobody_goes_on_with_are_closed_as_lost(tmp_path: Path) -> Non
         "town/lost": ("KILLED", "lost"),
         "other/lost": ("KILLED", "interrupted"),
     }
+
+
+def test_a_gallery_that_is_recorded_twice_is_stored_once(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "gallery.png")
+    tracker = Tracker(Storage(tmp_path), None)
+    tracker.start(run_of("galleries"))
+    for step in (10, 20, 10):
+        tracker.log_gallery("galleries", tmp_path, step)
+    tracker.close()
+    arrived = Arrived(tracking.tracking_uri(Storage(tmp_path), None), "galleries")
+    (run,) = arrived.runs().values()
+    images = [entry.path for entry in arrived.client.list_artifacts(run.info.run_id, "images")]
+    assert sorted(path.split("+")[2] for path in images if path.endswith(".png")) == ["10", "20"]
