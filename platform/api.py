@@ -60,18 +60,18 @@ class Row:
     state: str
     best: float | None
     """Leading goal at the checkpoint that was kept."""
-    goals: Mapping[str, float]
-    """All goals of the search at that checkpoint."""
-    score: float | None
-    """What trials are ordered by; minus the mean rank where ranks decide, otherwise the leading goal."""
-    on_front: bool
-    """Whether no other trial surpasses it in all goals, where they make a front."""
     best_step: int | None
     last: float | None
     params: Mapping[str, str]
     run_id: str
     checkpoint: str | None
     failure: str | None
+    goals: Mapping[str, float] = field(default_factory=dict)
+    """All goals of the search at that checkpoint."""
+    score: float | None = None
+    """What trials are ordered by; minus the mean rank where ranks decide, otherwise the leading goal."""
+    on_front: bool = False
+    """Whether no other trial surpasses it in all goals, where they make a front."""
 
 
 @dataclass(frozen=True)
@@ -1161,8 +1161,6 @@ def _row(entry: Any, objective: Objective) -> Row:
         state=tags.get(tracking.STATE_TAG, entry.info.status.lower()),
         best=goals.get(objective.leading),
         goals=goals,
-        score=None,
-        on_front=False,
         best_step=int(tags["segadapt.best_step"]) if "segadapt.best_step" in tags else None,
         last=metrics.get(objective.leading),
         params=entry.data.params,
