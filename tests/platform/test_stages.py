@@ -100,6 +100,7 @@ def noted(storage: Storage) -> list[str]:
 
 def drive(storage: Storage, chain: Sequence[stages.StageKey], seconds: float, experiment: str) -> None:
     """Do as a driver does: compute what is missing of a chain, each stage in so many seconds."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     say = lambda text: note(storage, f"{experiment}: {text}")  # noqa: E731
     with stages.turn_to_compute(storage, chain, experiment, say) as done:
         for stage in chain[len(done) :]:
