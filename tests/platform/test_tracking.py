@@ -186,7 +186,7 @@ SEARCH_THAT_IS_KILLED = """
 
     storage, uri, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     tracker = Tracker(Storage(storage), uri)
-    tracker.start(RunInfo(name, name, name, {"segadapt.kind": "search"}, {"objective": "miou"}))
+    tracker.start(RunInfo(name, name, name, {"segadapt.kind": "search"}, {"objective": "target_val/miou"}))
     tags = {"segadapt.kind": "trial", METHOD_TAG: "sdca", "segadapt.state": "running"}
     tracker.start(RunInfo(f"{name}/1", name, "sdca-001", tags, {"lr": 0.1}, name))
     for step in range(1, 21):
