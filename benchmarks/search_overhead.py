@@ -153,7 +153,7 @@ def measure(form: str, trials: int, reports: int, sampler: str) -> dict[str, Any
 
         @contextmanager
         def connect(address: None, *, dashboard: bool) -> Any:
-            ray.init(include_dashboard=dashboard, log_to_driver=False)
+            ray.init("local", include_dashboard=dashboard, log_to_driver=False)
             yield
             ray.shutdown()
 
