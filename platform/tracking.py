@@ -275,7 +275,8 @@ class _Sender:
         """
         with (self._storage.root / ".mlflow.lock").open("w") as lock:
             if self._local:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # two that create and migrate a fresh database at once break it
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                _make_database(self._storage.mlflow_database)
             runs = _Runs(client(self.uri), self._storage.mlflow_artifacts if self._local else None)
             runs.check()
             self._runs = runs
@@ -353,6 +354,18 @@ class _Sender:
                 if self.given_up.wait(pause):
                     return False
         return True
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's database if there is none, whole or not at all: migrations that a kill cut short never go on."""
+    if path.is_file():
+        return
+    folder = path.with_name(f".{path.name}.new")
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
+    folder.mkdir()
+    _Runs(client(f"sqlite:///{folder / path.name}"), None).check()
+    (folder / path.name).rename(path)
+    folder.rmdir()
 
 
 def _left_open(entries: Collection[Entry]) -> dict[str, int]:

@@ -465,3 +465,36 @@ def test_a_gallery_that_is_recorded_twice_is_stored_once(tmp_path: Path) -> None
     (run,) = arrived.runs().values()
     images = [entry.path for entry in arrived.client.list_artifacts(run.info.run_id, "images")]
     assert sorted(path.split("+")[2] for path in images if path.endswith(".png")) == ["10", "20"]
+
+
+KILLED_IN_A_MIGRATION = """
+import os, signal
+import sqlalchemy
+@sqlalchemy.event.listens_for(sqlalchemy.Engine, "after_cursor_execute")
+def kill(connection, cursor, statement, *_):
+    if statement.strip().startswith("ALTER TABLE"):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+TRACKS = """
+import sys
+from pathlib import Path
+from segadapt.platform.storage import Storage
+from segadapt.platform.tracking import RunInfo, Tracker
+tracker = Tracker(Storage(Path(sys.argv[1])), None)
+tracker.start(RunInfo(sys.argv[2], "kills", sys.argv[2], {}, {}))
+tracker.end(sys.argv[2], "FINISHED")
+tracker.close()
+"""
+
+
+def test_a_kill_while_mlflows_database_is_made_breaks_nothing(tmp_path: Path) -> None:
+    killed = python(KILLED_IN_A_MIGRATION + TRACKS, str(tmp_path), "killed")
+    assert killed.wait(timeout=120) == -signal.SIGKILL
+    others = [python(TRACKS, str(tmp_path), name) for name in ("second", "third")]
+    assert [other.wait(timeout=120) for other in others] == [0, 0]
+
+    client = tracking.client(tracking.tracking_uri(Storage(tmp_path), None))
+    (experiment,) = client.search_experiments(filter_string="name = 'kills'")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.data.tags[KEY_TAG] for run in runs} == {"killed", "second", "third"}
+    assert not list(tmp_path.glob(".mlflow.db*"))
