@@ -125,6 +125,14 @@ def compare_forms(title: str, threads: int, *options: str) -> tuple[dict[str, Ro
     return rows, ratios
 
 
+def emit(result: dict[str, Any], path: Path | None) -> None:
+    """Print what a benchmark found and, where a path is given, write it."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if path is not None:
+        path.write_text(text + "\n")
+
+
 def write_record(path: Path | None, setting: dict[str, Any], **measured: Any) -> None:
     if path is None:
         return

@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from segadapt.platform.environment import environment
+from measuring import emit
+from segadapt.platform.environment import machine
 
 BARE = """
 import json, sys, time
@@ -80,11 +81,9 @@ def main() -> None:
         "bare_s": round(bare, 1),
         "ratio": round(search / bare, 3),
         "search_parts": parts,
-        "environment": {key: value for key, value in environment().items() if key != "git"},
+        "environment": machine(),
     }
-    print(json.dumps(result, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    emit(result, options.json)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from segadapt.platform.environment import machine
 from surrogate.model import Surrogate
 
 METRIC = "target_val/miou"
@@ -382,7 +383,8 @@ def main() -> None:
     found = measure(surrogate, options.arms, options.seeds, options.workers, options.trials)
     if options.json:
         setting = {"seeds": options.seeds, "workers": options.workers, "trials": options.trials}
-        options.json.write_text(json.dumps({"setting": setting, **found}, indent=1) + "\n")
+        record = {"setting": setting, "environment": machine(), **found}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

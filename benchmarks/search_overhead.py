@@ -253,9 +253,11 @@ def main() -> None:
     print(json.dumps(ratios, indent=1))
     if options.json:
         from measuring import cpu_model  # brings torch, which must not count as memory of plain Ray Tune's driver
+        from segadapt.platform.environment import machine
 
         setting = {"trials": options.trials, "reports": options.reports, "concurrent": CONCURRENT, "cpu": cpu_model()}
-        options.json.write_text(json.dumps({"setting": setting, "results": rows, "ratios": ratios}, indent=1) + "\n")
+        record = {"setting": setting, "environment": machine(), "results": rows, "ratios": ratios}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def text(row: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ tracking, and data that is made once beforehand. Both replays train the same con
 import argparse
 import ast
 import contextlib
-import json
 import shutil
 import tempfile
 import time
@@ -22,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from measuring import emit
 from segadapt.platform import api, stages, tracking
 from segadapt.platform.config import parse_assignments
-from segadapt.platform.environment import environment
+from segadapt.platform.environment import machine
 from segadapt.platform.experiments import Options, Record
 from segadapt.platform.storage import Storage
 from segadapt.platform.trial import TrialSpec, train
@@ -130,11 +130,9 @@ def main() -> None:
         "trials": {trial.name: trial.steps for trial in trials},
         "cpu_seconds": {row: {key: round(value, 2) for key, value in found.items()} for row, found in rows.items()},
         "ratio": round(rows["without"]["total"] / rows["with"]["total"], 2),
-        "environment": {key: value for key, value in environment().items() if key != "git"},
+        "environment": machine(),
     }
-    print(json.dumps(result, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    emit(result, options.json)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 from segadapt import search_spaces
 from segadapt.platform.config import Values, parse_assignments, resolve
-from segadapt.platform.environment import environment
+from segadapt.platform.environment import machine
 from segadapt.platform.trial import build_method
 from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core.data.datasets import load_data
@@ -118,7 +118,7 @@ def main() -> None:
         content = {
             "rows": rows,
             "results": results,
-            "environment": {key: value for key, value in environment().items() if key != "git"},
+            "environment": machine(),
         }
         options.json.write_text(json.dumps(content, indent=1) + "\n")
 

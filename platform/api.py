@@ -232,7 +232,7 @@ def plan_search(
         UsageError: If a method, a setting, a range or a number is not as it must be.
     """
     opened = Storage(Path(storage).expanduser().absolute())
-    parent = _search_record(opened, fork, "--fork") if fork is not None else None
+    parent = _search_only(Record.load(opened, fork), "--fork") if fork is not None else None
     if parent is not None and methods:
         raise UsageError(f"--fork takes the methods of {fork!r}, but got {' '.join(methods)} besides. Leave them out.")
     candidates = _forked(parent, values) if parent is not None else _candidates(methods, values, preset)
@@ -243,7 +243,7 @@ def plan_search(
     default = "-".join(candidates) if len(candidates) <= 3 else f"{len(candidates)}-methods"
     warm = list(dict.fromkeys([*([fork] if fork is not None else []), *warm_start]))
     for earlier in warm_start:
-        _search_record(opened, earlier, "--warm-start")
+        _search_only(Record.load(opened, earlier), "--warm-start")
     record = Record(
         kind="search",
         name=_free_name(storage, tracking_uri, name, f"{default}-{next(iter(configs.values())).data.name}"),
@@ -273,7 +273,11 @@ def _check_plan(record: Record, objective: Objective) -> None:
             "--trials, --concurrent, --time-budget and --max-gpu-hours must be positive, but got "
             f"{', '.join(map(str, given))}."
         )
-    check_sampler(record.sampler, record.settings().spaces, objective)
+    spaces = record.settings().spaces
+    if len(spaces) == 1 and not any(spaces.values()):
+        fixed = ", ".join(key for method in spaces for key in _space(method)[0])
+        raise UsageError(f"A search must vary something, but KEY=VALUE fixes all of {fixed}. Free one.")
+    check_sampler(record.sampler, spaces, objective)
     if record.scheduler not in SCHEDULERS:
         raise UsageError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, but got {record.scheduler!r}.")
     if objective.is_front and record.scheduler != "none":
@@ -292,19 +296,10 @@ def _check_plan(record: Record, objective: Objective) -> None:
         )
 
 
-def _search_record(storage: Storage, name: str, option: str) -> Record:
-    """Return the record of an earlier search."""
-    record = Record.load(storage, name)
-    if record.kind != "search":
-        raise UsageError(f"{option} must name a search, but {name!r} is a {record.kind}.")
-    return record
-
-
 def _candidates(methods: Sequence[str], values: Values, preset: str) -> dict[str, Candidate]:
     """Return what a new search tries."""
-    methods = _methods(methods)
-    expanded = _expanded(methods, values)
-    return {method: _candidate(method, expanded, preset, joint=len(methods) > 1) for method in methods}
+    expanded = _expanded(_methods(methods), values)
+    return {method: _candidate(method, own, preset) for method, own in expanded.items()}
 
 
 def _forked(parent: Record, values: Values) -> dict[str, Candidate]:
@@ -352,15 +347,13 @@ def _expanded(methods: Sequence[str], values: Values) -> dict[str, dict[str, Any
     return {method: anchored(own) for method, own in expanded.items()}
 
 
-def _candidate(method: str, values: Mapping[str, Values], preset: str, *, joint: bool) -> Candidate:
+def _candidate(method: str, values: Values, preset: str) -> Candidate:
     """Return what a search tries of a method: everything searched that no setting fixes, starting at a preset."""
     space, presets = _space(method)
-    own, ranges = split_ranges(method, values[method])
+    own, ranges = split_ranges(method, values)
     space = {**space, **ranges}
     settings = {**presets[search_spaces.DEFAULT_PRESET], **_preset(method, preset)}
     free = {key: distribution for key, distribution in space.items() if key not in own}
-    if not free and not joint:
-        raise UsageError(f"A search must vary something, but KEY=VALUE fixes all of {', '.join(space)}. Free one.")
     fixed = {key: value for key, value in settings.items() if key not in space}
     first = {key: start(free[key], settings.get(key, keys(method)[key].default)) for key in free}
     return Candidate({**fixed, **own}, free, first)
@@ -412,8 +405,8 @@ def resume(name: str, options: Options, *, rerank: int = 0, seeds: int = 3) -> O
     """
     record = Record.load(open_storage(options.storage), name)
     if rerank:
-        record = dataclasses.replace(record, rerank=rerank, seeds=seeds)
-        _check_plan(_search_only(record, "--rerank"), Objective.parse(record.objective))
+        record = dataclasses.replace(_search_only(record, "--rerank"), rerank=rerank, seeds=seeds)
+        _check_plan(record, Objective.parse(record.objective))
     return run(record, options)
 
 
@@ -445,7 +438,7 @@ def extend(
 
 def _search_only(record: Record, option: str) -> Record:
     if record.kind != "search":
-        raise UsageError(f"{option} must go with a search, but {record.name!r} is a {record.kind}.")
+        raise UsageError(f"{option} must name a search, but {record.name!r} is a {record.kind}.")
     return record
 
 

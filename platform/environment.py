@@ -13,13 +13,17 @@ _PACKAGES = ("segadapt", "ray", "torch", "torchvision", "optuna", "mlflow", "num
 
 def environment() -> dict[str, Any]:
     """Return versions, processor and the git state of the folder the command runs in."""
+    return {**machine(), "git": git_state(Path.cwd())}
+
+
+def machine() -> dict[str, Any]:
+    """Return versions and processor."""
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "git": git_state(Path.cwd()),
     }
 
 

@@ -50,7 +50,7 @@ class Labels:
     experiment: str
     """MLflow experiment."""
     kind: str
-    """What the trials are: trial, stage or finish."""
+    """What the trials are: trial, stage, rerank or finish."""
     names: Sequence[str]
     """Of the runs, where they are known beforehand; others are named after their method, `sdca-001`, `plca-002`, ..."""
     tags: Mapping[str, str]
@@ -76,6 +76,7 @@ class Events(tune.Callback):
         self._ledger: Ledger | None = None
         self._gpu_hours: GpuHours | None = None
         self._swept = False
+        self._open: dict[str, Any] = {}
         self._paused: set[str] = set()
         self._described: set[str] = set()
         self._close_lost: Callable[[Collection[str]], None] | None = None
@@ -142,16 +143,17 @@ class Events(tune.Callback):
                 self._close_lost([trial.trial_id for trial in trials])
             for trial in trials:
                 _forget_replaced_checkpoint(trial)
-        self._follow_pauses(trials)
+            self._open = {trial.trial_id: trial for trial in trials if trial.trial_id not in self._ended}
+        self._follow_pauses()
 
-    def _follow_pauses(self, trials: list[Any]) -> None:
+    def _follow_pauses(self) -> None:
         """Tell of trials that their scheduler paused or let go on; Tune has no event for it."""
         assert self._tracker is not None
         assert self._ledger is not None
         assert self._progress is not None
-        for trial in trials:
-            trial_id, waits = trial.trial_id, trial.status == Trial.PAUSED
-            if trial_id in self._ended or waits == (trial_id in self._paused):
+        for trial_id, trial in self._open.items():
+            waits = trial.status == Trial.PAUSED
+            if waits == (trial_id in self._paused):
                 continue
             if waits:
                 self._paused.add(trial_id)
@@ -168,6 +170,7 @@ class Events(tune.Callback):
         assert self._progress is not None
         assert self._ledger is not None
         trial_id = trial.trial_id
+        self._open[trial_id] = trial
         self._ledger.start(trial_id)
         if trial_id in self._started:
             return
@@ -284,6 +287,7 @@ class Events(tune.Callback):
         assert self._progress is not None
         assert self._ledger is not None
         self._ledger.stop(trial_id)
+        self._open.pop(trial_id, None)
         if trial_id in self._ended:
             return
         if state != "interrupted":
@@ -296,9 +300,9 @@ class Events(tune.Callback):
         if best is not None:
             tags[CHECKPOINT_TAG] = str(best.path)
             tags["segadapt.best_step"] = str(best.metrics["step"])
-            known = {name: best.metrics.get(name, math.nan) for name in GOALS}
+            known = {name: best.metrics[name] for name in GOALS if math.isfinite(best.metrics.get(name, math.nan))}
             goals = {goal: known[goal] for goal in self._spec.objective.goals if goal in known}
-            kept = {f"best/{name}": value for name, value in known.items() if math.isfinite(value)}
+            kept = {f"best/{name}": value for name, value in known.items()}
             self._tracker.log_summary(key, kept, best.metrics["step"])
             self._tracker.log_evaluation(key, best.path)
         if state in ("failed", "infeasible"):

@@ -430,12 +430,12 @@ class _Session:
         record = self.record
         found = self._kept(results)
         if found:
-            names = [ranking[0].name] if ranking else []
-            winner = next((result for result in found if result.name in names), self._by_objective(found)[0])
+            order = self._by_objective(found)
+            winner = next((result for result in order if ranking and result.name == ranking[0].name), order[0])
             best = found[winner]
-            values = {f"best/{goal}": best.metrics[goal] for goal in self.spec.objective.goals if goal in best.metrics}
-            self.tracker.log_summary(record.name, values, best.metrics["step"])
             goals = {goal: best.metrics[goal] for goal in self.spec.objective.goals if goal in best.metrics}
+            values = {f"best/{goal}": value for goal, value in goals.items()}
+            self.tracker.log_summary(record.name, values, best.metrics["step"])
             told = verdict(ranking) if ranking else None
             note = search_note(record.name, winner.name, goals, best.metrics["step"], len(results), told)
             tags = {"segadapt.best_trial": winner.trial_id, "segadapt.best_name": winner.name}

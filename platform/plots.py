@@ -37,13 +37,35 @@ def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str],
     return figure
 
 
+MEASURES = {"fanova": "fANOVA", "ped_anova": "PED-ANOVA"}
+"""Of importance, by the name that files have."""
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Which settings explain the differences between the completed trials of a search, or of one of its methods."""
+
+    method: str | None
+    """None for the search of a single method."""
+    shares: Mapping[str, Mapping[str, float]]
+    """Of the variance, by measure (fANOVA over the whole space, PED-ANOVA among the better trials) and setting."""
+
+
+def importances(study: Any, objective: Objective) -> Iterator[Importance]:
+    """Yield what mattered, for each method with two completed trials of unlike settings and values."""
+    from optuna.trial import TrialState
+
+    completed = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    for sample in _samples(study, completed, objective):
+        yield Importance(sample.method, _importance_of(sample, objective))
+
+
 @dataclass(frozen=True)
 class _Sample:
     """Completed trials that all have the same settings."""
 
-    suffix: str
-    """Of the file names: methods of a joint search have plots of their own."""
-    title: str
+    method: str | None
+    """Of a joint search, whose methods have plots of their own."""
     study: Any
     settings: list[str]
     """That at least two trials differ in."""
@@ -128,42 +150,41 @@ def _samples(study: Any, completed: Sequence[Any], objective: Objective) -> Iter
         settings = [name for name in shared if len({trial.params[name] for trial in own}) >= 2]
         if not settings or len({target(trial) for trial in own}) < 2:
             continue
-        if method is None:
-            yield _Sample("", "", study, settings)
-        else:
+        part = study
+        if method is not None:
             part = optuna.create_study(directions=study.directions)
             part.add_trials(own)
-            yield _Sample(f"_{method}", f"{method}: ", part, settings)
+        yield _Sample(method, part, settings)
 
 
 def _importance_figures(sample: _Sample, objective: Objective) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield importances by two measures, and the contour of the two settings that matter most."""
-    from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
-
-    evaluators = {"fanova": FanovaImportanceEvaluator(seed=0), "ped_anova": PedAnovaImportanceEvaluator()}
-    found = {name: _importance(sample, evaluator, objective) for name, evaluator in evaluators.items()}
+    suffix, prefix = ("", "") if sample.method is None else (f"_{sample.method}", f"{sample.method}: ")
+    found = _importance_of(sample, objective)
     for name, importance in found.items():
-        title = f"{sample.title}importance for {objective.leading} ({name.replace('_', '-').upper()})"
-        yield f"plots/importance_{name}{sample.suffix}.html", partial(_bars_page, importance, title)
-        yield f"plots/importance_{name}{sample.suffix}.png", partial(_bars_picture, importance, title)
+        title = f"{prefix}importance for {objective.leading} ({MEASURES[name]})"
+        yield f"plots/importance_{name}{suffix}.html", partial(_bars_page, importance, title)
+        yield f"plots/importance_{name}{suffix}.png", partial(_bars_picture, importance, title)
     if len(sample.settings) >= 2:
         most = sorted(sample.settings, key=lambda setting: -found["fanova"].get(setting, 0.0))[:2]
         yield (
-            f"plots/contour{sample.suffix}.html",
+            f"plots/contour{suffix}.html",
             partial(_interactive, "contour", sample.study, objective, params=most),
         )
-        yield f"plots/contour{sample.suffix}.png", partial(_picture, "contour", sample.study, objective, params=most)
+        yield f"plots/contour{suffix}.png", partial(_picture, "contour", sample.study, objective, params=most)
 
 
-def _importance(sample: _Sample, evaluator: Any, objective: Objective) -> dict[str, float]:
-    from optuna.importance import get_param_importances
+def _importance_of(sample: _Sample, objective: Objective) -> dict[str, dict[str, float]]:
+    from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
 
+    found, target = {}, _target(objective)
+    evaluators = {"fanova": FanovaImportanceEvaluator(seed=0), "ped_anova": PedAnovaImportanceEvaluator()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few trials make importances uncertain
-        found = get_param_importances(
-            sample.study, evaluator=evaluator, params=sample.settings, target=_target(objective)
-        )
-    return dict(found)
+        for name, evaluator in evaluators.items():
+            shares = get_param_importances(sample.study, evaluator=evaluator, params=sample.settings, target=target)
+            found[name] = dict(shares)
+    return found
 
 
 def _bars_page(importance: Mapping[str, float], title: str) -> Any:

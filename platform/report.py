@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segadapt.platform import tracking
+from segadapt.platform.objective import Objective
+from segadapt.platform.plots import MEASURES, importances
 from segadapt.platform.selection import TARGET
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
     """
     import jinja2
 
-    leading = board.objective.replace("+", ",").split(",")[0]
+    objective = Objective.parse(board.objective)
+    leading = objective.leading
     parent = next(entry for entry in entries if entry.data.tags.get(tracking.KIND_TAG) == "search")
     by_id = {entry.info.run_id: entry for entry in entries}
     trials = [row for row in board.rows if row.kind == "trial"]
@@ -64,7 +67,6 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
     figures = {
         "curves": _curves_figure(curves, leading),
         "progress": _progress_figure(curves, leading),
-        "importance": _importance_figure(study, board),
         "classes": _classes_figure(client, parent, by_id[best.run_id]) if best else None,
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -89,6 +91,7 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
         if best
         else {},
         figures={name: _html(figure) for name, figure in figures.items() if figure is not None},
+        importance={method: _html(figure) for method, figure in _importance_figures(study, objective).items()},
         plotly=_plotly(),
         costs=_costs(client, entries),
         advice=advice(board, best, curves),
@@ -170,32 +173,18 @@ def _progress_figure(curves: Sequence[Curve], goal: str) -> Any:
     return _styled(figure, "training steps spent by the method's trials", f"best {goal} so far")
 
 
-def _importance_figure(study: Any | None, board: "Leaderboard") -> Any | None:
-    """Draw which settings explain the differences between trials, by fANOVA and PED-ANOVA; None if too few ended."""
-    import optuna
+def _importance_figures(study: Any | None, objective: Objective) -> dict[str, Any]:
+    """Draw which settings explain the differences between trials, by the name of the method if there are several."""
     import plotly.graph_objects as go
-    from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
-    from optuna.trial import TrialState
 
-    if study is None:
-        return None
-    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len({tuple(trial.params.values()) for trial in ended}) < 4:
-        return None
-    target = (lambda trial: trial.values[0]) if len(study.directions) > 1 else None
-    figure = go.Figure()
-    evaluators = {"fANOVA": FanovaImportanceEvaluator(seed=0), "PED-ANOVA": PedAnovaImportanceEvaluator()}
-    for name, evaluator in evaluators.items():
-        try:
-            found = get_param_importances(study, evaluator=evaluator, target=target)
-        except (RuntimeError, ValueError):  # all values equal, or no setting that all trials have
-            continue
-        figure.add_bar(x=list(found.values()), y=list(found), name=name, orientation="h")
-    if not figure.data:
-        return None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    figure.update_yaxes(autorange="reversed")
-    return _styled(figure, f"importance, {len(ended)} trials that ran to their end", "")
+    figures = {}
+    for found in importances(study, objective) if study is not None else ():
+        figure = go.Figure()
+        for name, shares in found.shares.items():
+            figure.add_bar(x=list(shares.values()), y=list(shares), name=MEASURES[name], orientation="h")
+        figure.update_yaxes(autorange="reversed")
+        figures[found.method or ""] = _styled(figure, "share of the variance explained", "")
+    return figures
 
 
 def _classes_figure(client: Any, parent: Any, best: Any) -> Any | None:

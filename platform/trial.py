@@ -156,8 +156,6 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
             )
         if start is not None:
             trainer.start_from(start)
-        if start is not None and start in done:
-            stages.mark_used(start)
     else:
         report(read_metrics(resume), None)  # once more: the driver may have been killed before it heard
     trainer.run(resume)
