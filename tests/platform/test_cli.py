@@ -43,6 +43,13 @@ Call = Callable[..., CompletedProcess[str]]
         (("train", "sdca", "--launcher", "inprocess", "--workers-per-trial", "2"), "must have 1 worker per trial"),
         (("train", "sdca", "--tracking-uri", "http://127.0.0.1:9"), "--tracking-uri must name an MLflow server"),
         (("search", "sdca", "source_only"), "source_only must be searched alone"),
+        (
+            (
+                *("search", "sdca", "method.temperature=100", "method.feature_gain=1", "method.output_gain=1"),
+                *("method.confidence_threshold=0.9", "method.lovasz_weight=0.5", "optimizer.lr_factor=1"),
+            ),
+            "A search must vary something",
+        ),
         (("search", "sdca", "--preset", "fast"), "--preset of sdca must be one of paper, quick"),
         (("search", "sdca", "clst", "clst.method.temp=1"), "There is no setting 'method.temp'"),
         (("search", "--extend", "absent"), "There must be an experiment 'absent'"),

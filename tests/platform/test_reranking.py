@@ -9,7 +9,7 @@ from segadapt.platform.reranking import rerank, verdict
 
 
 def test_the_mean_decides_with_students_interval() -> None:
-    runs = {"a": {1: 0.60, 2: 0.70, 3: 0.65}, "b": {1: 0.64, 2: 0.74, 3: 0.68}}
+    runs = {"a": {1: 0.60, 2: 0.70, 3: 0.65}, "b": {3: 0.68, 1: 0.64, 2: 0.74}}
     first, second = rerank(runs)
     assert (first.name, second.name) == ("b", "a")
     low, high = stats.t.interval(0.95, 2, loc=first.mean, scale=stats.sem(list(runs["b"].values())))
@@ -21,6 +21,11 @@ def test_the_mean_decides_with_students_interval() -> None:
     assert second.behind_half_width == pytest.approx(paired)
     assert not second.within_noise, "paired by seed the difference is clear, though the intervals overlap"
     assert verdict([first, second]) == "b is better than the others beyond the noise of 3 seeds."
+
+
+def test_differences_are_paired_by_seed() -> None:
+    _, second = rerank({"a": {1: 0.6, 2: 0.7}, "b": {1: 0.72, 2: 0.6}})
+    assert second.behind_half_width == pytest.approx(stats.t.interval(0.95, 1, loc=0, scale=stats.sem([0.12, -0.1]))[1])
 
 
 def test_a_difference_within_noise_is_said() -> None:

@@ -223,6 +223,13 @@ def test_a_promoting_search_of_one_trial_runs_it_to_the_end(study: Any) -> None:
     assert cluster.steps == {"t0": 16}
 
 
+def test_half_of_a_rung_is_promoted_and_at_last_the_best_of_the_highest(study: Any) -> None:
+    at_2, at_4 = {"t0": 0.5, "t1": 0.6, "t2": 0.9}, {"t0": 0.5, "t1": 0.7, "t2": 0.1}
+    cluster = Cluster(study, {name: [at_2[name]] * 2 + [at_4[name]] * 14 for name in at_2}, 1)
+    cluster.run(promoted(study, 1))
+    assert cluster.steps == {"t0": 2, "t1": 16, "t2": 4}, "t1 of t0 and t1, t2 of all three, then t1 of t1 and t2"
+
+
 def test_ranks_over_several_goals_decide_at_a_rung() -> None:
     goals = ("score/entropy", "score/flip_agreement")
     study = optuna.create_study(directions=["maximize"] * 2)
