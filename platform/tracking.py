@@ -37,6 +37,8 @@ KIND_TAG = "segadapt.kind"
 STATE_TAG = "segadapt.state"
 FAILURE_TAG = "segadapt.failure"
 CHECKPOINT_TAG = "segadapt.checkpoint"
+NOT_KEPT = "not kept"
+"""What `CHECKPOINT_TAG` holds once the checkpoint was removed."""
 METHOD_TAG = "segadapt.method"
 
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
