@@ -46,6 +46,15 @@ def iou_table(checkpoint: Path) -> dict[str, Any]:
     return {"columns": ["class", "target_val_iou"], "data": list(iou.items())}
 
 
+def label_table(checkpoint: Path) -> dict[str, Any] | None:
+    """Return how good pseudo labels of each class were at a checkpoint, as MLflow shows tables; None without any."""
+    found = json.loads((checkpoint / EVALUATION).read_text()).get("pseudo_labels")
+    if found is None:
+        return None
+    rows = [[name, quality["kept"], quality["accuracy"]] for name, quality in found.items()]
+    return {"columns": ["class", "kept", "accuracy"], "data": rows}
+
+
 def checkpoints(experiment: Path, trial_id: str) -> Iterator[TrialCheckpoint]:
     """Yield what is kept of a trial, oldest first; folders that are not whole are passed over."""
     for parent in _folders(experiment, trial_id):

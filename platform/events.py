@@ -41,7 +41,7 @@ _STATUS: dict[str, Status] = {
 }
 """How the run of a trial in this state ends in MLflow; FINISHED otherwise."""
 
-METRIC_PREFIXES = ("target_val/", "source_val/", "score/", "loss/", "time/", "memory/", "lr")
+METRIC_PREFIXES = ("target_val/", "source_val/", "score/", "pseudo_labels/", "loss/", "time/", "memory/", "lr")
 """Reported numbers that are tracked; Tune adds bookkeeping of its own."""
 
 
