@@ -103,7 +103,8 @@ class Keeper:
     def sweep(self) -> None:
         """Complete the removals that a killed driver left undone, and those of checkpoints that came too late."""
         for record in (self._folder / REMOVED).glob("*.json"):
-            self._remove(record.stem)
+            if self._succeeds(put_away, record.stem, self._objective.keeps):
+                self._succeeds(delete, record.stem)
 
     def collect(
         self, ended: Mapping[str, str], open_trials: Mapping[str, str], announce: Callable[[str], None]
@@ -123,18 +124,20 @@ class Keeper:
                     values = standing_values(self._objective, best.metrics)
                     self._holding[trial_id] = Standing(trial_id, name, ended=True, values=values)
         waiting = [Standing(trial_id, name, ended=False) for trial_id, name in open_trials.items()]
+        away = []
         with locked(self._storage):
-            going = removable([*self._holding.values(), *waiting], self._needed(), self._keep_top)
-            for trial_id in sorted(going):
+            for trial_id in sorted(removable([*self._holding.values(), *waiting], self._needed(), self._keep_top)):
                 announce(trial_id)
-                if self._remove(trial_id):
-                    del self._holding[trial_id]
+                if self._succeeds(put_away, trial_id, self._objective.keeps):
+                    away.append(trial_id)
+        for trial_id in away:
+            if self._succeeds(delete, trial_id):
+                del self._holding[trial_id]
 
-    def _remove(self, trial_id: str) -> bool:
-        """Remove the checkpoints of a trial; returns False if the file system did not let go of them yet."""
+    def _succeeds(self, step: Callable[..., None], trial_id: str, *arguments: str) -> bool:
+        """Take a step of a removal; returns False if the file system did not let go of the files yet."""
         try:
-            put_away(self._folder, trial_id, self._objective.keeps)
-            delete(self._folder, trial_id)
+            step(self._folder, trial_id, *arguments)
         except OSError as error:  # such as files that somebody reads over NFS; never worth ending a search
             logger.warning("Checkpoints of %s could not be removed (%s); tried again later.", trial_id, error)
             return False
