@@ -70,6 +70,8 @@ class Row:
     """All goals of the search at that checkpoint."""
     score: float | None = None
     """What trials are ordered by; minus the mean rank where ranks decide, otherwise the leading goal."""
+    checkpoint_removed: bool = False
+    """Whether it left a checkpoint that was not kept."""
     on_front: bool = False
     """Whether no other trial surpasses it in all goals, where they make a front."""
 
@@ -199,6 +201,7 @@ def plan_search(
     seed: int | None = None,
     rerank: int = 0,
     seeds: int = 3,
+    keep_top: int | None = None,
     fork: str | None = None,
     warm_start: Sequence[str] = (),
     name: str | None = None,
@@ -222,6 +225,7 @@ def plan_search(
         seed: Of the sampler; None for 0.
         rerank: So many of the best configurations are trained again on other seeds.
         seeds: How many seeds that are.
+        keep_top: So many of the best trials keep their checkpoints; None keeps those of all.
         fork: Search whose methods, settings and ranges this one begins with; what is given changes them.
         warm_start: Searches whose trials count as prior points where this one could have run them.
         name: Of the search; None makes one from methods and data.
@@ -260,6 +264,7 @@ def plan_search(
         warm_start=warm,
         rerank=rerank,
         seeds=seeds if rerank else 0,
+        keep_top=keep_top,
     )
     _check_plan(record, chosen)
     return record
@@ -294,6 +299,8 @@ def _check_plan(record: Record, objective: Objective) -> None:
             "--rerank must not be negative and --seeds at least 2, since one seed tells nothing of their noise, but "
             f"got {record.rerank} and {record.seeds}."
         )
+    if record.keep_top is not None and record.keep_top < 1:
+        raise UsageError(f"--keep-top must be at least 1, so that a trial can be finished, but got {record.keep_top}.")
 
 
 def _candidates(methods: Sequence[str], values: Values, preset: str) -> dict[str, Candidate]:
@@ -391,7 +398,7 @@ def search(record: Record, options: Options) -> Outcome:
     return run(record, options)
 
 
-def resume(name: str, options: Options, *, rerank: int = 0, seeds: int = 3) -> Outcome:
+def resume(name: str, options: Options, *, rerank: int = 0, seeds: int = 3, keep_top: int | None = None) -> Outcome:
     """Go on with a search, single run or finish after its driver was killed; finished trials are not run again.
 
     Args:
@@ -399,6 +406,7 @@ def resume(name: str, options: Options, *, rerank: int = 0, seeds: int = 3) -> O
         options: Where it runs.
         rerank: Of a search: so many of its best configurations are trained again on other seeds.
         seeds: How many seeds that are.
+        keep_top: Of a search: so many of the best trials keep their checkpoints from now on; None changes nothing.
 
     Raises:
         UsageError: If there is no such experiment, or it cannot go on as asked.
@@ -406,12 +414,22 @@ def resume(name: str, options: Options, *, rerank: int = 0, seeds: int = 3) -> O
     record = Record.load(open_storage(options.storage), name)
     if rerank:
         record = dataclasses.replace(_search_only(record, "--rerank"), rerank=rerank, seeds=seeds)
+    if keep_top is not None:
+        record = dataclasses.replace(_search_only(record, "--keep-top"), keep_top=keep_top)
+    if rerank or keep_top is not None:
         _check_plan(record, Objective.parse(record.objective))
     return run(record, options)
 
 
 def extend(
-    name: str, options: Options, *, trials: int, time_budget_s: float | None = None, rerank: int = 0, seeds: int = 3
+    name: str,
+    options: Options,
+    *,
+    trials: int,
+    time_budget_s: float | None = None,
+    rerank: int = 0,
+    seeds: int = 3,
+    keep_top: int | None = None,
 ) -> Outcome:
     """Run more trials of a search; its sampler knows all earlier ones.
 
@@ -422,6 +440,7 @@ def extend(
         time_budget_s: Stops it after so many seconds.
         rerank: As in `resume`.
         seeds: As in `resume`.
+        keep_top: As in `resume`.
 
     Raises:
         UsageError: If there is no such search, or a number is not positive.
@@ -432,6 +451,8 @@ def extend(
     record = dataclasses.replace(record, trials=record.trials + trials, time_budget_s=time_budget_s)
     if rerank:
         record = dataclasses.replace(record, rerank=rerank, seeds=seeds)
+    if keep_top is not None:
+        record = dataclasses.replace(record, keep_top=keep_top)
     _check_plan(record, Objective.parse(record.objective))
     return run(record, options)
 
@@ -1125,13 +1146,19 @@ def _free_name(storage: str, tracking_uri: str | None, name: str | None, default
 
 def _pick(board: Leaderboard, name: str, kinds: Sequence[str] = ("trial",)) -> Row:
     """Return the best trial, or the run of one of `kinds` with this name or id."""
-    candidates = [row for row in board.rows if row.kind in kinds and row.checkpoint is not None]
+    rows = [row for row in board.rows if row.kind in kinds and (row.checkpoint is not None or row.checkpoint_removed)]
+    known = ", ".join(row.name for row in rows if row.checkpoint is not None) or "none"
     if board.reranked and name == "best":
         name = board.reranked[0].name
-    for row in candidates:
+    for row in rows:
         if name in (row.name, row.run_id) or (name == "best" and row.kind == "trial"):
+            if row.checkpoint is None:
+                raise UsageError(
+                    f"The checkpoint of {row.name} must be there, but was not kept: {board.search!r} keeps those of "
+                    f"its best trials alone (--keep-top). Name one of {known}; or train {row.name} again, by `segadapt "
+                    f"train {row.method}` with its settings."
+                )
             return row
-    known = ", ".join(row.name for row in candidates) or "none"
     raise UsageError(
         f"RUN must be `best` or a {' or '.join(kinds)} of {board.search!r} with a checkpoint, but got {name!r}. "
         f"Those are: {known}."
@@ -1158,7 +1185,8 @@ def _row(entry: Any, objective: Objective) -> Row:
         last=metrics.get(objective.leading),
         params=entry.data.params,
         run_id=entry.info.run_id,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint if checkpoint != tracking.NOT_KEPT else None,
+        checkpoint_removed=checkpoint == tracking.NOT_KEPT,
         failure=tags.get(tracking.FAILURE_TAG),
     )
 

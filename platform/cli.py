@@ -166,6 +166,10 @@ def search(
         int, typer.Option(metavar="K", help="Train the K best configurations again on other seeds; the mean decides.")
     ] = 0,
     seeds: Annotated[int, typer.Option(help="Seeds of --rerank.")] = 3,
+    keep_top: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Keep the checkpoints of the K best trials alone; default: of all."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the search; default: METHOD-DATA, numbered.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this search.")] = None,
     extend: Annotated[str | None, typer.Option(metavar="NAME", help="Run --trials more trials of this search.")] = None,
@@ -226,10 +230,18 @@ def search(
             )
         record = Record.load(open_storage(storage), begun)
         if extend is None:
-            outcome = api.resume(begun, options, rerank=rerank, seeds=seeds)
+            outcome = api.resume(begun, options, rerank=rerank, seeds=seeds, keep_top=keep_top)
         else:
             more = 20 if trials is None else trials
-            outcome = api.extend(begun, options, trials=more, time_budget_s=time_budget, rerank=rerank, seeds=seeds)
+            outcome = api.extend(
+                begun,
+                options,
+                trials=more,
+                time_budget_s=time_budget,
+                rerank=rerank,
+                seeds=seeds,
+                keep_top=keep_top,
+            )
     else:
         record = api.plan_search(
             [word for word in words or [] if "=" not in word],
@@ -245,6 +257,7 @@ def search(
             seed=seed,
             rerank=rerank,
             seeds=seeds,
+            keep_top=keep_top,
             fork=fork,
             warm_start=warm_start or [],
             name=name,
@@ -756,6 +769,8 @@ def _show_plan(record: "Record") -> None:
     console = _console()
     console.print(f"search {record.name}: {record.trials} trials, for {record.objective}")
     console.print(f"sampler {record.sampler}, scheduler {record.scheduler}")
+    if record.keep_top is not None:
+        console.print(f"checkpoints of the {record.keep_top} best trials are kept")
     for name in record.warm_start:
         console.print(f"trials of {name} that fit count as prior points")
     for method, config in record.configs().items():
@@ -817,7 +832,8 @@ def _show_leaderboard(board: "Leaderboard") -> None:
         reached = [_number(row.goals.get(goal)) for goal in goals] or [_number(row.best)]
         ranks = [_number(None if row.score is None else -row.score)] if "+" in board.objective else []
         name = f"{row.name} *" if row.on_front else row.name
-        table.add_row(name, row.state, *reached, *ranks, str(row.best_step or "-"), _number(row.last), *values)
+        state = f"{row.state}, checkpoint not kept" if row.checkpoint_removed else row.state
+        table.add_row(name, state, *reached, *ranks, str(row.best_step or "-"), _number(row.last), *values)
     console = _console()
     console.print(table)
     if any(row.on_front for row in board.rows):

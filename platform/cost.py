@@ -25,6 +25,7 @@ from segadapt.platform.cluster import this_machine, worker_environment
 from segadapt.platform.config import TrialConfig, resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Options, Record, check_gpu_hours, resources_of
+from segadapt.platform.objective import Objective
 from segadapt.platform.storage import Storage
 from segadapt.platform.trial import Resources, build_method
 from segadapt.trainables.core.data.batch import LabelledImages, TargetImages
@@ -91,6 +92,9 @@ class MethodCost:
     shared_s: float
     """Its shared stages, those left out that are computed already or come with a method before it."""
     trial_bytes: int
+    """The checkpoints of a trial and what its stages write."""
+    checkpoints_bytes: int
+    """The checkpoints alone."""
     shared_bytes: int
 
 
@@ -184,6 +188,7 @@ def estimate(record: Record, options: Options) -> Estimate:
         storage_bytes=round(
             shared_bytes
             + (per_trial + again / len(methods)) * sum(cost.trial_bytes for cost in methods.values())
+            - _removed(record, concurrent) * mean(cost.checkpoints_bytes for cost in methods.values())
             + max(probe.checkpoint_bytes for probe in probes.values())  # the best one's copy in MLflow
         ),
         notes=tuple(_notes(record, options, resources, probes, configs)),
@@ -222,8 +227,24 @@ def _method_cost(config: TrialConfig, probe: Probe, rungs: Sequence[int], missin
         early_stopped_s=_early_stopped([_seconds(probe, own, steps, config, step) for step in (*levels, total)]),
         shared_s=_seconds(probe, missing, shared_steps, config, sum(shared_steps.values())) if missing else 0.0,
         trial_bytes=KEPT_CHECKPOINTS * probe.checkpoint_bytes + sum(probe.stages[s.name].artifact_bytes for s in own),
+        checkpoints_bytes=KEPT_CHECKPOINTS * probe.checkpoint_bytes,
         shared_bytes=(len(missing) + KEPT_CHECKPOINTS) * probe.checkpoint_bytes if missing else 0,
     )
+
+
+def _removed(record: Record, concurrent: int) -> int:
+    """Return the trials whose checkpoints are gone when the search ends and takes the most space.
+
+    Paused trials keep theirs until the end, and of several goals nobody knows beforehand how many trials are best.
+    """
+    if (
+        record.keep_top is None
+        or record.scheduler == "asha-promote"
+        or len(Objective.parse(record.objective).goals) > 1
+    ):
+        return 0
+    held = max(record.keep_top, record.rerank) + concurrent
+    return max(0, record.trials - held) + max(0, record.rerank * record.seeds - held)
 
 
 def _warm_ups(configs: Mapping[str, TrialConfig], probes: Mapping[str, Probe]) -> list[float]:
@@ -327,7 +348,7 @@ def _problems(found: Estimate, record: Record, storage: Storage) -> Iterator[str
     if found.storage_bytes > found.free_bytes:
         yield (
             f"The disk of --storage must have about {_gib(found.storage_bytes)} free, but {storage.root} has "
-            f"{_gib(found.free_bytes)}. Free some space, choose another folder or lower --trials."
+            f"{_gib(found.free_bytes)}. Free some space, choose another folder, lower --trials or take --keep-top."
         )
 
 

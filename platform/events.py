@@ -13,6 +13,7 @@ from ray.tune.experiment import Trial
 
 from segadapt.platform.checkpoints import best_checkpoint
 from segadapt.platform.environment import environment, git_tags
+from segadapt.platform.keeping import Keeper
 from segadapt.platform.ledger import GpuHours, Ledger
 from segadapt.platform.notes import NOTE_TAG, datasets, trial_note
 from segadapt.platform.objective import GOALS
@@ -22,6 +23,7 @@ from segadapt.platform.tracking import (
     FAILURE_TAG,
     KIND_TAG,
     METHOD_TAG,
+    NOT_KEPT,
     STATE_TAG,
     RunInfo,
     Status,
@@ -39,7 +41,7 @@ _STATUS: dict[str, Status] = {
 }
 """How the run of a trial in this state ends in MLflow; FINISHED otherwise."""
 
-METRIC_PREFIXES = ("target_val/", "source_val/", "score/", "loss/", "time/", "memory/", "lr")
+METRIC_PREFIXES = ("target_val/", "source_val/", "score/", "pseudo_labels/", "loss/", "time/", "memory/", "lr")
 """Reported numbers that are tracked; Tune adds bookkeeping of its own."""
 
 
@@ -80,6 +82,7 @@ class Events(tune.Callback):
         self._paused: set[str] = set()
         self._described: set[str] = set()
         self._close_lost: Callable[[Collection[str]], None] | None = None
+        self._keeper: Keeper | None = None
         self.interrupted: set[str] = set()
         """Trials that this session was stopped in the middle of; they can go on."""
 
@@ -91,6 +94,7 @@ class Events(tune.Callback):
         time_budget_s: float | None,
         gpu_hours: GpuHours | None,
         close_lost: Callable[[Collection[str]], None] | None,
+        keeper: Keeper | None,
     ) -> None:
         """Connect to this session's tracker, screen, accounts and end, which are not saved.
 
@@ -101,7 +105,9 @@ class Events(tune.Callback):
             time_budget_s: After which unfinished trials are out of time.
             gpu_hours: The limit that may end the search.
             close_lost: Told all trials that are known, so that the study can close the others.
+            keeper: Removes checkpoints; None keeps those of all trials.
         """
+        self._keeper = keeper
         self._close_lost = close_lost
         self._tracker = tracker
         self._progress = progress
@@ -111,7 +117,7 @@ class Events(tune.Callback):
         self._environment = environment()
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("_tracker", "_progress", "_close_lost", "_ledger", "_gpu_hours")
+        gone = ("_tracker", "_progress", "_close_lost", "_ledger", "_gpu_hours", "_keeper")
         return {**self.__dict__, **dict.fromkeys(gone)}
 
     def get_state(self) -> dict[str, Any]:
@@ -144,6 +150,8 @@ class Events(tune.Callback):
             for trial in trials:
                 _forget_replaced_checkpoint(trial)
             self._open = {trial.trial_id: trial for trial in trials if trial.trial_id not in self._ended}
+            if self._keeper is not None:
+                self._keeper.sweep()
         self._follow_pauses()
 
     def _follow_pauses(self) -> None:
@@ -281,6 +289,9 @@ class Events(tune.Callback):
                     self.interrupted.add(trial.trial_id)
                 if trial.trial_id in self._started:
                     self._end(trial.trial_id, state)
+        if self._keeper is not None:
+            self._collect()
+            self._keeper.sweep()
 
     def _end(self, trial_id: str, state: str) -> None:
         assert self._tracker is not None
@@ -298,13 +309,14 @@ class Events(tune.Callback):
         best = best_checkpoint(self._spec.folder, trial_id, self._spec.objective.keeps)
         goals: dict[str, float] = {}
         if best is not None:
-            tags[CHECKPOINT_TAG] = str(best.path)
+            tags[CHECKPOINT_TAG] = str(best.path) if best.kept else NOT_KEPT
             tags["segadapt.best_step"] = str(best.metrics["step"])
             known = {name: best.metrics[name] for name in GOALS if math.isfinite(best.metrics.get(name, math.nan))}
             goals = {goal: known[goal] for goal in self._spec.objective.goals if goal in known}
             kept = {f"best/{name}": value for name, value in known.items()}
             self._tracker.log_summary(key, kept, best.metrics["step"])
-            self._tracker.log_evaluation(key, best.path)
+            if best.kept:
+                self._tracker.log_evaluation(key, best.path)
         if state in ("failed", "infeasible"):
             tags[FAILURE_TAG] = self._failures.get(trial_id, "a process or node died too often; see Ray's error file")
         step = best.metrics["step"] if best is not None else None
@@ -312,6 +324,19 @@ class Events(tune.Callback):
         self._tracker.set_tags(key, tags)
         self._tracker.end(key, _STATUS.get(state, "FINISHED"))
         self._progress.ended(trial_id, state)
+        if self._keeper is not None:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Remove the checkpoints of ended trials that are not among the best."""
+        assert self._keeper is not None
+        ended = {trial_id: self.name(trial_id) for trial_id in self._ended}
+        open_trials = {trial_id: self.name(trial_id) for trial_id in self._names if trial_id not in self._ended}
+        self._keeper.collect(ended, open_trials, self._announce_removal)
+
+    def _announce_removal(self, trial_id: str) -> None:
+        assert self._tracker is not None
+        self._tracker.set_tags(self.key(trial_id), {CHECKPOINT_TAG: NOT_KEPT})
 
 
 def _step(trial: Any) -> int:

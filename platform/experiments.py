@@ -18,6 +18,7 @@ from segadapt.platform.cluster import Capacity, connect
 from segadapt.platform.config import TrialConfig, Values, resolve
 from segadapt.platform.environment import environment, git_tags
 from segadapt.platform.errors import UsageError
+from segadapt.platform.keeping import Keeper, locked, trial_of
 from segadapt.platform.lineage import Inheritance, Settings, inherit
 from segadapt.platform.notes import NOTE_TAG, datasets, search_note
 from segadapt.platform.objective import Objective
@@ -126,6 +127,8 @@ class Record:
     """So many of the best configurations are trained again after the search, on other seeds."""
     seeds: int = 0
     """How many seeds; of a finish, on how many it is done."""
+    keep_top: int | None = None
+    """So many of the best trials keep their checkpoints; None keeps those of all."""
     search: str | None = None
     """Of a finish: the experiment in MLflow that it belongs to."""
     start: str | None = None
@@ -253,7 +256,7 @@ def run(record: Record, options: Options) -> Outcome:
         with connect(options.address, dashboard=needs_dashboard, verbose=options.debug) as capacity:
             resources, concurrent = resources_of(options, capacity, record.trials, record.concurrent)
             check_gpu_hours(record, resources)
-            record.save(storage)
+            _save(record, storage)
             spec = TrialSpec(
                 storage=storage,
                 experiment=record.name,
@@ -269,6 +272,28 @@ def run(record: Record, options: Options) -> Outcome:
         tracker.close()
     clock.lap("tracking")
     return Outcome(failed, interrupted, clock.seconds)
+
+
+def _save(record: Record, storage: Storage) -> None:
+    """Write the record. From then on, what a finish starts from is not removed; until then it may have been."""
+    with locked(storage):
+        is_new = not (storage.experiment(record.name) / RECORD).is_file()
+        if record.start is not None and is_new and not Path(record.start).is_dir():
+            raise UsageError(
+                f"The checkpoint of {record.from_name} must be there, but was removed just now (--keep-top). "
+                "Finish another run."
+            )
+        record.save(storage)
+
+
+def finished_trials(storage: Storage, search: str) -> set[str]:
+    """Return the ids of a search's trials that some finish starts from, whether it has ended or not."""
+    found = set()
+    for path in storage.experiments.glob(f"{search}.finish-*/{RECORD}"):
+        start = json.loads(path.read_text())["start"]
+        if start is not None:
+            found.add(trial_of(Path(start)))
+    return found
 
 
 class _Clock:
@@ -374,7 +399,17 @@ class _Session:
         )
         title = f"{record.kind} {record.name} ({record.methods}"
         title += f", {self.concurrent} at a time)" if record.kind == "search" else ")"
-        return run_experiment(self.spec, labels, steps, self.tracker, title, plan)
+        return run_experiment(self.spec, labels, steps, self.tracker, title, plan, self._keeper(record.name))
+
+    def _keeper(self, experiment: str) -> Keeper | None:
+        """Return what removes checkpoints of the search, or of its runs on other seeds; None if all are kept."""
+        record, storage = self.record, self.spec.storage
+        if record.keep_top is None:
+            return None
+        keep_top = max(record.keep_top, record.rerank)  # any of those that are trained again may turn out the best
+        return Keeper(
+            storage, experiment, self.spec.objective, keep_top, needed=lambda: finished_trials(storage, record.name)
+        )
 
     @property
     def study_url(self) -> str:
@@ -440,7 +475,8 @@ class _Session:
             note = search_note(record.name, winner.name, goals, best.metrics["step"], len(results), told)
             tags = {"segadapt.best_trial": winner.trial_id, "segadapt.best_name": winner.name}
             self.tracker.set_tags(record.name, tags | ({NOTE_TAG: note} if record.kind == "search" else {}))
-            self.tracker.log_file(f"{record.name}/{winner.trial_id}", best.path, "checkpoint")
+            if best.kept:
+                self.tracker.log_file(f"{record.name}/{winner.trial_id}", best.path, "checkpoint")
         if record.kind == "search":
             if found:
                 self._log_selection({result.name: checkpoint.metrics for result, checkpoint in found.items()})
@@ -476,7 +512,8 @@ class _Session:
         labels = Labels(record.name, "rerank", [f"{result.name}.seed-{seed}" for result, seed in runs], {}, record.name)
         plan = ListPlan([{**result.values, "seed": seed} for result, seed in runs], self.concurrent)
         steps = max(stages.own_steps(config) for config in record.configs().values())
-        again = run_experiment(spec, labels, steps, self.tracker, f"rerank {record.name}", plan)
+        title = f"rerank {record.name}"
+        again = run_experiment(spec, labels, steps, self.tracker, title, plan, self._keeper(spec.experiment))
         values: dict[str, dict[int, float]] = {}
         for (result, seed), run in zip(runs, again, strict=False):  # trials are in the order of the list
             best = best_checkpoint(spec.folder, run.trial_id, spec.objective.keeps)

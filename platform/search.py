@@ -8,6 +8,7 @@ from typing import Any
 
 from segadapt.platform.config import Values
 from segadapt.platform.events import Events, Labels
+from segadapt.platform.keeping import Keeper
 from segadapt.platform.ledger import GpuHours, Ledger, spent_hours
 from segadapt.platform.lineage import Inheritance
 from segadapt.platform.optuna_search import Given, Proposals, StudySearch
@@ -79,6 +80,7 @@ def run_experiment(
     tracker: Tracker,
     title: str,
     plan: "SearchPlan | ListPlan | None" = None,
+    keeper: Keeper | None = None,
 ) -> list[TrialResult]:
     """Run one trial, or with a `plan` a search or a list of trials; what was begun before is continued.
 
@@ -89,6 +91,7 @@ def run_experiment(
         tracker: Receives runs and metrics.
         title: Shown on the screen.
         plan: The search or list; None runs a single trial.
+        keeper: Removes checkpoints of ended trials; None keeps them.
     """
     from ray import tune
 
@@ -127,7 +130,7 @@ def run_experiment(
     if gpu_hours is not None:
         gpu_hours.attach(ledger, spent_hours(spec.storage, spec.experiment, "gpu", stages_only=True))
     close_lost = partial(_close_lost, searcher) if searcher is not None else None
-    events.attach(tracker, progress, ledger, config.time_budget_s, gpu_hours, close_lost)
+    events.attach(tracker, progress, ledger, config.time_budget_s, gpu_hours, close_lost, keeper)
     try:
         results = tuner.fit()
     finally:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from segadapt.platform import outbox
-from segadapt.platform.checkpoints import iou_table
+from segadapt.platform.checkpoints import iou_table, label_table
 from segadapt.platform.outbox import Entry, Outbox
 from segadapt.platform.storage import Storage
 
@@ -37,12 +37,15 @@ KIND_TAG = "segadapt.kind"
 STATE_TAG = "segadapt.state"
 FAILURE_TAG = "segadapt.failure"
 CHECKPOINT_TAG = "segadapt.checkpoint"
+NOT_KEPT = "not kept"
+"""What `CHECKPOINT_TAG` holds once the checkpoint was removed."""
 METHOD_TAG = "segadapt.method"
 
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow open an experiment with its table of runs; it would show traces of language models otherwise."""
 
 _TABLE = "per_class_iou.json"
+_LABEL_TABLE = "pseudo_labels.json"
 _GALLERY = "gallery.png"
 _EVALUATION = ("evaluation.json", _GALLERY)
 """What of a checkpoint folder is tracked."""
@@ -528,8 +531,12 @@ class _Runs:
             figure = confusion_figure(summary[domain]["confusion"], summary["classes"], domain)
             self._client.log_figure(run_id, figure, f"confusion/{domain}.png")
         # `log_table` would add to the table of an earlier session
-        self._client.log_dict(run_id, iou_table(files), _TABLE)
-        self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": _TABLE, "type": "table"}]))
+        tables = {_TABLE: iou_table(files), _LABEL_TABLE: label_table(files)}
+        shown = {name: table for name, table in tables.items() if table is not None}
+        for name, table in shown.items():
+            self._client.log_dict(run_id, table, name)
+        logged = [{"path": name, "type": "table"} for name in shown]
+        self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(logged))
         self._client.log_artifact(run_id, str(files / "gallery.png"))
 
     def _end(self, *, key: str, status: Status, timestamp: int) -> None:

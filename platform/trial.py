@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segadapt.platform import stages
-from segadapt.platform.checkpoints import TRAIN_FOLDER, newest_checkpoint, read_metrics
+from segadapt.platform.checkpoints import TRAIN_FOLDER, newest_checkpoint, read_metrics, removed_metrics
 from segadapt.platform.config import TrialConfig, Values, resolve
 from segadapt.platform.objective import Objective
 from segadapt.platform.storage import Storage
@@ -199,6 +199,19 @@ def _reason(error: Exception) -> str:
     return f"{INFEASIBLE} {text}" if name else summary
 
 
+def _had_ended(spec: TrialSpec, trial_id: str) -> bool:
+    """Report once more what a trial reached last if it ended and its checkpoints were removed.
+
+    The driver was killed before it saved that the trial had ended: there is nothing to go on from, and nothing to do.
+    """
+    from ray import tune
+
+    metrics = removed_metrics(spec.folder, trial_id)
+    if metrics is not None:
+        tune.report(metrics)
+    return metrics is not None
+
+
 def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
     """Tune's function for a trial that trains in its own, reused process."""
     from ray import tune
@@ -213,6 +226,8 @@ def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
             write(Path(folder))
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
+    if _had_ended(spec, trial_id):
+        return
     with _reporting_failure(tune.report):
         # Not Tune's checkpoint: its state may be older than the last one, or name one that was replaced since.
         train(spec, trial_id, values, report, newest_checkpoint(spec.folder, trial_id))
@@ -226,6 +241,8 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     trial_id = tune.get_context().get_trial_id()
+    if _had_ended(spec, trial_id):
+        return
     resources = spec.resources
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
 

@@ -10,6 +10,7 @@ network's setting. Random scale and crop are off by default. The schedule's leng
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import DomainBatch
+from segadapt.trainables.core.label_quality import LabelRule
+from segadapt.trainables.core.label_rules import written_rule
 from segadapt.trainables.core.labels import labels_at_features
 from segadapt.trainables.core.losses.entropy import shannon_entropy, softened_entropy
 from segadapt.trainables.core.losses.prototype_contrast import fuse_labels, grid_of, prototype_contrast
@@ -162,6 +165,10 @@ class BiCL(Method):
             local_share=self.config.share,
             excluded=self.config.excluded_classes,
         )
+
+    def label_rule(self, stage: Stage, provenance: Mapping[str, Any] | None) -> LabelRule | None:
+        """Return the rule of the round's labels. Dynamic ones exist in a pair of images alone."""
+        return written_rule(provenance, self.segmenter) if provenance is not None else None
 
     def forward(self, batch: DomainBatch, step: int) -> dict[str, Tensor]:
         """Return the weighted terms of both domains and directions (§5, §6).

@@ -9,7 +9,7 @@ Differs: the learning rate starts anew in each round, as do the optimiser's mome
 warm-up is the one all methods share, with its Lovász-Softmax.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.distributed import rank, world_size
+from segadapt.trainables.core.label_quality import LabelRule
+from segadapt.trainables.core.label_rules import written_rule
 from segadapt.trainables.core.labels import labels_at_features
 from segadapt.trainables.core.losses.centroid_contrast import centroid_contrast
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
@@ -157,6 +159,18 @@ class CLST(Method):
             self.teacher.start_from(self.segmenter)
             self.running_confidence.reset()
 
+    def label_rule(self, stage: Stage, provenance: Mapping[str, Any] | None) -> LabelRule | None:
+        """Return the teacher's rule, or that of the first round's labels.
+
+        Later rounds label by predictions averaged over rounds, and only training images have those.
+        """
+        if stage is ADAPT and self.teacher is not None:
+            return self._teacher_rule
+        if not isinstance(stage, Round) or provenance is None:
+            return None
+        averages = stage.previous is not None and self.config.ensemble_momentum > 0
+        return None if averages else written_rule(provenance, self.segmenter)
+
     def forward(self, batch: DomainBatch, step: int) -> dict[str, Tensor]:
         """Return the weighted terms (§5): `cross_entropy`, and those whose weight is not 0 of the others.
 
@@ -237,6 +251,14 @@ class CLST(Method):
         probabilities = self.teacher(images).logits.float().softmax(dim=1)
         self.running_confidence.update(*probabilities.max(dim=1))
         confidence, prediction = self._confidence_at(probabilities, _size(images))
+        return keep_confident(confidence, prediction, self._thresholds(self.running_confidence))
+
+    def _teacher_rule(self, image: Tensor, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Label an image as `_teacher_labels`, by the confidences as they are."""
+        assert self.teacher is not None
+        assert self.running_confidence is not None
+        probabilities = self.teacher(self.segmenter.normalise(image)).logits.float().softmax(dim=1)
+        confidence, prediction = self._confidence_at(probabilities, size)
         return keep_confident(confidence, prediction, self._thresholds(self.running_confidence))
 
     def _label_target(self, stage: Round, data: StageData) -> None:

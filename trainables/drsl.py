@@ -10,6 +10,7 @@ per round; target images are enlarged around rare classes, and by default not sc
 follows the trainer's schedule, there it is constant.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.data.sampling import generator
+from segadapt.trainables.core.label_quality import LabelRule
+from segadapt.trainables.core.label_rules import written_rule
 from segadapt.trainables.core.labels import labels_at_features
 from segadapt.trainables.core.losses.mode_alignment import (
     ModeMargin,
@@ -32,7 +35,7 @@ from segadapt.trainables.core.losses.segmentation import segmentation_cross_entr
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, ParameterGroup, Stage, StageData, WarmupConfig
 from segadapt.trainables.core.networks import Segmenter
 from segadapt.trainables.core.state.class_modes import ClassModes
-from segadapt.trainables.core.state.self_paced_labels import label_self_paced
+from segadapt.trainables.core.state.self_paced_labels import label_self_paced, self_paced_labels
 from segadapt.trainables.core.validation import check
 
 _HIDDEN_CHANNELS = 256
@@ -181,6 +184,21 @@ class DRSL(Method):
             notes={"active_modes": self.modes.active_share()},
         )
         self.predicted.copy_(predicted)
+
+    def label_rule(self, stage: Stage, provenance: Mapping[str, Any] | None) -> LabelRule | None:
+        """Return the rule of the round's labels, with the mirror image where they were made with it."""
+        if provenance is None:
+            return None
+        if not self.config.mirrored:
+            return written_rule(provenance, self.segmenter)
+        thresholds = torch.tensor(provenance["thresholds"])
+
+        def label(image: Tensor, logits: Tensor, size: tuple[int, int]) -> Tensor:
+            mirrored = self.segmenter(self.segmenter.normalise(image.flip(-1))).logits.float()
+            probabilities, other = (self.segmenter.upsample(answer, size).softmax(1) for answer in (logits, mirrored))
+            return self_paced_labels((probabilities + other.flip(-1)) / 2, thresholds)
+
+        return label
 
     def forward(self, batch: DomainBatch, step: int) -> dict[str, Tensor]:
         """Return the weighted terms of the stage (§5.5); the modes are warmed up with the source's alone.

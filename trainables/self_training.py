@@ -6,12 +6,15 @@ Differs: SDCA trains on the target alone and from ImageNet weights again; here l
 and training goes on from the labelling network. `restart=true source_weight=0` does as SDCA.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import DomainBatch
+from segadapt.trainables.core.label_quality import LabelRule
+from segadapt.trainables.core.label_rules import by_network, written_rule
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, WarmupConfig
 from segadapt.trainables.core.networks import Segmenter
@@ -140,6 +143,19 @@ class SelfTraining(Method):
         network = self.teacher.network
         assert isinstance(network, Segmenter)
         return network
+
+    def label_rule(self, stage: Stage, provenance: Mapping[str, Any] | None) -> LabelRule | None:
+        """Return the rule of the round's labels, asked of the network that labels.
+
+        Of `ensemble`, the rounds after the first label by predictions averaged over rounds, and only training images
+        have those.
+        """
+        if not isinstance(stage, Round) or provenance is None:
+            return None
+        if self.config.rule == "ensemble" and stage.number > 1 and self.config.ensemble_momentum > 0:
+            return None
+        rule, network = written_rule(provenance, self.segmenter), self.labeller(stage)
+        return rule if network is self.segmenter else by_network(rule, network)
 
     def _label(self, stage: Round, data: StageData) -> None:
         config, classes, network = self.config, self.segmenter.num_classes, self.labeller(stage)

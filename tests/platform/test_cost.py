@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from optuna.trial import TrialState
 
 from segadapt.platform import api
-from segadapt.platform.cost import Estimate, _problems, available_memory
+from segadapt.platform.cost import Estimate, _problems, _removed, available_memory
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Options, Record
 from segadapt.platform.ledger import GpuHours, Ledger, spent_hours
@@ -101,6 +101,16 @@ def test_an_estimate_adds_up(estimated: tuple[Record, Estimate, Path]) -> None:
     assert found.storage_bytes == pytest.approx(
         record.trials * cost.trial_bytes + cost.shared_bytes + probe.checkpoint_bytes, abs=2
     )
+
+
+def test_checkpoints_that_are_not_kept_take_no_disk(estimated: tuple[Record, Estimate, Path]) -> None:
+    record, _, _ = estimated
+    few = dataclasses.replace(record, trials=10, keep_top=1)
+    assert _removed(few, concurrent=2) == 7
+    assert _removed(dataclasses.replace(few, rerank=3, seeds=4), concurrent=2) == 5 + 7
+    assert _removed(dataclasses.replace(few, scheduler="asha-promote"), concurrent=2) == 0
+    assert _removed(dataclasses.replace(few, objective="target_val/miou,time/step"), concurrent=2) == 0
+    assert _removed(dataclasses.replace(few, keep_top=None), concurrent=2) == 0
 
 
 def test_what_cannot_fit_is_refused_all_at_once(estimated: tuple[Record, Estimate, Path]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, ClassList, EvaluationData, LabelledImages
 from segadapt.trainables.core.data.loading import one_pass, worker_share
 from segadapt.trainables.core.data.sampling import in_threads
+from segadapt.trainables.core.label_quality import LabelQuality, LabelQualityCounter, LabelRule
 from segadapt.trainables.core.metrics import ConfusionMatrix, intersection_over_union
 from segadapt.trainables.core.networks import Segmenter
 from segadapt.trainables.core.validation import check
@@ -54,6 +55,8 @@ class DomainEvaluation:
     """(C,) float64; NaN for a class that is neither present nor predicted."""
     miou: float
     """Mean over the classes that have an IoU, in [0, 1]."""
+    pseudo_labels: LabelQuality | None = None
+    """Of the labels that the method would give now; None where it labels nothing."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Evaluation:
         for name, iou in zip(self.classes.names, self.target_val.iou.tolist(), strict=True):
             if iou == iou:
                 numbers[f"target_val/iou/{name}"] = iou
+        if self.target_val.pseudo_labels is not None:
+            numbers |= self.target_val.pseudo_labels.metrics()
         return numbers
 
 
@@ -172,6 +177,7 @@ def evaluate_domain(
     threads: int = 0,
     inference: Inference = ONCE,
     see: Callable[[str, Tensor], None] | None = None,
+    rule: LabelRule | None = None,
 ) -> DomainEvaluation:
     """Count predictions against labels at label size over the whole set, shared out over the workers.
 
@@ -187,31 +193,43 @@ def evaluate_domain(
         threads: That read ahead, up to a batch of images and twice as many labels as threads.
         inference: How it is asked.
         see: Receives the id and the prediction, (H, W) int64, of each image of this worker.
+        rule: Gives pseudo labels, which are counted as well; it gets what the network says when it is first asked.
     """
     confusion = ConfusionMatrix(len(classes))
+    quality = LabelQualityCounter(len(classes)) if rule is not None else None
     labels = in_threads(images.label, worker_share(images), threads)
     for batch, indices in one_pass(images, batch_size, threads=threads):
-        answers = views(segmenter, batch.to(device), inference)
+        shown = batch.to(device)
+        answers = views(segmenter, shown, inference)
         for row, index in enumerate(indices):
             label = next(labels).to(device)
             size = (label.shape[-2], label.shape[-1])
             prediction = decide(segmenter, [logits[row : row + 1] for logits in answers], size)[0]
             confusion.update(prediction, label)
+            if rule is not None and quality is not None:
+                quality.update(rule(shown[row : row + 1], answers[0][row : row + 1], size)[0], label)
             if see is not None:
                 see(images.ids[index], prediction)
     confusion.reduce()
-    return DomainEvaluation(confusion.counts.cpu(), confusion.iou().cpu(), confusion.miou())
+    labelled = quality.reduced() if quality is not None else None
+    return DomainEvaluation(confusion.counts.cpu(), confusion.iou().cpu(), confusion.miou(), labelled)
 
 
 def evaluate(
-    segmenter: Segmenter, data: EvaluationData, device: torch.device, batch_size: int, *, threads: int = 0
+    segmenter: Segmenter,
+    data: EvaluationData,
+    device: torch.device,
+    batch_size: int,
+    *,
+    threads: int = 0,
+    rule: LabelRule | None = None,
 ) -> Evaluation:
-    """Evaluate both domains; the network is left in the mode it was in."""
+    """Evaluate both domains, and on the target the pseudo labels of `rule`; the network is left in its mode."""
     training = segmenter.training
     segmenter.eval()
     source, target = (
-        evaluate_domain(segmenter, images, data.classes, device, batch_size, threads=threads)
-        for images in (data.source, data.target)
+        evaluate_domain(segmenter, images, data.classes, device, batch_size, threads=threads, rule=used)
+        for images, used in ((data.source, None), (data.target, rule))
     )
     segmenter.train(training)
     return Evaluation(source, target, data.classes)

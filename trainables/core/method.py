@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import DomainBatch
+from segadapt.trainables.core.label_quality import LabelRule
 from segadapt.trainables.core.losses.segmentation import lovasz_softmax, segmentation_cross_entropy
 from segadapt.trainables.core.networks import Segmenter
 from segadapt.trainables.core.validation import check
@@ -145,6 +146,18 @@ class Method(nn.Module, ABC):
     def labeller(self, stage: Stage) -> Segmenter:
         """Return the network that makes the pseudo labels of a stage."""
         return self.segmenter
+
+    def label_rule(self, stage: Stage, provenance: Mapping[str, Any] | None) -> LabelRule | None:
+        """Return how this method labels a target image at this moment; evaluation measures it on validation images.
+
+        Args:
+            stage: That is trained.
+            provenance: Of the pseudo labels that were written before the stage; None if none were.
+
+        Returns:
+            The rule with the thresholds in force; None where none is defined for single images. Default: None.
+        """
+        return None
 
     @classmethod
     def labelling(cls, config: Any) -> dict[str, Any]:

@@ -298,6 +298,12 @@ class PseudoLabelWriter:
         partial.replace(folder / PROVENANCE)
 
 
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return how a finished folder of pseudo labels was made."""
+    content: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    return content
+
+
 def _schema() -> Any:
     import pyarrow
 

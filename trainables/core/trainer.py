@@ -40,7 +40,7 @@ from segadapt.trainables.core.memory import (
     smaller_micro_batch,
 )
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, trained_parameters
-from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder
+from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder, read_provenance
 from segadapt.trainables.core.selection import ScoredImages, label_free_scores
 from segadapt.trainables.core.validation import check
 
@@ -510,7 +510,9 @@ class Trainer:
         started = time.perf_counter()
         shown = evaluation_for_network(self.evaluation, self.settings.augmentation)
         batch_size, threads = self.settings.trainer.eval_batch_size, self._loader_threads
-        evaluation = evaluate(self.method.deployed, shown, self.device, batch_size, threads=threads)
+        provenance = read_provenance(self.folder / stage.name) if stage.pseudo_labels else None
+        rule = self.method.label_rule(stage, provenance)
+        evaluation = evaluate(self.method.deployed, shown, self.device, batch_size, threads=threads, rule=rule)
         evaluated = time.perf_counter()
         scores = label_free_scores(
             self.method.deployed, ScoredImages(shown.target), self.device, batch_size, threads=threads
@@ -577,4 +579,6 @@ class Trainer:
             "target_val": {"confusion": evaluation.target_val.confusion.tolist()},
             "source_val": {"confusion": evaluation.source_val.confusion.tolist()},
         }
+        if evaluation.target_val.pseudo_labels is not None:
+            summary["pseudo_labels"] = evaluation.target_val.pseudo_labels.by_class(evaluation.classes.names)
         (folder / "evaluation.json").write_text(json.dumps(summary))
