@@ -192,9 +192,18 @@ class Books:
     study: Any | None
 
     @property
+    def by_key(self) -> dict[str, list[Any]]:
+        """The runs that nobody deleted; of several with one key, the one that knows most comes first."""
+        found: dict[str, list[Any]] = {}
+        for run in self.runs:
+            if run.info.lifecycle_stage == "active":
+                found.setdefault(_key(run), []).append(run)
+        return {key: sorted(runs, key=_evidence, reverse=True) for key, runs in found.items()}
+
+    @property
     def active(self) -> list[Any]:
-        """The runs that nobody deleted."""
-        return [run for run in self.runs if run.info.lifecycle_stage == "active"]
+        """The runs that nobody deleted, one of each key."""
+        return [runs[0] for runs in self.by_key.values()]
 
     @property
     def parent(self) -> Any | None:
@@ -239,18 +248,14 @@ def _key(run: Any) -> str:
 
 
 def _duplicate_runs(books: Books) -> Iterator[Finding]:
-    by_key: dict[str, list[Any]] = {}
-    for run in books.active:
-        by_key.setdefault(_key(run), []).append(run)
-    for key, runs in by_key.items():
-        if len(runs) > 1:
-            kept = max(runs, key=_evidence)
+    for key, (kept, *others) in books.by_key.items():
+        if others:
             yield _finding(
                 books,
-                f"MLflow has {len(runs)} runs of {kept.info.run_name} ({key})",
+                f"MLflow has {len(others) + 1} runs of {kept.info.run_name} ({key})",
                 "It counts more than once on the leaderboard, and commands go on with either",
                 f"--fix keeps {kept.info.run_id}, which knows most, and marks the others by the tag {DUPLICATE_TAG}",
-                partial(_mark_duplicates, books, kept, [run for run in runs if run is not kept]),
+                partial(_mark_duplicates, books, kept, others),
             )
 
 
@@ -515,33 +520,30 @@ def _unfinished_trials(books: Books) -> Iterator[Finding]:
     )
 
 
-def _study_trials(books: Books) -> list[Any]:
-    """Return the study's trials that this search ran, each with its id; those that were given up are left out."""
+def _by_trial(books: Books) -> list[list[Any]]:
+    """Return the study's trials that this search ran; those of one trial id together, the one that counts first.
+
+    Those that were given up, or noted as duplicates, are left out.
+    """
     if books.study is None:
         return []
     noted = set(books.study.user_attrs.get(DUPLICATES, ()))
+    found: dict[Any, list[Any]] = {}
+    for trial in books.study.get_trials(deepcopy=False):
+        if trial.state.name != "WAITING" and not {LOST, PRIOR} & set(trial.user_attrs) and trial.number not in noted:
+            found.setdefault(trial.user_attrs.get(TRIAL_ID, trial.number), []).append(trial)
     return [
-        trial
-        for trial in books.study.get_trials(deepcopy=False)
-        if trial.state.name != "WAITING" and not {LOST, PRIOR} & set(trial.user_attrs) and trial.number not in noted
+        sorted(trials, key=lambda trial: (not trial.state.is_finished(), trial.number)) for trials in found.values()
     ]
 
 
 def _study_duplicates(books: Books) -> Iterator[Finding]:
-    by_id: dict[str, list[Any]] = {}
-    for trial in _study_trials(books):
-        if TRIAL_ID in trial.user_attrs:
-            by_id.setdefault(trial.user_attrs[TRIAL_ID], []).append(trial)
-    for trial_id, trials in by_id.items():
-        if len(trials) > 1:
-            kept = max(
-                trials, key=lambda trial: (trial.state.is_finished(), len(trial.intermediate_values), -trial.number)
-            )
-            others = [trial for trial in trials if trial is not kept]
-            numbers = ", ".join(str(trial.number) for trial in trials)
+    for kept, *others in _by_trial(books):
+        if others:
+            numbers = ", ".join(str(trial.number) for trial in (kept, *others))
             yield _finding(
                 books,
-                f"The study has {len(trials)} trials ({numbers}) of {books.name}/{trial_id}",
+                f"The study has {len(others) + 1} trials ({numbers}) of {books.name}/{kept.user_attrs[TRIAL_ID]}",
                 "The sampler counts it more than once",
                 f"--fix keeps number {kept.number} and notes the others: Optuna lets no ended trial change",
                 partial(_note_duplicates, books, others),
@@ -560,7 +562,7 @@ def _note_duplicates(books: Books, others: Sequence[Any]) -> None:
 
 def _study_ends(books: Books) -> Iterator[Finding]:
     """Compare how the study and Ray say that each trial ended."""
-    for found in _study_trials(books):
+    for found, *_ in _by_trial(books):
         trial_id = found.user_attrs.get(TRIAL_ID)
         trial = books.trials.get(f"{books.name}/{trial_id}")
         name = f"Number {found.number} of the study ({trial_id or 'no trial'})"

@@ -326,7 +326,7 @@ def _tracking(what: Examination) -> Iterator[Finding]:
     try:
         tracking.client(tracking.tracking_uri(what.storage, what.tracking_uri)).search_experiments(max_results=1)
     except Exception as error:  # whatever the client raises for what does not answer
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error, what.tracking_uri)
         advice = "Start the server, or correct --tracking-uri; records wait on disk meanwhile"
         yield _fault("tracking", f"{shown} does not answer: {reason}", "Runs cannot be seen or compared", advice)
         return
@@ -409,7 +409,7 @@ def _study(what: Examination) -> Iterator[Finding]:
     except UsageError as error:
         yield _fault("study", str(error), "Searches cannot begin or go on", "")
     except Exception as error:  # of another version, or no database of Optuna's
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error, what.study_uri)
         text = f"{_without_password(url)} cannot be used: {reason}"
         yield _fault("study", text, "Searches cannot begin or go on", "Use the Optuna that made it, or a backup")
     else:
@@ -425,9 +425,14 @@ def _studies(url: str) -> int:
 
 def _without_password(uri: str) -> str:
     parts = urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return uri.replace(f":{parts.password}@", ":***@")
+    return uri if parts.password is None else uri.replace(f":{parts.password}@", ":***@")
+
+
+def _first_line(error: Exception, uri: str | None) -> str:
+    """Return the first line of a message, without the password that an address holds."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    password = urlsplit(uri or "").password
+    return line.replace(password, "***") if password else line
 
 
 # Cluster.
@@ -449,7 +454,7 @@ def _cluster(what: Examination) -> Iterator[Finding]:
     try:
         yield from _nodes(address)
     except Exception as error:  # whatever Ray raises for a cluster that refuses or does not answer
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = _first_line(error, None)
         meaning = "The cluster asks for a token that this machine lacks, runs another Ray, or is ending"
         advice = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on the head; compare `ray --version`"
         yield _fault("cluster", f"{address} refuses: {reason}", meaning, advice)
@@ -476,7 +481,7 @@ def _nodes(address: str) -> Iterator[Finding]:
             try:
                 found = ray.get(ask.options(scheduling_strategy=where).remote(list(own)), timeout=_ANSWER_S)
             except (RayError, TimeoutError) as error:
-                reason = (str(error).strip() or "no answer").splitlines()[0]
+                reason = _first_line(error, None)
                 yield _fault("cluster", f"{name} runs nothing: {reason}", "Trials there fail", "Look at its Ray logs")
                 continue
             other = [f"{key} {found[key] or 'missing'} ({own[key]} here)" for key in own if found[key] != own[key]]
