@@ -121,6 +121,7 @@ def ray_trials(folder: Path) -> dict[str, RayTrial] | None:
         return None
     try:
         pairs = [[json.loads(part) for part in pair] for pair in json.loads(saved.read_text())["trial_data"]]
+        pairs.sort(key=lambda pair: int(pair[0]["experiment_tag"].partition("_")[0]))  # `2_lr=0.1` is the second
         return {
             trial["trial_id"]: RayTrial(
                 trial["trial_id"],
@@ -672,10 +673,11 @@ def _add_proposal(books: Books, record: Record, trial: RayTrial) -> None:
     )
     if len(reached) < len(goals) and trial.state is not None:
         state = TrialState.FAIL
+    pruned = state == TrialState.PRUNED
     books.study.add_trial(
         create_trial(
             state=state,
-            values=reached if state == TrialState.COMPLETE else None,
+            values=reached if state == TrialState.COMPLETE or (pruned and len(goals) == 1) else None,
             params=study_point(spaces, method, values),
             distributions=distributions,
             user_attrs={TRIAL_ID: trial.trial_id},

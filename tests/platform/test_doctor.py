@@ -19,8 +19,10 @@ from conftest import TINY_WORDS
 from mlflow import MlflowClient
 from test_search import COMMAND, wait_for
 from test_tracking import free_port
+from typer.testing import CliRunner
 
 from segadapt.platform import api, leases, tracking
+from segadapt.platform.cli import app
 from segadapt.platform.doctor import file_system, keeps_locks_apart
 from segadapt.platform.findings import Finding
 from segadapt.platform.outbox import Outbox
@@ -278,14 +280,14 @@ def proposals_are_noted(case: Case) -> None:
 
 
 def missing_proposal(case: Case) -> None:
-    case.noted["trial"] = trial = case.proposal("sdca-001")
+    case.noted["trial"] = trial = case.proposal("sdca-003")
     tables = ("trial_values", "trial_params", "trial_user_attributes", "trial_intermediate_values", "trials")
     for table in tables:
         case.sql("optuna.db", f"delete from {table} where trial_id = {trial._trial_id}")
 
 
 def is_added(case: Case) -> None:
-    was, now = case.noted["trial"], case.proposal("sdca-001")
+    was, now = case.noted["trial"], case.proposal("sdca-003")
     assert (now.state, now.values, now.params) == (was.state, was.values, was.params)
     assert now.distributions == was.distributions
 
@@ -353,7 +355,7 @@ def stage_is_removed(case: Case) -> None:
 
 
 def begun_stages(case: Case) -> None:
-    hashes = [path.name for path in (case.root / "stages").iterdir() if path.name[0] != "."]
+    hashes = [max(path.name for path in (case.root / "stages").iterdir())]
     (case.root / "ray" / f"{NAME}.stages-sdca" / "begun.json").write_text(json.dumps(hashes))
 
 
@@ -435,18 +437,15 @@ def test_a_disorder_is_named_repaired_and_gone(kind: str, case: Case) -> None:
 
 def test_the_command_ends_with_1_until_all_is_repaired(case: Case) -> None:
     checkpoint_gone(case)
-    statuses = []
-    for words in (["--json"], ["--fix"], []):
-        done = subprocess.run(
-            [COMMAND, "doctor", "--storage", case.root, *words], capture_output=True, text=True, check=False
-        )
-        statuses.append(done.returncode)
-        if words == ["--json"]:
-            (fault,) = (found for found in json.loads(done.stdout) if found["level"] == "fault")
-            assert (fault["subject"], fault["repairable"], fault["repaired"]) == (NAME, True, False)
-        if words == ["--fix"]:
-            assert f"repaired {NAME}: The checkpoint of sdca-001 is gone" in done.stdout
-    assert statuses == [1, 0, 0]
+    called = [
+        CliRunner().invoke(app, ["doctor", "--storage", str(case.root), *words])
+        for words in (["--json"], ["--fix"], [])
+    ]
+    assert [done.exit_code for done in called] == [1, 0, 0]
+    (fault,) = (found for found in json.loads(called[0].stdout) if found["level"] == "fault")
+    assert (fault["subject"], fault["repairable"], fault["repaired"]) == (NAME, True, False)
+    assert f"repaired {NAME}: The checkpoint of sdca-001 is gone" in called[1].stdout
+    assert "0 faults, 0 warnings" in called[2].stdout
 
 
 def test_a_half_made_database_gives_way_to_a_new_one(tmp_path: Path) -> None:
