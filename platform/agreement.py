@@ -94,8 +94,8 @@ class RayTrial:
 
     @property
     def reported(self) -> bool:
-        """Whether it was ever evaluated; otherwise it may never have had a run."""
-        return "step" in self.last
+        """Whether it was ever evaluated, or failed; otherwise it may never have had a run."""
+        return "step" in self.last or self.status == "ERROR"
 
     @property
     def reason(self) -> str:
@@ -434,8 +434,9 @@ def _record_run(books: Books, key: str, trial: RayTrial) -> None:
     tracker = Tracker(books.storage, books.tracking_uri)
     tracker.start(RunInfo(key, books.name, name, tags, trial.config, record.from_key or books.name))
     tracker.log_json(key, config.as_dict(), "config.yaml")
-    metrics = {name: value for name, value in trial.last.items() if name.startswith(METRIC_PREFIXES)}
-    tracker.log_metrics(key, metrics, int(trial.last["step"]))
+    if "step" in trial.last:
+        metrics = {name: value for name, value in trial.last.items() if name.startswith(METRIC_PREFIXES)}
+        tracker.log_metrics(key, metrics, int(trial.last["step"]))
     if trial.state is not None:
         best = books.best(key)
         if best is not None:

@@ -230,7 +230,7 @@ def _left(text: str, meaning: str, repair: Callable[[], None]) -> Finding:
 
 
 def _stage_cache(storage: Storage) -> Iterator[Finding]:
-    found = cache.content(storage)
+    found, drivers = cache.content(storage), Drivers.of(storage)
     tidy = partial(_tidy, storage)
     for lease in found.leases:
         if lease.alive:
@@ -245,6 +245,9 @@ def _stage_cache(storage: Storage) -> Iterator[Finding]:
         if not agreement.is_sound(folder):
             needed = f"; {', '.join(stage.needed_by)} need it" if stage.needed_by else ""
             text = f"The shared stage {stage.hash[:12]} is cut short{needed}"
+            if any(drivers.drive(name) for name in stage.needed_by):
+                yield _fault("storage", text, "Trials that load it fail", "Stop the command that runs now, then --fix")
+                continue
             advice = "--fix removes it; who needs it computes it anew"
             yield Finding(
                 "storage",
@@ -254,7 +257,7 @@ def _stage_cache(storage: Storage) -> Iterator[Finding]:
                 advice,
                 partial(_remove_stage, storage, stage.hash),
             )
-    yield from _begun_stages(storage)
+    yield from _begun_stages(storage, drivers)
 
 
 def _tidy(storage: Storage) -> None:
@@ -267,9 +270,8 @@ def _remove_stage(storage: Storage, stage_hash: str) -> None:
     shutil.rmtree(aside)
 
 
-def _begun_stages(storage: Storage) -> Iterator[Finding]:
+def _begun_stages(storage: Storage, drivers: Drivers) -> Iterator[Finding]:
     """Find folders in which shared stages were begun that nobody will go on with."""
-    drivers = Drivers.of(storage)
     for note in sorted(storage.experiments.glob(f"*/{BEGUN}")):
         experiment = agreement.experiment_of(storage, note.parent.name)
         if drivers.drive(experiment):
@@ -530,7 +532,7 @@ def _experiments(what: Examination) -> Iterator[Finding]:
     for name in agreement.experiments(storage, client, is_local=what.tracking_uri is None):
         try:
             yield from _experiment(what, name, client, studies)
-        except (ValueError, UsageError) as error:
+        except (ValueError, TypeError, KeyError, UsageError) as error:  # of a state or record that is not as it must be
             advice = "Delete that file if an older one lies beside it; --resume takes the newest that there is"
             yield _fault(name, str(error), "It was cut short, or is another version's: it cannot go on", advice)
 
