@@ -145,6 +145,22 @@ def test_a_search_that_runs_is_left_alone(seen: Seen) -> None:
     assert "refused" not in seen.output
 
 
+@pytest.mark.parametrize("said", [True, False], ids=["works", "begins"])
+def test_what_a_command_works_on_or_may_begin_with_is_left_alone(said: bool, case: Case) -> None:
+    case.forget_end("sdca-001")
+    case.client.delete_tag(case.run("sdca-002").info.run_id, "segadapt.key")  # on another day a trial that is missing
+    box = Outbox.create(tracking.waiting_folder(Storage(case.root), "http://elsewhere"))
+    if said:
+        box.append("end_lost", {"experiment": NAME, "prefix": f"{NAME}/", "known": []})
+    before = (case.root / "mlflow.db").read_bytes()
+    findings = doctor(case.root, fix=True)
+    assert faults(findings) == []
+    assert "A command works on it now: it is left alone" in [found.text for found in findings if found.subject == NAME]
+    assert (case.root / "mlflow.db").read_bytes() == before
+    box._records.close()  # as when its process ends
+    assert len(faults(doctor(case.root))) == 2
+
+
 def test_what_is_sound_is_left_as_it_is(case: Case) -> None:
     def contents() -> dict[Path, str]:
         files = (path for path in case.root.rglob("*") if path.is_file())
