@@ -108,10 +108,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("seen")
     words = [COMMAND, "search", "sdca", "--trials", "3", "--name", NAME, *TINY_WORDS]
     search = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: any((folder / "runs" / "ray").glob("*.stages-*/experiment_state-*")), "its stages")
-    findings = doctor(folder / "runs", fix=True)
-    assert search.poll() is None, "it was to be seen while it runs"
-    output, _ = search.communicate(timeout=300)
+    try:
+        wait_for(lambda: any((folder / "runs" / "ray").glob("*.stages-*/experiment_state-*")), "its stages")
+        findings = doctor(folder / "runs", fix=True)
+        assert search.poll() is None, "it was to be seen while it runs"
+        output, _ = search.communicate(timeout=600)
+    finally:
+        search.terminate()
+        search.wait()
     assert search.returncode == 0, output
     return Seen(folder, findings, output)
 
