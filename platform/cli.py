@@ -1023,7 +1023,7 @@ def _show_findings(found: "Iterable[Finding]") -> "list[Finding]":
         level = "repaired" if finding.repaired else finding.level
         parts = [finding.text, finding.meaning, "" if finding.repaired else finding.advice]
         line = Text.assemble((f"{level:9}", styles[level]), (f"{finding.subject}: ", "bold"))
-        console.print(line.append(". ".join(part for part in parts if part)), soft_wrap=True)
+        console.print(line.append(". ".join(part.rstrip(".") for part in parts if part)), soft_wrap=True)
     count = {level: sum(entry.level == level and not entry.repaired for entry in findings) for level in styles}
     repaired = sum(entry.repaired for entry in findings)
     mendable = sum(entry.repair is not None for entry in findings)
