@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ from segadapt.trainables.source_only import SourceOnly
 if TYPE_CHECKING:
     from segadapt.platform.cost import Estimate
     from segadapt.platform.deploy import Origin
+    from segadapt.platform.findings import Finding
     from segadapt.platform.predicting import PredictionResult
     from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
@@ -1028,6 +1029,31 @@ def cache_prune(
             f"{shown} and {'--all' if everything else 'no --all'}."
         )
     return cache.prune(_stage_storage(storage), 86400 * (older_than_days or 0.0), dry_run=dry_run)
+
+
+def doctor(
+    *,
+    storage: str = "runs",
+    tracking_uri: str | None = None,
+    study_uri: str | None = None,
+    address: str | None = None,
+    fix: bool = False,
+) -> "Iterator[Finding]":
+    """Look whether environment, storage, tracking, studies and cluster are sound and the ledgers agree.
+
+    What is found is yielded as it is found, and with `fix` repaired before.
+
+    Args:
+        storage: The storage folder.
+        tracking_uri: MLflow server; None for the storage folder's own.
+        study_uri: Optuna's storage; None for the storage folder's own.
+        address: Ray cluster; None takes RAY_ADDRESS, and without it none is joined or started.
+        fix: Repair what can be repaired truthfully; never an experiment that a command works on.
+    """
+    from segadapt.platform.doctor import Examination, examine
+
+    opened = Storage(Path(storage).expanduser().absolute())
+    return examine(Examination(opened, tracking_uri, study_uri, address, fix))
 
 
 def _stage_storage(storage: str) -> Storage:

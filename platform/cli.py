@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from segadapt.platform.cache import CacheContent, CachedStage, Pruned, RunningLease
     from segadapt.platform.cost import Estimate
     from segadapt.platform.experiments import Options, Outcome, Record
+    from segadapt.platform.findings import Finding
     from segadapt.platform.predicting import PredictionResult
     from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
@@ -655,6 +656,30 @@ def data_show(
     print(f"Wrote {api.data_show(path, _values(None, settings))}")
 
 
+@app.command()
+def doctor(
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Repair what can be repaired; never what a command works on.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    storage: Storage = "runs",
+    study_uri: StudyUri = None,
+    tracking_uri: TrackingUri = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to look at; without it none is joined.")] = None,
+) -> None:
+    """Look whether environment, storage, tracking and cluster are sound, and Ray, Optuna and MLflow agree.
+
+    Exit status: 0 sound, or all repaired; 1 faults are left; 2 wrong usage.
+    """
+    from segadapt.platform import api
+
+    found = api.doctor(storage=storage, tracking_uri=tracking_uri, study_uri=study_uri, address=address, fix=fix)
+    findings = list(found) if as_json else _show_findings(found)
+    if as_json:
+        print(json.dumps([finding.as_dict() for finding in findings], indent=1))
+    sys.exit(1 if any(finding.level == "fault" and not finding.repaired for finding in findings) else 0)
+
+
 @cache_app.command("list")
 def cache_list(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, storage: Storage = "runs"
@@ -1000,6 +1025,30 @@ def _show_pruned(pruned: "Pruned", *, dry_run: bool) -> None:
     if pruned.left_over:
         console.print(f"{removed}: {len(pruned.left_over)} left-over copies of dead processes")
     console.print(f"{'would free' if dry_run else 'freed'} {_bytes(pruned.bytes)}")
+
+
+def _show_findings(found: "Iterable[Finding]") -> "list[Finding]":
+    """Show what a check-up finds as it comes; returns it."""
+    from rich.text import Text
+
+    console = _console()
+    styles = {"ok": "green", "warning": "yellow", "fault": "bold red", "repaired": "green"}
+    findings = []
+    for finding in found:
+        findings.append(finding)
+        level = "repaired" if finding.repaired else finding.level
+        parts = [finding.text, finding.meaning, "" if finding.repaired else finding.advice]
+        line = Text.assemble((f"{level:9}", styles[level]), (f"{finding.subject}: ", "bold"))
+        console.print(line.append(". ".join(part.rstrip(".") for part in parts if part)), soft_wrap=True)
+    count = {level: sum(entry.level == level and not entry.repaired for entry in findings) for level in styles}
+    repaired = sum(entry.repaired for entry in findings)
+    mendable = sum(entry.repair is not None for entry in findings)
+    console.print(
+        f"\n{count['fault']} faults, {count['warning']} warnings"
+        + (f", {repaired} repaired" if repaired else "")
+        + (f"; `segadapt doctor --fix` repairs {mendable}" if mendable else "")
+    )
+    return findings
 
 
 def _stage_text(stage: "CachedStage") -> str:

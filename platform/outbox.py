@@ -19,6 +19,7 @@ import os
 import queue
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -189,6 +190,55 @@ class Outbox:
         return Entry(content["number"], content["operation"], content["arguments"], files)
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a box holds, seen without taking it."""
+
+    folder: Path
+    alive: bool
+    """Whether its process lives."""
+    contents: list[dict[str, Any]]
+    """All records, delivered ones too."""
+    waiting: int
+    """Records that the server does not have."""
+
+
+def look(server: Path) -> list[Look]:
+    """Return the boxes in the folder of a server that are not removed, oldest first; touches none."""
+    return [found for folder in left_over(server) if (found := _look(folder)) is not None]
+
+
+def _look(folder: Path) -> Look | None:
+    try:
+        with (folder / _RECORDS).open("rb") as records:
+            alive = not _try_lock(records, fcntl.LOCK_SH)
+            lines = records.read().rpartition(b"\n")[0].splitlines()  # the last one may be half written
+        marks = folder / "delivered"
+        delivered = int(marks.read_bytes() or 0) if marks.exists() else 0
+    except FileNotFoundError:  # removed just now
+        return None
+    contents = [json.loads(line) for line in lines]
+    return Look(folder, alive, contents, sum(content["number"] > delivered for content in contents))
+
+
+def refused(server: Path) -> dict[Path, int]:
+    """Return the files with records that a server refused for good, each with their number."""
+    files = sorted(server.glob(f"*/{_REFUSED}"))
+    return {file: len(file.read_text().splitlines()) for file in files}
+
+
+def abandoned(server: Path, older_than_s: float) -> list[Path]:
+    """Return the folders of boxes that a kill left without any record, so long ago that nobody is making them."""
+    now = time.time()
+    return [
+        folder
+        for folder in sorted(server.iterdir())
+        if folder.is_dir()
+        and not any((folder / name).exists() for name in (_RECORDS, _REFUSED))
+        and now - folder.stat().st_mtime > older_than_s
+    ]
+
+
 def left_over(server: Path) -> list[Path]:
     """Return the boxes in the folder of a server that are not removed, oldest first; their processes may live."""
     return sorted(path.parent for path in server.glob(f"*/{_RECORDS}"))
@@ -203,9 +253,9 @@ def taking(server: Path, given_up: threading.Event) -> Iterator[bool]:
         yield locked
 
 
-def _try_lock(file: Any) -> bool:
+def _try_lock(file: Any, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
