@@ -31,6 +31,7 @@ from segadapt.platform.tracking import (
     KEY_TAG,
     KIND_TAG,
     METHOD_TAG,
+    NOT_KEPT,
     STATE_TAG,
     RunInfo,
     Tracker,
@@ -224,10 +225,10 @@ class Books:
         return Objective.parse(self.parent.data.params.get("objective", TARGET) if self.parent else TARGET)
 
     def best(self, key: str) -> TrialCheckpoint | None:
-        """Return the kept checkpoint of a trial; None if there is none that can be used."""
+        """Return the best checkpoint of a trial; None if there is none that can be used or was removed on purpose."""
         folder, _, trial_id = key.partition("/")
         found = best_checkpoint(self.storage.experiment(folder), trial_id, self.objective(folder).keeps)
-        return found if found is not None and is_sound(found.path) else None
+        return found if found is not None and (not found.kept or is_sound(found.path)) else None
 
 
 def is_sound(checkpoint: Path) -> bool:
@@ -366,7 +367,8 @@ def _end_tags(books: Books, key: str, trial: RayTrial) -> dict[str, str]:
     assert state is not None
     tags = {STATE_TAG: state}
     if best is not None:
-        tags |= {CHECKPOINT_TAG: str(best.path), "segadapt.best_step": str(best.metrics["step"])}
+        where = str(best.path) if best.kept else NOT_KEPT
+        tags |= {CHECKPOINT_TAG: where, "segadapt.best_step": str(best.metrics["step"])}
     if trial.status == "ERROR":
         tags[FAILURE_TAG] = trial.reason
     goals = {name.removeprefix("best/"): value for name, value in _kept_metrics(books, key).items()}
@@ -441,7 +443,8 @@ def _record_run(books: Books, key: str, trial: RayTrial) -> None:
         best = books.best(key)
         if best is not None:
             tracker.log_summary(key, _kept_metrics(books, key), best.metrics["step"])
-            tracker.log_evaluation(key, best.path)
+            if best.kept:
+                tracker.log_evaluation(key, best.path)
         tracker.set_tags(key, _end_tags(books, key, trial))
         tracker.end(key, _STATUS[trial.state])  # type: ignore[arg-type]  # one of them
     tracker.close()  # closes as interrupted what can go on
@@ -464,7 +467,7 @@ def _unknown_runs(books: Books) -> Iterator[Finding]:
 
 def _checkpoints(books: Books) -> Iterator[Finding]:
     for run in books.active:
-        if CHECKPOINT_TAG not in run.data.tags:  # it has none, or it was removed on purpose
+        if run.data.tags.get(CHECKPOINT_TAG, NOT_KEPT) == NOT_KEPT:
             continue
         path = Path(run.data.tags[CHECKPOINT_TAG])
         if is_sound(path):

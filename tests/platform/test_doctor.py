@@ -22,11 +22,13 @@ from test_tracking import free_port
 from typer.testing import CliRunner
 
 from segadapt.platform import api, leases, tracking
+from segadapt.platform.checkpoints import delete, put_away
 from segadapt.platform.cli import app
 from segadapt.platform.doctor import file_system, keeps_locks_apart
 from segadapt.platform.findings import Finding
 from segadapt.platform.outbox import Outbox
 from segadapt.platform.storage import Storage
+from segadapt.platform.tracking import NOT_KEPT
 
 NAME = "seen"
 
@@ -175,6 +177,18 @@ def test_what_is_sound_is_left_as_it_is(case: Case) -> None:
     assert [found for found in findings if found.level != "ok"] == []
     assert any("agree on 4 trials" in found.text for found in findings)
     assert contents() == before
+
+
+def test_a_checkpoint_that_was_not_kept_is_no_fault_and_its_end_is_known(case: Case) -> None:
+    tags = case.run("sdca-001").data.tags
+    put_away(case.root / "ray" / NAME, case.trials["sdca-001"], "target_val/miou")
+    delete(case.root / "ray" / NAME, case.trials["sdca-001"])
+    case.client.set_tag(case.run("sdca-001").info.run_id, "segadapt.checkpoint", NOT_KEPT)
+    assert faults(doctor(case.root)) == []
+    case.forget_end("sdca-001")
+    doctor(case.root, fix=True)
+    assert faults(doctor(case.root)) == []
+    assert case.run("sdca-001").data.tags == {**tags, "segadapt.checkpoint": NOT_KEPT}
 
 
 def lacking_end(case: Case) -> None:
