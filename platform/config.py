@@ -180,10 +180,12 @@ def resolve(method: str, values: Values) -> TrialConfig:
         known = keys(method)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    faults = [_unknown(key, known) for key in values if key not in known]
+    # A setting that is a mapping may be written with a key for each of its entries.
+    unknown = [key for key in values if key not in known and key.rpartition(".")[0] not in known]
+    faults = [_unknown(key, known) for key in unknown]
     parts: dict[str, Any] = {}
     for section, cls in sections(method).items():
-        own = {key: value for key, value in values.items() if key.startswith(section + ".") and key in known}
+        own = {key: value for key, value in values.items() if key.startswith(section + ".") and key not in unknown}
         try:
             parts[section] = _adapter(cls).validate_json(json.dumps(_nest(own, section), allow_nan=True), strict=True)
         except ValidationError as error:
