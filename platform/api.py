@@ -539,6 +539,8 @@ def finish_settings(method: str, trained: Values, values: Values, *, keep_losses
         keep_losses: As in `finish`.
     """
     settings = {key: value for key, value in trained.items() if key.startswith(_INHERITED)}
+    if (rule := method_class(method).aligns_corners) is not None:
+        settings["network.align_corners"] = rule
     if keep_losses:
         own = dataclasses.asdict(_resolved(method, trained).method)
         settings |= {"method.kept_method": method, **{f"method.kept_settings.{key}": own[key] for key in own}}

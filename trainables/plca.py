@@ -95,6 +95,7 @@ class PLCA(Method):
 
     name = "plca"
     stages: ClassVar[tuple[Stage, ...]] = (SOURCE_ONLY, ADAPT)
+    aligns_corners: ClassVar[bool | None] = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Method.Config):

@@ -125,7 +125,8 @@ class SelfTraining(Method):
             config, settings = self.kept_class().Config, self.kept_settings or {}
             unknown = settings.keys() - {setting.name for setting in dataclasses.fields(config)}
             check(not unknown, f"method.kept_settings must be settings of {self.kept_method}", sorted(unknown))
-            return config(**settings)
+            plain = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+            return config(**plain)  # JSON, which settings come from, has lists alone
 
         def share_of(self, number: int) -> float:
             """Return the share in a round, counted from 1; everything at most."""

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 from toy import Reports, keeping_losses, toy_config, toy_trainer
 
-from segadapt.platform.config import TrialConfig
+from segadapt.platform.api import finish_settings
+from segadapt.platform.config import TrialConfig, flatten, resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.evaluating import load_deployed
 from segadapt.platform.trial import CONFIG, build_method
@@ -201,7 +202,6 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         "bicl": {"method__rounds": 1},
         "drsl": {"method__rounds": 1},
         "clst": {"method__rounds": 1, "method__projection": 4},
-        "plca": {"method__inference_aggregation": 0.5},
     }
     trial = toy_config(
         request.param, warmup__steps=1, trainer__steps=3, trainer__eval_every=3, **own.get(request.param, {})
@@ -275,9 +275,28 @@ def test_a_finish_that_kept_losses_is_deployed_as_its_method_is(kept: Kept) -> N
     (checkpoint / CONFIG).write_text(json.dumps(kept.config.as_dict()))
     found = load_deployed(checkpoint, {}, torch.device("cpu"))
     images = torch.rand(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
-    expected = kept.trainer.method.deployed.eval()
+    assert isinstance(kept.trainer.method, SelfTraining)
+    assert kept.trainer.method.kept is not None
+    expected = kept.trainer.method.kept.deployed.eval()
     assert type(found.network) is type(expected)
     assert torch.equal(found.network(images).logits, expected(images).logits)
+
+
+@pytest.mark.parametrize("name", KEEPABLE)
+def test_a_finish_has_the_settings_of_its_trial(name: str) -> None:
+    trial = toy_config(name, seed=3, trainer__precision="fp32")
+    trained = dict(flatten(json.loads(json.dumps(trial.as_dict()))))
+    for keep_losses in (False, True):
+        config = resolve("self_training", finish_settings(name, trained, {"method.rounds": 2}, keep_losses=keep_losses))
+        again = resolve("self_training", dict(flatten(json.loads(json.dumps(config.as_dict())) | {"method_name": {}})))
+        assert again == config, "as a checkpoint keeps it"
+        assert (config.seed, config.data, config.trainer.precision) == (3, trial.data, "fp32")
+        method = build_method(config, 8)
+        assert method.deployed.align_corners == build_method(trial, 8).deployed.align_corners
+        assert isinstance(method, SelfTraining)
+        assert (method.kept is not None) == keep_losses
+        if method.kept is not None:
+            assert (method.kept.name, asdict(method.kept.config)) == (name, asdict(trial.method))
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,8 @@ class Method(nn.Module, ABC):
 
     name: ClassVar[str]
     stages: ClassVar[tuple[Stage, ...]]
+    aligns_corners: ClassVar[bool | None] = None
+    """Corner rule of the deployed network; None follows `network.align_corners`."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
