@@ -23,6 +23,7 @@ from segadapt.trainables.core import trainer as trainer_module
 from segadapt.trainables.core.checkpoint import MANIFEST, file_hash, load_state, tensors_hash
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.data.datasets import load_data
+from segadapt.trainables.core.method import trained_parameters
 from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder, PseudoLabelWriter
 from segadapt.trainables.core.trainer import Trainer
 from segadapt.trainables.self_training import SelfTraining
@@ -280,6 +281,13 @@ def test_a_finish_that_kept_losses_is_deployed_as_its_method_is(kept: Kept) -> N
     expected = kept.trainer.method.kept.deployed.eval()
     assert type(found.network) is type(expected)
     assert torch.equal(found.network(images).logits, expected(images).logits)
+
+
+def test_kept_losses_leave_alone_what_none_of_them_uses() -> None:
+    config = keeping_losses(toy_config("drsl", method__metric_weight=0.0))
+    stage = SelfTraining.plan(config.method)[1]
+    parts = {".".join(name.split(".")[:2]) for name, _ in trained_parameters(build_method(config, 8), stage)}
+    assert parts == {"segmenter.backbone", "segmenter.head", "kept.embedding"}
 
 
 @pytest.mark.parametrize("name", KEEPABLE)
