@@ -180,8 +180,7 @@ def resolve(method: str, values: Values) -> TrialConfig:
         known = keys(method)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    # A setting that is a mapping may be written with a key for each of its entries.
-    unknown = [key for key in values if key not in known and key.rpartition(".")[0] not in known]
+    unknown = [key for key in values if not _is_known(key, known)]
     faults = [_unknown(key, known) for key in unknown]
     parts: dict[str, Any] = {}
     for section, cls in sections(method).items():
@@ -229,6 +228,12 @@ def _nest(values: Values, section: str) -> dict[str, Any]:
             inner = inner.setdefault(part, {})
         inner[name] = value
     return nested
+
+
+def _is_known(key: str, known: Mapping[str, Key]) -> bool:
+    """Return whether there is such a setting; of one that is a mapping, each entry may have a key of its own."""
+    mapping = known.get(key.rpartition(".")[0])
+    return key in known or (mapping is not None and mapping.type.startswith("dict"))
 
 
 def _unknown(key: str, known: Mapping[str, Key]) -> str:
