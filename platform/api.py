@@ -487,7 +487,14 @@ def train(
 
 
 def finish(
-    run_name: str, values: Values, options: Options, *, search_name: str, rounds: int | None = None, seeds: int = 1
+    run_name: str,
+    values: Values,
+    options: Options,
+    *,
+    search_name: str,
+    rounds: int | None = None,
+    seeds: int = 1,
+    keep_losses: bool = False,
 ) -> tuple[list[FinishResult], Outcome]:
     """Self-train from the kept checkpoint of a trial: evaluate; in rounds label the target, train on both, evaluate.
 
@@ -501,12 +508,13 @@ def finish(
         search_name: The search (or single run) that holds the trial.
         rounds: Times the target is labelled; None leaves `method.rounds` as it is.
         seeds: How often it is done: with the trial's seed, or the one given, and those that follow it.
+        keep_losses: Whether the losses of the trial's method stay, with its state, beside those on pseudo labels.
 
     Returns:
         One result per seed that began, best first, and how it ended.
 
     Raises:
-        UsageError: If there is no such trial, or it left no checkpoint.
+        UsageError: If there is no such trial, it left no checkpoint, or its losses cannot be kept.
     """
     if seeds < 1:
         raise UsageError(f"--seeds must be at least 1, but got {seeds}.")
@@ -521,14 +529,10 @@ def finish(
             f"The checkpoint of {row.name} must lie in {start}, but cannot be read: {error.strerror}. "
             "Finish another run, or run the trial again."
         ) from error
-    inherited = {key: value for key, value in trained.items() if key.startswith(_INHERITED)}
-    settings = {**inherited, "seed": trained["seed"], **anchored(values)}
     if rounds is not None:
-        settings["method.rounds"] = rounds
-    if "method.rule" not in settings:
-        settings = {**_labelling(row.method, trained), **settings}
-    restart = _restarts(_checked("self_training", settings))
-    settings.setdefault("trainer.evaluate_start", not restart)  # the trial's network is not what is trained then
+        values = {**values, "method.rounds": rounds}
+    settings = finish_settings(row.method, trained, anchored(values), keep_losses=keep_losses)
+    _checked("self_training", settings)
     asked = [row.checkpoint, settings, *([seeds] if seeds > 1 else [])]
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
     record = Record(
@@ -545,6 +549,29 @@ def finish(
     )
     outcome = run(record, options)
     return _finish_results(record, row, options), outcome
+
+
+def finish_settings(method: str, trained: Values, values: Values, *, keep_losses: bool = False) -> dict[str, Any]:
+    """Return the settings of `self_training` that finish a trial.
+
+    Args:
+        method: Of the trial.
+        trained: All settings of the trial, by dotted key.
+        values: Settings of the finish that are given; they win.
+        keep_losses: As in `finish`.
+    """
+    settings = {key: value for key, value in trained.items() if key.startswith(_INHERITED)}
+    if (rule := method_class(method).aligns_corners) is not None:
+        settings["network.align_corners"] = rule
+    if keep_losses:
+        own = dataclasses.asdict(_resolved(method, trained).method)
+        settings |= {"method.kept_method": method, **{f"method.kept_settings.{key}": own[key] for key in own}}
+    settings |= {"seed": trained["seed"], **values}
+    if "method.rule" not in settings:
+        settings = {**_labelling(method, trained), **settings}
+    restart = _restarts(resolve("self_training", settings))
+    settings.setdefault("trainer.evaluate_start", not restart)  # the trial's network is not what is trained then
+    return settings
 
 
 def evaluate(
@@ -1230,10 +1257,13 @@ def _kept(entries: Sequence[Any]) -> dict[str, dict[str, float]]:
 
 def _labelling(method: str, trained: Values) -> dict[str, Any]:
     """Return the settings of `self_training` that label as the trial's method does, with the trial's own settings."""
-    own = {key: value for key, value in trained.items() if key in keys(method)}
-    return {
-        f"method.{key}": value for key, value in method_class(method).labelling(resolve(method, own).method).items()
-    }
+    rule = method_class(method).labelling(_resolved(method, trained).method)
+    return {f"method.{key}": value for key, value in rule.items()}
+
+
+def _resolved(method: str, trained: Values) -> TrialConfig:
+    """Return the configuration of a trial from what its checkpoint says."""
+    return resolve(method, {key: value for key, value in trained.items() if key in keys(method)})
 
 
 def _restarts(config: TrialConfig) -> bool:

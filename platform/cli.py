@@ -398,6 +398,9 @@ def finish(
         int | None, typer.Option(help="Times the target is labelled, trained on and evaluated; default: 1.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Do it on so many seeds: the trial's and those that follow it.")] = 1,
+    keep_losses: Annotated[
+        bool, typer.Option("--keep-losses", help="Train with the losses of the trial's method too, from its state.")
+    ] = False,
     storage: Storage = "runs",
     tracking_uri: TrackingUri = None,
     address: Address = None,
@@ -416,7 +419,13 @@ def finish(
 
     options = _options(storage, tracking_uri, address, launcher, workers, gpus, debug)
     found, outcome = api.finish(
-        run, _values(None, settings), options, search_name=search_name, rounds=rounds, seeds=seeds
+        run,
+        _values(None, settings),
+        options,
+        search_name=search_name,
+        rounds=rounds,
+        seeds=seeds,
+        keep_losses=keep_losses,
     )
     results = [result for result in found if result.after]
     if results:

@@ -180,10 +180,11 @@ def resolve(method: str, values: Values) -> TrialConfig:
         known = keys(method)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    faults = [_unknown(key, known) for key in values if key not in known]
+    unknown = [key for key in values if not _is_known(key, known)]
+    faults = [_unknown(key, known) for key in unknown]
     parts: dict[str, Any] = {}
     for section, cls in sections(method).items():
-        own = {key: value for key, value in values.items() if key.startswith(section + ".") and key in known}
+        own = {key: value for key, value in values.items() if key.startswith(section + ".") and key not in unknown}
         try:
             parts[section] = _adapter(cls).validate_json(json.dumps(_nest(own, section), allow_nan=True), strict=True)
         except ValidationError as error:
@@ -227,6 +228,12 @@ def _nest(values: Values, section: str) -> dict[str, Any]:
             inner = inner.setdefault(part, {})
         inner[name] = value
     return nested
+
+
+def _is_known(key: str, known: Mapping[str, Key]) -> bool:
+    """Return whether there is such a setting; of one that is a mapping, each entry may have a key of its own."""
+    mapping = known.get(key.rpartition(".")[0])
+    return key in known or (mapping is not None and mapping.type.startswith("dict"))
 
 
 def _unknown(key: str, known: Mapping[str, Key]) -> str:

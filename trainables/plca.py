@@ -95,6 +95,7 @@ class PLCA(Method):
 
     name = "plca"
     stages: ClassVar[tuple[Stage, ...]] = (SOURCE_ONLY, ADAPT)
+    aligns_corners: ClassVar[bool | None] = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Method.Config):
@@ -157,7 +158,8 @@ class PLCA(Method):
         """Return the supervised terms, the weighted association of both levels and the regulariser of both domains.
 
         Terms: `cross_entropy`, `lovasz`, `feature_association`, `output_association`, `regulariser_source`,
-        `regulariser_target`. Those of weight 0 are left out.
+        `regulariser_target`. Those of weight 0 are left out. With pseudo labels, which PLCA's own stages have none of,
+        `target_cross_entropy`.
         """
         if batch.target_images is None:
             return self.source_only_terms(batch)
@@ -166,6 +168,9 @@ class PLCA(Method):
         target = self.segmenter(batch.target_images)
         source = self.segmenter(batch.source_images)
         terms = self._supervised_terms(source.logits, batch.source_labels)
+        if (pseudo_labels := batch.target_pseudo_labels) is not None:
+            upsampled = _upsampled(target.logits, pseudo_labels)
+            terms["target_cross_entropy"] = segmentation_cross_entropy(upsampled, pseudo_labels)
         terms |= self._association_terms(source, target, batch.source_labels)
         if config.output_level and config.regulariser_weight > 0:
             for domain, output in (("source", source), ("target", target)):
@@ -175,8 +180,7 @@ class PLCA(Method):
 
     def _supervised_terms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """As `supervised_terms`, with this method's corner rule: the warm-up keeps the network's."""
-        size = (labels.shape[-2], labels.shape[-1])
-        upsampled = F.interpolate(logits.to(precise(logits.dtype)), size=size, mode="bilinear", align_corners=False)
+        upsampled = _upsampled(logits, labels)
         terms = {"cross_entropy": segmentation_cross_entropy(upsampled, labels)}
         if self.config.lovasz_weight > 0:
             terms["lovasz"] = self.config.lovasz_weight * lovasz_softmax(upsampled, labels)
@@ -211,6 +215,12 @@ class PLCA(Method):
             )
             terms["output_association"] = config.output_association_weight * association
         return terms
+
+
+def _upsampled(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return logits at the size of labels, (B, C, H, W), corners not aligned."""
+    size = (labels.shape[-2], labels.shape[-1])
+    return F.interpolate(logits.to(precise(logits.dtype)), size=size, mode="bilinear", align_corners=False)
 
 
 def _scaled(output: SegmenterOutput, scale: float) -> SegmenterOutput:

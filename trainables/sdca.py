@@ -15,6 +15,7 @@ from torch import Tensor
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.labels import confident_labels, labels_at_features
 from segadapt.trainables.core.losses.distribution_contrast import distribution_contrast
+from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, WarmupConfig
 from segadapt.trainables.core.networks import Segmenter
 from segadapt.trainables.core.state.class_statistics import ClassStatistics
@@ -79,7 +80,8 @@ class SDCA(Method):
     def forward(self, batch: DomainBatch, step: int) -> dict[str, Tensor]:
         """Return the supervised terms and the weighted contrast of both domains and levels (§5.4, §5.5).
 
-        Terms: `cross_entropy`, `lovasz`, `feature_source`, `feature_target`, `output_source`, `output_target`.
+        Terms: `cross_entropy`, `lovasz`, `feature_source`, `feature_target`, `output_source`, `output_target`; with
+        pseudo labels, which SDCA's own stages have none of, `target_cross_entropy`.
         """
         if batch.target_images is None:
             return self.source_only_terms(batch)
@@ -88,6 +90,9 @@ class SDCA(Method):
         source_labels = labels_at_features(batch.source_labels, (source.features.shape[-2], source.features.shape[-1]))
         target_labels = confident_labels(target.logits, self.config.confidence_threshold)
         terms = self.supervised_terms(source.logits, batch.source_labels, self.config.lovasz_weight)
+        if (pseudo_labels := batch.target_pseudo_labels) is not None:
+            upsampled = self.segmenter.upsample(target.logits, (pseudo_labels.shape[-2], pseudo_labels.shape[-1]))
+            terms["target_cross_entropy"] = segmentation_cross_entropy(upsampled, pseudo_labels)
         levels = (
             ("feature", self.feature_statistics, source.features, target.features, self.config.feature_gain),
             ("output", self.output_statistics, source.logits, target.logits, self.config.output_gain),

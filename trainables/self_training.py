@@ -4,8 +4,10 @@ Source: Zou et al., Unsupervised Domain Adaptation for Semantic Segmentation via
 (one threshold per class); thresholds as in SDCA's last stage, BIT-DA/SDCA@d00e7ba.
 Differs: SDCA trains on the target alone and from ImageNet weights again; here labelled source images stay in the batch
 and training goes on from the labelling network. `restart=true source_weight=0` does as SDCA.
+The rounds may keep the losses of the method that trained the labelling network, with its state (our choice).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,7 +18,7 @@ from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.label_quality import LabelRule
 from segadapt.trainables.core.label_rules import by_network, written_rule
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
-from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, WarmupConfig
+from segadapt.trainables.core.method import SOURCE_ONLY, Method, ParameterGroup, Stage, StageData, WarmupConfig
 from segadapt.trainables.core.networks import Segmenter
 from segadapt.trainables.core.pseudo_labels import label_fixed, label_target
 from segadapt.trainables.core.state.confident_share import label_confident_share
@@ -69,11 +71,15 @@ class SelfTraining(Method):
         teacher_momentum: float = 0.99
         """Share of the averaged weights that a step leaves. Our choice: 0.99."""
         target_weight: float = 1.0
-        """Weight of the cross entropy on pseudo labels beside the source's terms."""
+        """Weight of the cross entropy on pseudo labels; beside kept losses it multiplies their method's own weight."""
         source_weight: float = 1.0
         """Weight of the source's terms; 0 trains on the target alone. Paper (SDCA): 0."""
         lovasz_weight: float = 0.75
         """Weight of Lovász-Softmax on the source."""
+        kept_method: str | None = None
+        """Method whose losses and state stay in the rounds; null: none. `segadapt finish --keep-losses` sets it."""
+        kept_settings: dict[str, Any] | None = None
+        """Settings of that method, each as `method.kept_settings.NAME`; those of the trial that is finished."""
 
         def __post_init__(self) -> None:
             check(self.rounds >= 1, "method.rounds must be at least 1", self.rounds)
@@ -91,6 +97,38 @@ class SelfTraining(Method):
                 "method.target_weight or method.source_weight must be positive",
                 (self.target_weight, self.source_weight),
             )
+            if self.kept_method is not None:
+                self._check_kept(self.kept_method)
+
+        def _check_kept(self, name: str) -> None:
+            kept, config = self.kept_class(), self.kept_config()
+            check(
+                kept is not SelfTraining and kept.plan(config)[-1] is not SOURCE_ONLY,
+                "method.kept_method must be one with losses of its own on the target",
+                name,
+                "Leave out --keep-losses.",
+            )
+            weight = getattr(config, "target_weight", 1.0)
+            check(weight > 0, f"method.target_weight of {name} must be positive where its losses are kept", weight)
+            check(not self.restart, f"method.restart must be false: {name}'s state is of the trained network", True)
+            for setting in ("source_weight", "lovasz_weight"):
+                value, default = getattr(self, setting), getattr(type(self), setting)
+                check(value == default, f"method.{setting} must stay {default}: {name} weighs its own losses", value)
+
+        def kept_class(self) -> type[Method]:
+            """Return the method whose losses are kept."""
+            from segadapt.trainables import method_class  # its list of methods holds this one
+
+            assert self.kept_method is not None
+            return method_class(self.kept_method)
+
+        def kept_config(self) -> Method.Config:
+            """Return the settings of the method whose losses are kept."""
+            config, settings = self.kept_class().Config, self.kept_settings or {}
+            unknown = settings.keys() - {setting.name for setting in dataclasses.fields(config)}
+            check(not unknown, f"method.kept_settings must be settings of {self.kept_method}", sorted(unknown))
+            plain = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+            return config(**plain)  # JSON, which settings come from, has lists alone
 
         def share_of(self, number: int) -> float:
             """Return the share in a round, counted from 1; everything at most."""
@@ -100,17 +138,21 @@ class SelfTraining(Method):
 
     def __init__(self, segmenter: Segmenter, config: Config, warmup: WarmupConfig) -> None:
         super().__init__(segmenter, config, warmup)
-        self.teacher = MeanTeacher(segmenter) if config.teacher else None
+        keeps = config.kept_method is not None
+        self.kept = config.kept_class()(segmenter, config.kept_config(), warmup) if keeps else None
+        self.teacher = MeanTeacher(self.deployed) if config.teacher else None
         # No part of the state: it is what any process builds from the trial's settings.
         self._first = {name: t.clone() for name, t in segmenter.state_dict().items()} if config.restart else None
 
     @classmethod
     def plan(cls, config: Config) -> tuple[Stage, ...]:
         """Return the warm-up and the rounds; each starts a new optimiser and schedule."""
+        trains = _trained_parts(config)
         rounds = tuple(
             Round(
                 name=_round_name(number),
                 share=1 / config.rounds,
+                trains=trains,
                 colored=("target",),
                 flipped=True,
                 pseudo_labels=True,
@@ -134,12 +176,38 @@ class SelfTraining(Method):
         if self._first is not None:
             self.segmenter.load_state_dict(self._first)
         if self.teacher is not None and (stage.number == 1 or self._first is not None):
-            self.teacher.start_from(self.segmenter)
+            self.teacher.start_from(self.deployed)
+
+    def take_over(self, state: Mapping[str, Any]) -> None:
+        """Begin with a checkpoint; one of the method whose losses are kept gives its whole state.
+
+        Raises:
+            ValueError: If losses are kept and it is of another method, or of the warm-up.
+        """
+        if self.kept is None:
+            super().take_over(state)
+            return
+        check(
+            state["method"] == self.kept.name and state["stage"] != SOURCE_ONLY.name,
+            f"method.kept_method={self.kept.name} must start from a checkpoint of that method's own stages",
+            (state["method"], state["stage"]),
+            "Finish a trial of it with `segadapt finish --keep-losses`.",
+        )
+        self.kept.take_over(state)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Name the parameters as the method does whose losses are kept."""
+        return self.kept.parameter_groups() if self.kept is not None else super().parameter_groups()
+
+    @property
+    def deployed(self) -> Segmenter:
+        """The network as the method deploys it whose losses are kept."""
+        return self.kept.deployed if self.kept is not None else self.segmenter
 
     def labeller(self, stage: Stage) -> Segmenter:
         """Return the network that labels: the average of the weights in the rounds after the first, if there is one."""
         if self.teacher is None or not isinstance(stage, Round) or stage.number == 1:
-            return self.segmenter
+            return self.deployed
         network = self.teacher.network
         assert isinstance(network, Segmenter)
         return network
@@ -154,8 +222,8 @@ class SelfTraining(Method):
             return None
         if self.config.rule == "ensemble" and stage.number > 1 and self.config.ensemble_momentum > 0:
             return None
-        rule, network = written_rule(provenance, self.segmenter), self.labeller(stage)
-        return rule if network is self.segmenter else by_network(rule, network)
+        rule, network = written_rule(provenance, self.deployed), self.labeller(stage)
+        return rule if network is self.deployed else by_network(rule, network)
 
     def _label(self, stage: Round, data: StageData) -> None:
         config, classes, network = self.config, self.segmenter.num_classes, self.labeller(stage)
@@ -192,11 +260,17 @@ class SelfTraining(Method):
                 )
 
     def forward(self, batch: DomainBatch, step: int) -> dict[str, Tensor]:
-        """Return `cross_entropy` and `lovasz` of the source, and `target_cross_entropy` of the pseudo labels."""
+        """Return `cross_entropy` and `lovasz` of the source, and `target_cross_entropy` of the pseudo labels.
+
+        Where losses are kept, all of their terms instead, among them `target_cross_entropy`.
+        """
         if batch.target_images is None:
             return self.source_only_terms(batch)
         assert batch.target_pseudo_labels is not None
         terms, config = dict[str, Tensor](), self.config
+        if self.kept is not None:
+            kept: dict[str, Tensor] = self.kept(batch, step)
+            return {**kept, "target_cross_entropy": config.target_weight * kept["target_cross_entropy"]}
         if config.source_weight > 0:
             source = self.segmenter(batch.source_images)
             supervised = self.supervised_terms(source.logits, batch.source_labels, config.lovasz_weight)
@@ -209,9 +283,19 @@ class SelfTraining(Method):
 
     def after_step(self, step: int) -> None:
         """Let the average follow. What it does in the warm-up is forgotten when it starts."""
+        if self.kept is not None:
+            self.kept.after_step(step)
         if self.teacher is not None:
-            self.teacher.follow(self.segmenter, momentum=self.config.teacher_momentum)
+            self.teacher.follow(self.deployed, momentum=self.config.teacher_momentum)
 
 
 def _round_name(number: int) -> str:
     return f"round_{number}"
+
+
+def _trained_parts(config: SelfTraining.Config) -> tuple[str, ...] | None:
+    """Return what the rounds train: what the last stage of the method does whose losses are kept."""
+    if config.kept_method is None:
+        return None
+    trains = config.kept_class().plan(config.kept_config())[-1].trains
+    return None if trains is None else tuple(part if part == "segmenter" else f"kept.{part}" for part in trains)

@@ -38,6 +38,15 @@ def test_all_faults_are_reported_at_once_with_what_to_do() -> None:
     assert "method.confidence_threshold must lie in [0, 1], but got 2.0" in message
 
 
+def test_entries_of_a_mapping_may_have_keys_of_their_own() -> None:
+    values = {"method.kept_method": "sdca", "method.kept_settings.temperature": 5.0}
+    config = resolve("self_training", values)
+    assert config.method.kept_settings == {"temperature": 5.0}
+    for key in ("seed.temperature", "trainer.steps.temperature"):
+        with pytest.raises(UsageError, match=f"There is no setting '{key}'"):
+            resolve("self_training", {key: 5})
+
+
 @pytest.mark.parametrize(
     ("word", "value"),
     [("a=1", 1), ("a=1e-3", 1e-3), ("a=true", True), ("a=null", None), ("a=x y", "x y"), ("a=[1, 2]", [1, 2])],

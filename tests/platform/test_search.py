@@ -171,6 +171,19 @@ def test_a_finish_on_several_seeds_shows_their_spread_and_names_the_best(searche
     assert float(shown.group(1)) == pytest.approx(runs["sdca-001"].data.metrics["best/target_val/miou"], abs=6e-4)
 
 
+def test_a_finish_may_keep_the_losses_of_its_trial(searched: Searched) -> None:
+    folder, _ = searched
+    words = ("--keep-losses", "trainer.steps=2", "method.kept_settings.output_gain=0.0")
+    done = command(folder, "finish", "sdca-001", "--search", "sdca-streets", *words)
+    assert done.returncode == 0, done.stderr
+    run, trial = (tracked(folder, "sdca-streets")[name] for name in ("finish-sdca-001", "sdca-001"))
+    losses = {name for name in run.data.metrics if name.startswith("loss/")}
+    assert {"loss/feature_source", "loss/feature_target", "loss/target_cross_entropy"} <= losses
+    assert "loss/output_target" not in losses
+    assert run.data.params["method.kept_method"] == "sdca"
+    assert run.data.params["method.kept_settings.temperature"] == trial.data.params["method.temperature"]
+
+
 @pytest.mark.slow
 def test_a_finish_whose_driver_was_killed_leaves_the_bytes_of_an_undisturbed_one(searched: Searched) -> None:
     folder, _ = searched

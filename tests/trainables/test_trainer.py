@@ -121,14 +121,23 @@ def test_training_data_holds_no_target_label() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_two_workers_equal_one_on_the_joined_batch(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [*([name] for name in NAMES), ["drsl", "finish"]], ids=" ".join)
+def test_two_workers_equal_one_on_the_joined_batch(words: list[str], tmp_path: Path) -> None:
+    name, *finish = words
     script = Path(__file__).with_name("two_workers.py")
     outputs = {}
     for workers in (1, 2):
         processes = [
             subprocess.Popen(
-                [sys.executable, str(script), name, str(workers), str(rank), str(tmp_path / f"workers_{workers}")],
+                [
+                    sys.executable,
+                    str(script),
+                    name,
+                    str(workers),
+                    str(rank),
+                    str(tmp_path / f"workers_{workers}"),
+                    *finish,
+                ],
                 stderr=subprocess.PIPE,
                 text=True,
             )

@@ -1,5 +1,6 @@
 """A trainer on a tiny streets world, for tests of every method."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ TOY = {
 
 def toy_config(method: str, **values: Any) -> TrialConfig:
     return resolve(method, TOY | {key.replace("__", "."): value for key, value in values.items()})
+
+
+def keeping_losses(trial: TrialConfig, **values: Any) -> TrialConfig:
+    """Return a finish of the trial in two rounds that keeps its losses."""
+    kept = {"method__kept_method": trial.method_name, "method__kept_settings": asdict(trial.method)}
+    return toy_config("self_training", **{"method__rounds": 2, "trainer__steps": 4, **kept, **values})
 
 
 def toy_trainer(config: TrialConfig, folder: Path, plan: tuple[Stage, ...] | None = None) -> tuple[Trainer, "Reports"]:

@@ -1,4 +1,7 @@
-"""One data-parallel worker: two_workers.py METHOD WORKERS RANK FOLDER. Writes FOLDER/last on the first."""
+"""One data-parallel worker: two_workers.py METHOD WORKERS RANK FOLDER [finish]. Writes FOLDER/last on the first.
+
+With `finish`, the trial is followed by self-training that keeps its losses.
+"""
 
 import gc
 import sys
@@ -6,24 +9,34 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from toy import toy_config, toy_trainer
+from toy import keeping_losses, toy_config, toy_trainer
 
+from segadapt.trainables import method_class
 from segadapt.trainables.core.method import SOURCE_ONLY
 
 
-def main(name: str, workers: int, rank: int, folder: Path) -> None:
+def main(name: str, workers: int, rank: int, folder: Path, finish: bool) -> None:
     torch.set_num_threads(1)
     folder.mkdir(exist_ok=True)
     if workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", world_size=workers, rank=rank)
-    config = toy_config(
-        name, warmup__steps=2, trainer__steps=6, optimizer__lr=0.003, augmentation__hue=0.0, trainer__eval_batch_size=1
-    )
+    common = {"optimizer__lr": 0.003, "augmentation__hue": 0.0, "trainer__eval_batch_size": 1}
+    config = toy_config(name, warmup__steps=2, trainer__steps=6, **common)
     trainer, reports = toy_trainer(config, folder)
     trainer.run()
+    assert trainer.plan[0] is SOURCE_ONLY
+    if finish:
+        start = reports.checkpoint(len(reports.metrics) - 1)
+        config = keeping_losses(config, **common)
+        trainer, reports = toy_trainer(
+            config, folder / "finish", method_class(config.method_name).plan(config.method)[1:]
+        )
+        if workers > 1:
+            dist.barrier()  # the first worker writes the checkpoint
+        trainer.start_from(start)
+        trainer.run()
     if rank == 0:
         reports.checkpoint(len(reports.metrics) - 1).rename(folder / "last")
-    assert trainer.plan[0] is SOURCE_ONLY
     if workers > 1:
         del trainer, reports
         gc.collect()  # what still refers to the group would end with the interpreter, after the group's threads
@@ -32,4 +45,4 @@ def main(name: str, workers: int, rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:] == ["finish"])

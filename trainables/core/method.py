@@ -29,7 +29,7 @@ class Stage:
     domains: tuple[str, ...] = ("source", "target")
     """Domains whose images a step receives."""
     trains: tuple[str, ...] | None = None
-    """Sub-modules that are trained, the others are frozen; None trains everything that requires gradients."""
+    """Sub-modules that are trained, by dotted name; the others are frozen. None trains what requires gradients."""
     colored: tuple[str, ...] = ()
     """Domains whose training images get colour augmentation."""
     flipped: bool = False
@@ -100,6 +100,8 @@ class Method(nn.Module, ABC):
 
     name: ClassVar[str]
     stages: ClassVar[tuple[Stage, ...]]
+    aligns_corners: ClassVar[bool | None] = None
+    """Corner rule of the deployed network; None follows `network.align_corners`."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -121,9 +123,25 @@ class Method(nn.Module, ABC):
         """Return the weighted scalar terms of one step; the trainer minimises their sum and logs each.
 
         Args:
-            batch: Normalised images on this method's device; `target_images` is None in the source-only stage.
+            batch: Normalised images on this method's device; `target_images` is None in the source-only stage. A batch
+                with pseudo labels adds the term `target_cross_entropy`, also in methods whose own stages have none.
             step: Steps taken in this stage so far, from 0.
         """
+
+    def take_over(self, state: Mapping[str, Any]) -> None:
+        """Begin with what an earlier trial or stage ended with.
+
+        A checkpoint of the same method is taken over whole; of another method, its deployed network is.
+
+        Args:
+            state: Content of the checkpoint.
+        """
+        if state["method"] == self.name and state["stage"] != SOURCE_ONLY.name:
+            self.load_state_dict(state["state"])
+            return
+        prefix = state["deployed"] + "."
+        network = {name.removeprefix(prefix): t for name, t in state["state"].items() if name.startswith(prefix)}
+        self.segmenter.load_state_dict(network)
 
     def prepare_stage(self, stage: Stage, data: StageData) -> None:
         """Before the stage's first step, without gradient: fill buffers or write pseudo labels. Default: nothing."""
@@ -188,5 +206,5 @@ class Method(nn.Module, ABC):
 def trained_parameters(method: Method, stage: Stage) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the names and parameters that `stage` trains."""
     for name, parameter in method.named_parameters():
-        if stage.trains is None or name.split(".", 1)[0] in stage.trains:
+        if stage.trains is None or any(name.startswith(f"{part}.") for part in stage.trains):
             yield name, parameter

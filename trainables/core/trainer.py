@@ -208,17 +208,8 @@ class Trainer:
         """Images of each domain per micro-batch over all workers; smaller than asked for once memory was short."""
 
     def start_from(self, checkpoint: Path) -> None:
-        """Begin with what an earlier trial or stage ended with.
-
-        A checkpoint of the same method is taken over whole; of another method, its deployed network is.
-        """
-        state = load_state(checkpoint)
-        if state["method"] == self.method.name and state["stage"] != SOURCE_ONLY.name:
-            self.method.load_state_dict(state["state"])
-            return
-        prefix = state["deployed"] + "."
-        network = {name.removeprefix(prefix): t for name, t in state["state"].items() if name.startswith(prefix)}
-        self.method.segmenter.load_state_dict(network)
+        """Begin with what an earlier trial or stage ended with: see `Method.take_over`."""
+        self.method.take_over(load_state(checkpoint))
 
     def run(self, resume: Path | None = None) -> None:
         """Train all planned stages, from the start or from a checkpoint this plan wrote.
@@ -559,7 +550,7 @@ class Trainer:
         metrics: dict[str, Any],
         evaluation: Evaluation,
     ) -> None:
-        deployed = next(name for name, module in self.method.named_children() if module is self.method.deployed)
+        deployed = next(name for name, module in self.method.named_modules() if module is self.method.deployed)
         state = {
             "method": self.method.name,
             "stage": stage.name,
