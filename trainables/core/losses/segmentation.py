@@ -88,10 +88,13 @@ def _jaccard_weights(errors: Tensor, foreground: Tensor) -> Tensor:
     """Return each pixel's weight in the Lovász extension of the Jaccard distance, in the pixels' own order.
 
     Args:
-        errors: (N,).
+        errors: (N,), not negative, or -1 for a pixel without label.
         foreground: Which pixels belong to the class, (N,) bool. Without any, the weights mean nothing.
     """
-    order = errors.argsort(descending=True, stable=True)
+    # `errors.argsort(descending=True, stable=True)`: floats are -1 or not negative here and order like their bits, and
+    # integers are sorted by radix, on a CPU several times faster.
+    bits = errors.view(torch.int64 if errors.dtype == torch.float64 else torch.int32)
+    order = (-bits).argsort(stable=True)
     sorted_foreground = foreground[order]
     class_pixels_passed = sorted_foreground.cumsum(0)
     class_size = class_pixels_passed[-1]
