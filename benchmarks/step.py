@@ -11,14 +11,18 @@ Needs torch, torchvision and `segadapt.trainables` alone. Forms, all with the sa
 `streets` is the embedded default; `paper` has the papers' sizes (source 1280x720, target 1024x512; PLCA crops of
 730x730 of both) and is generated, so that it needs no dataset; `--scale 0.2` shrinks it, as without a GPU. The forms
 take turns, `--rounds` times `--steps` steps each. Without a GPU, times are processor times, which other programs on the
-machine disturb less, and memory is that of tensors at its peak in one step, parameters, gradients and momentum included;
-with one, times are wall times and memory is the device's. Parts are measured in further steps of the trainer, on a GPU
-between events in its queue: `data` then is what the device waits for, and what is copied to it.
+machine disturb less, and memory is that of tensors at its peak in one step, parameters, gradients and momentum
+included; with one, times are wall times and memory is the device's. Parts are measured in further steps of the trainer,
+on a GPU between events in its queue: `data` then is what the device waits for, and what is copied to it.
+
+On streets, one evaluation with its scores and checkpoint is measured too, as a share of what the trainer does from one
+to the next at the default interval.
 """
 
 import argparse
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -34,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from literal.step import LiteralStep, PilImages, endless
-from measuring import cpu_model
+from measuring import cpu_model, peak_tensor_bytes
 from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core.data.batch import DomainData, EvaluationData
 from segadapt.trainables.core.data.cityscapes import write_cityscapes
@@ -44,13 +48,13 @@ from segadapt.trainables.core.data.loading import BatchSource
 from segadapt.trainables.core.data.streets import CLASSES, StreetsConfig, load_streets
 from segadapt.trainables.core.data.transforms import AugmentationConfig, Size
 from segadapt.trainables.core.method import Method, Stage, WarmupConfig
-from segadapt.trainables.core.networks import base_lr, build_segmenter
+from segadapt.trainables.core.networks import NETWORKS, base_lr, build_segmenter
 from segadapt.trainables.core.trainer import OptimizerConfig, Trainer, TrainerConfig, TrainerSettings
 
 MEASURED = [method.name for method in METHODS if method.name != "self_training"]
 FORMS = ("trainer", "bare", "literal")
 PARTS = ("data", "forward", "losses", "backward", "optimiser")
-NETWORKS = {"streets": "compact", "paper": "deeplabv2_resnet101"}
+NETWORK_OF = {"streets": "compact", "paper": "deeplabv2_resnet101"}
 BATCH_SIZES = {"streets": 8, "paper": 2}
 LONGEST_TURN_S = 10.0
 PSEUDO_BLOCK = 32  # side of the squares of equal pseudo labels, in pixels
@@ -71,9 +75,11 @@ class World:
 
     @property
     def augmentation(self) -> AugmentationConfig:
+        """How our loading resizes and crops; colours vary as by default."""
         return AugmentationConfig(source_size=self.sizes["source"], target_size=self.sizes["target"], crop=self.crop)
 
     def pil(self, domain: str) -> PilImages:
+        """Return a domain's training images for the literal loading."""
         split = open_dataset("cityscapes", str(self.files[domain])).splits["train"]
         labels = [path for path in split.labels if path is not None]
         return PilImages(list(split.images), labels, self.label_ids, self.sizes[domain], self.crop)
@@ -153,6 +159,7 @@ class Clock:
         self.device = device
 
     def mark(self) -> Any:
+        """Return this point."""
         if self.device.type != "cuda":
             return time.process_time()
         event = torch.cuda.Event(enable_timing=True)
@@ -160,6 +167,7 @@ class Clock:
         return event
 
     def seconds(self, first: Any, last: Any) -> float:
+        """Return the time between two points that have passed."""
         return first.elapsed_time(last) / 1e3 if self.device.type == "cuda" else last - first
 
     def now(self) -> float:
@@ -175,6 +183,7 @@ class MeasuredTrainer(Trainer):
 
     pseudo_labels: Callable[[str], Tensor]
     inner: "Inner | None" = None
+    evaluates = False
 
     def take(self, steps: int) -> float:
         """Take so many steps of the only stage; returns their seconds."""
@@ -190,10 +199,13 @@ class MeasuredTrainer(Trainer):
             self.started = self.clock.now()
         super()._set_learning_rate(*arguments)
 
-    def _evaluate_and_report(self, *_: Any) -> None:
+    def _evaluate_and_report(self, *arguments: Any) -> None:
         self.ended = self.clock.now()
         if self.inner is not None:
             self.inner.mark("end")
+        if self.evaluates:
+            super()._evaluate_and_report(*arguments)
+            self.evaluation_s = self.clock.now() - self.ended
 
     def _batches(self, stage: Stage, folder: Path) -> BatchSource:
         source = super()._batches(replace(stage, pseudo_labels=False), folder)
@@ -228,9 +240,11 @@ class Inner:
             self._handles += [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
 
     def mark(self, part: str) -> None:
+        """Let a part begin."""
         self.marks.append((part, self.clock.mark()))
 
     def remove(self) -> None:
+        """Measure no longer."""
         for handle in self._handles:
             handle.remove()
 
@@ -240,7 +254,7 @@ class Inner:
         begins = [index for index, (part, _) in enumerate(self.marks) if part == "data"]
         kept = self.marks[begins[1] :]
         found = dict.fromkeys(PARTS, 0.0)
-        for (part, begin), (_, end) in zip(kept, kept[1:], strict=False):
+        for (part, begin), (_, end) in itertools.pairwise(kept):
             found[part] += self.clock.seconds(begin, end)
         return {part: seconds / (len(begins) - 1) for part, seconds in found.items()}
 
@@ -282,6 +296,7 @@ class BareLoop:
         )
 
     def take(self, steps: int) -> float:
+        """Take so many steps; returns their seconds."""
         clock, normalise = Clock(self.device), self.method.segmenter.normalise
         self.method.train()
         batches = self.batches.batches(0, steps)
@@ -310,6 +325,7 @@ class LiteralLoop:
         self.step = LiteralStep(method, batches[0], batches[1], device, lr)
 
     def take(self, steps: int) -> float:
+        """Take so many steps; returns their seconds."""
         clock = Clock(self.device)
         begin = clock.now()
         for _ in range(steps):
@@ -320,7 +336,7 @@ class LiteralLoop:
 def measure(name: str, network: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
     """Return what was measured of a method and a network, form by form."""
     device = torch.device(options.device)
-    freeze = options.setting == "paper"
+    freeze = options.setting == "paper" and NETWORKS[network].batch_norm
     lr = base_lr(network) * 0.01  # weights start at random: the rate of trained ones would make them diverge
     classes = len(world.data.classes)
     folder = Path(tempfile.gettempdir())
@@ -335,7 +351,7 @@ def measure(name: str, network: str, world: World, options: argparse.Namespace) 
     if options.compile:
         method.segmenter.backbone.compile()
     trainer = MeasuredTrainer(
-        method, (stage,), world.data, world.evaluation, settings, lambda *_: None, folder, device=device
+        method, (stage,), world.data, world.evaluation, settings, write_checkpoint, folder, device=device
     )
     trainer.pseudo_labels = pseudo_label_reader(world)
     forms["trainer"] = trainer
@@ -354,12 +370,26 @@ def measure(name: str, network: str, world: World, options: argparse.Namespace) 
     trainer.take(options.steps + 1)
     rows["trainer"]["parts_s"] = trainer.inner.seconds()
     trainer.inner.remove()
+    if options.setting == "streets":
+        trainer.inner, trainer.evaluates = None, True
+        trainer.take(1)
+        between = settings.trainer.eval_every * statistics.median(seconds["trainer"])
+        rows["trainer"] |= {
+            "evaluation_s": trainer.evaluation_s,
+            "evaluation_share": trainer.evaluation_s / (trainer.evaluation_s + between),
+        }
     ratios = {
         form: sorted(ours / other for ours, other in zip(seconds["trainer"], seconds[form], strict=True))
         for form in forms
         if form != "trainer" and form in seconds
     }
     return {"method": name, "network": network, "forms": rows, "trainer_to": ratios}
+
+
+def write_checkpoint(_: Any, write: Callable[[Path], None] | None) -> None:
+    assert write is not None
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder))
 
 
 def turns(forms: dict[str, Any], options: argparse.Namespace) -> dict[str, list[float]]:
@@ -402,14 +432,7 @@ def peak_bytes(form: Any, device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         form.take(1)
         return torch.cuda.max_memory_allocated(device) - others
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        form.take(1)
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    held = peak = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return standing_bytes(form) + peak
+    return standing_bytes(form) + peak_tensor_bytes(lambda: form.take(1))
 
 
 def standing_bytes(form: Any) -> int:
@@ -442,6 +465,8 @@ def table(results: list[dict[str, Any]]) -> str:
             line += "".join(f"{parts[part] / total:>9.1%} " if parts else " " * 10 for part in PARTS)
             if ratios := result["trainer_to"].get(form):
                 line += f"  {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+            if "evaluation_share" in row:
+                line += f"  evaluation {row['evaluation_share']:.1%}"
             lines.append(line)
     return "\n".join(lines)
 
@@ -457,7 +482,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=NETWORKS, help="default: paper on a GPU, else streets")
+    parser.add_argument("--setting", choices=NETWORK_OF, help="default: paper on a GPU, else streets")
     parser.add_argument("--methods", nargs="+", choices=MEASURED, default=MEASURED)
     parser.add_argument("--networks", nargs="+", help="default: compact for streets, deeplabv2_resnet101 for paper")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
@@ -475,7 +500,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     options.device = options.device or ("cuda" if on_gpu else "cpu")
     on_gpu = options.device == "cuda"
     options.setting = options.setting or ("paper" if on_gpu else "streets")
-    options.networks = options.networks or [NETWORKS[options.setting]]
+    options.networks = options.networks or [NETWORK_OF[options.setting]]
     options.batch_size = options.batch_size or BATCH_SIZES[options.setting]
     options.scale = options.scale or (1.0 if on_gpu else 0.2)
     options.threads = options.threads or (torch.get_num_threads() if on_gpu else 1)

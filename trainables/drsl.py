@@ -309,7 +309,7 @@ def _place_of(chosen: Tensor, position: float) -> Tensor:
 
 
 def _window(label: Tensor, center: Tensor, zoom: float) -> tuple[Tensor, Tensor]:
-    """Return the rows and columns of a window with 1 / `zoom` of each side, around pixel `center`, (1,), as far as it fits."""
+    """Return rows and columns of a window with 1 / `zoom` of each side, around pixel `center`, (1,), if that fits."""
     windows = []
     for position, full in zip((center // label.shape[1], center % label.shape[1]), label.shape, strict=True):
         length = max(1, round(full / zoom))

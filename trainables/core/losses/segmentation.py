@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
-from segadapt.trainables.core.distributed import gather_over_workers, global_mean, rows_before, sum_over_workers, world_size
+from segadapt.trainables.core.distributed import (
+    gather_over_workers,
+    global_mean,
+    rows_before,
+    sum_over_workers,
+    world_size,
+)
 
 
 def segmentation_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
