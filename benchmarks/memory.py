@@ -77,7 +77,7 @@ def main() -> None:
             }
             found = results.setdefault(size, {})[method] = compare(method, values)
             print(f"{size:<10}{method:<15}", *(f"{key} {value:>13.6g}" for key, value in found.items()), flush=True)
-    write_record(arguments.json, setting, results=results)
+            write_record(arguments.json, setting, results=results)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from literal.step import LiteralStep, PilImages, endless
@@ -79,9 +80,15 @@ class World:
         return AugmentationConfig(source_size=self.sizes["source"], target_size=self.sizes["target"], crop=self.crop)
 
     def pil(self, domain: str) -> PilImages:
-        """Return a domain's training images for the literal loading."""
+        """Return a domain's training images for the literal loading, the target's with `pseudo_label`."""
         split = open_dataset("cityscapes", str(self.files[domain])).splits["train"]
         labels = [path for path in split.labels if path is not None]
+        if domain == "target":
+            stored = torch.full((256,), 255, dtype=torch.uint8)
+            stored[: len(self.label_ids)] = torch.tensor(self.label_ids, dtype=torch.uint8)
+            path = self.files[domain] / "pseudo.png"
+            Image.fromarray(stored[pseudo_label(self).long()].numpy()).save(path)
+            labels = [path] * len(labels)
         return PilImages(list(split.images), labels, self.label_ids, self.sizes[domain], self.crop)
 
 
@@ -124,17 +131,14 @@ def write_domains(folder: Path, source: StreetsConfig, target: StreetsConfig) ->
     return files
 
 
-def pseudo_label_reader(world: World) -> Callable[[str], Tensor]:
-    """Return blocks of random classes, half of them ignored: as fine as needed to give every loss its work."""
+def pseudo_label(world: World) -> Tensor:
+    """Return blocks of random classes, (H, W) uint8, half of them ignored: they give every loss its work."""
     height, width = world.sizes["target"]
-    draw = torch.Generator().manual_seed(0)
-    blocks = torch.randint(
-        0, 2 * len(world.data.classes), (-(-height // PSEUDO_BLOCK), -(-width // PSEUDO_BLOCK)), generator=draw
-    )
-    blocks[blocks >= len(world.data.classes)] = 255
-    full = blocks.repeat_interleave(PSEUDO_BLOCK, 0).repeat_interleave(PSEUDO_BLOCK, 1)[:height, :width]
-    label = full.to(torch.uint8).contiguous()
-    return lambda _: label
+    classes, draw = len(world.data.classes), torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 2 * classes, (-(-height // PSEUDO_BLOCK), -(-width // PSEUDO_BLOCK)), generator=draw)
+    blocks[blocks >= classes] = 255
+    full = blocks.repeat_interleave(PSEUDO_BLOCK, 0).repeat_interleave(PSEUDO_BLOCK, 1)
+    return full[:height, :width].to(torch.uint8).contiguous()
 
 
 def build(name: str, network: str, classes: int, *, literal: bool, freeze_norm: bool) -> tuple[Method, Stage]:
@@ -341,7 +345,7 @@ def measure(name: str, network: str, world: World, options: argparse.Namespace) 
     classes = len(world.data.classes)
     folder = Path(tempfile.gettempdir())
     settings = TrainerSettings(
-        trainer=TrainerConfig(batch_size=options.batch_size, precision=options.precision),
+        trainer=TrainerConfig(batch_size=options.batch_size, precision=options.precision, recompute=options.recompute),
         optimizer=OptimizerConfig(lr=lr),
         augmentation=world.augmentation,
         seed=0,
@@ -353,7 +357,8 @@ def measure(name: str, network: str, world: World, options: argparse.Namespace) 
     trainer = MeasuredTrainer(
         method, (stage,), world.data, world.evaluation, settings, write_checkpoint, folder, device=device
     )
-    trainer.pseudo_labels = pseudo_label_reader(world)
+    pseudo = pseudo_label(world)
+    trainer.pseudo_labels = lambda _: pseudo
     forms["trainer"] = trainer
     if "bare" in options.forms:
         other, _ = build(name, network, classes, literal=False, freeze_norm=freeze)
@@ -492,6 +497,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="images per domain; default: 8 for streets, 2 for paper")
     parser.add_argument("--scale", type=float, help="of the sides of paper's images; default: 1 on a GPU, else 0.2")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--recompute", action="store_true", help="trainer.recompute, in the trainer alone")
     parser.add_argument("--compile", action="store_true", help="torch.compile the trainer's backbone")
     parser.add_argument("--threads", type=int, help="default: 1 without a GPU, else torch's own")
     parser.add_argument("--json", type=Path)

@@ -20,6 +20,7 @@ from toy import toy_config, toy_trainer
 
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.labels import count_values
+from segadapt.trainables.core.networks import build_segmenter, recompute_blocks
 from segadapt.trainables.core.trainer import Trainer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -38,8 +39,11 @@ WAITS = {
 }
 """Reads of values that a step may make, each of which a GPU would be waited for."""
 
-PEAKS = {"source_only": 1.0, "sdca": 1.0, "bicl": 1.0, "drsl": 1.0, "clst": 1.0, "plca": 1.0}
-"""Tensor memory of a step at its peak, by that of passing the same images through the network and back."""
+PEAKS = {"source_only": 1.02, "sdca": 1.05, "bicl": 1.08, "drsl": 1.46, "clst": 1.05, "plca": 2.6}
+"""Tensor memory of a step at its peak, by that of passing the same images through the network and back.
+
+Measured, and 0.02 to 0.08 more. One copy of the features of both domains is 0.05.
+"""
 
 aten = torch.ops.aten
 READS = {
@@ -163,6 +167,26 @@ def test_a_step_holds_no_more_than_its_share_over_the_network(last_stage: LastSt
     peak_tensor_bytes = measuring().peak_tensor_bytes
     step, network = (peak_tensor_bytes(function) for function in (last_stage.step, last_stage.network))
     assert step <= PEAKS[last_stage.trainer.method.name] * network, f"{step / network:.3f} times the network's own"
+
+
+def test_blocks_computed_anew_change_no_weight_and_hold_less(tmp_path: Path) -> None:
+    states, peaks = [], []
+    for recompute in (False, True):
+        config = toy_config("bicl", warmup__steps=1, trainer__steps=4, trainer__recompute=recompute)
+        trainer, _ = toy_trainer(config, tmp_path / str(recompute))
+        trainer.run()
+        states.append(trainer.method.state_dict())
+        stage = trainer.plan[-1]
+        batch = trainer._on_device(trainer._batches(stage, trainer.folder / stage.name).batch(0))
+        step = LastStage(trainer, batch, trainer._optimizer(stage)).step
+        peaks.append(measuring().peak_tensor_bytes(step))
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert peaks[1] < 0.9 * peaks[0], peaks
+
+
+def test_blocks_with_trained_batch_norm_are_not_computed_anew() -> None:
+    with pytest.raises(ValueError, match="without trained batch norm"):
+        recompute_blocks(build_segmenter("lraspp_mobilenet_v3_large", 8))
 
 
 def test_counting_with_known_bins_equals_bincount() -> None:
