@@ -135,9 +135,10 @@ def pseudo_label(world: World) -> Tensor:
     """Return blocks of random classes, (H, W) uint8, half of them ignored: they give every loss its work."""
     height, width = world.sizes["target"]
     classes, draw = len(world.data.classes), torch.Generator().manual_seed(0)
-    blocks = torch.randint(0, 2 * classes, (-(-height // PSEUDO_BLOCK), -(-width // PSEUDO_BLOCK)), generator=draw)
+    side = min(PSEUDO_BLOCK, height // 2)
+    blocks = torch.randint(0, 2 * classes, (-(-height // side), -(-width // side)), generator=draw)
     blocks[blocks >= classes] = 255
-    full = blocks.repeat_interleave(PSEUDO_BLOCK, 0).repeat_interleave(PSEUDO_BLOCK, 1)
+    full = blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)
     return full[:height, :width].to(torch.uint8).contiguous()
 
 
