@@ -61,6 +61,21 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_tensor_bytes(step: Callable[[], object]) -> int:
+    """Return by how much a step raises the bytes that tensors hold on the CPU at any time.
+
+    What torch allocates: neither the program's code nor what the system adds to it.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    held = peak = 0
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
 def compare(parser: argparse.ArgumentParser, measure: Callable[[str, dict[str, Any]], Row]) -> None:
     """Run a script: compare both forms, print a table and, with `--json`, write the record.
 

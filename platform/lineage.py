@@ -13,7 +13,7 @@ from segadapt.platform.objective import Objective
 from segadapt.platform.study import PRIOR, TRIAL_ID, Spaces, study_name, study_point
 from segadapt.platform.trial import METHOD
 
-_MECHANICS = frozenset({"trainer.loader_threads", "trainer.eval_batch_size", "data.skip_bad"})
+_MECHANICS = frozenset({"trainer.loader_threads", "trainer.recompute", "trainer.eval_batch_size", "data.skip_bad"})
 """Settings that change no result."""
 
 

@@ -279,7 +279,8 @@ class DRSL(Method):
         """Return target images and pseudo labels, some of them enlarged around a pixel of a rare class.
 
         The least predicted classes are rare; those below 0.1 % of the predictions go first. What is drawn depends on
-        step and image alone, so that it is the same on any number of workers.
+        step and image alone, so that it is the same on any number of workers. Where a class is found stays on the
+        device, which nothing here waits for.
         """
         images, labels, indices = batch.target_images, batch.target_pseudo_labels, batch.target_indices
         assert images is not None
@@ -288,23 +289,22 @@ class DRSL(Method):
         config = self.config
         if config.rare_crop_chance == 0 or config.rare_classes == 0:
             return images, labels
-        shares = (self.predicted / self.predicted.sum().clamp(min=1)).tolist()
-        rare = sorted((k for k, share in enumerate(shares) if share > 0), key=lambda k: shares[k])[
-            : config.rare_classes
-        ]
+        shares = self.predicted / self.predicted.sum().clamp(min=1)
+        rare = shares.masked_fill(shares == 0, torch.inf).argsort(stable=True)[: config.rare_classes]
         images, labels = images.clone(), labels.clone()
         for image, label, index in zip(images, labels, indices.tolist(), strict=True):
             draw = generator("rare_crop", step, index)
             chance, choice, position, zoom = torch.rand(4, generator=draw, dtype=torch.float64).tolist()
-            shown = [k for k in rare if (label == k).any()]
-            shown = [k for k in shown if shares[k] < _VERY_RARE_SHARE] or shown
-            if not shown or chance >= config.rare_crop_chance:
+            if chance >= config.rare_crop_chance:
                 continue
-            pixels = (label == shown[int(choice * len(shown))]).nonzero()
-            center = pixels[int(position * len(pixels))].tolist()
-            rows, columns = _windows(center, (label.shape[0], label.shape[1]), 1 + zoom * (config.rare_crop_zoom - 1))
-            image.copy_(_resized(image[:, rows, columns], (image.shape[1], image.shape[2])))
-            label.copy_(labels_at_features(label[rows, columns], (label.shape[0], label.shape[1])))
+            shown = (label == rare[:, None, None]).flatten(1).any(dim=1) & (shares[rare] > 0)
+            very_rare = shown & (shares[rare] < _VERY_RARE_SHARE)
+            shown = torch.where(very_rare.any(), very_rare, shown)
+            pixels = label.flatten() == rare[_place_of(shown, choice)]
+            enlarged = _window(label, _place_of(pixels, position), 1 + zoom * (config.rare_crop_zoom - 1))
+            size = (label.shape[0], label.shape[1])
+            image.copy_(torch.where(shown.any(), _resized(_cut(image, *enlarged), size), image))
+            label.copy_(torch.where(shown.any(), labels_at_features(_cut(label, *enlarged), size), label))
         return images, labels
 
     def _probabilities(self, images: Tensor) -> Tensor:
@@ -319,14 +319,25 @@ class DRSL(Method):
         return self.segmenter.upsample(logits, (like.shape[-2], like.shape[-1]))
 
 
-def _windows(center: list[int], size: tuple[int, int], zoom: float) -> list[slice]:
-    """Return the rows and columns of a window with 1 / `zoom` of each side, around `center` as far as it fits."""
+def _place_of(chosen: Tensor, position: float) -> Tensor:
+    """Return the index, (1,), of one of the true entries of `chosen`, (n,): that at `position` in [0, 1) among them."""
+    counts = chosen.cumsum(0)
+    number = (position * counts[-1:].double()).long() + 1
+    return torch.searchsorted(counts, number).clamp(max=len(chosen) - 1)
+
+
+def _window(label: Tensor, center: Tensor, zoom: float) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of a window with 1 / `zoom` of each side, around pixel `center`, (1,), if that fits."""
     windows = []
-    for position, full in zip(center, size, strict=True):
+    for position, full in zip((center // label.shape[1], center % label.shape[1]), label.shape, strict=True):
         length = max(1, round(full / zoom))
-        start = min(max(position - length // 2, 0), full - length)
-        windows.append(slice(start, start + length))
-    return windows
+        start = (position - length // 2).clamp(0, full - length)
+        windows.append(start + torch.arange(length, device=label.device))
+    return windows[0], windows[1]
+
+
+def _cut(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return maps.index_select(-2, rows).index_select(-1, columns)
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:

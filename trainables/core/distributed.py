@@ -55,6 +55,14 @@ def gather_over_workers(value: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).to(value.device)
 
 
+def rows_before(count: int, device: torch.device) -> int:
+    """Return how many rows the workers before this one have, each of which gives its own `count`."""
+    if world_size() == 1:
+        return 0
+    counts = gather_over_workers(torch.tensor([count], device=device))
+    return int(counts[: rank()].sum())
+
+
 def global_mean(total: Tensor, count: Tensor) -> Tensor:
     """Divide a local sum by the mean count per worker: data parallelism averages the result into the global mean.
 

@@ -28,6 +28,21 @@ def labels_at_features(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return labels[..., rows[:, None], columns]
 
 
+def count_values(values: Tensor, bins: int) -> Tensor:
+    """Count how often each integer occurs, as `torch.bincount` does, which on a GPU waits for the largest value.
+
+    Args:
+        values: In [0, bins), int32 or int64, any shape.
+        bins: Length of the result.
+
+    Returns:
+        (bins,) int64.
+    """
+    flat = values.flatten()
+    one = torch.ones((), dtype=torch.int64, device=flat.device)
+    return torch.zeros(bins, dtype=torch.int64, device=flat.device).index_add_(0, flat, one.expand(len(flat)))
+
+
 @torch.no_grad()
 def confident_labels(logits: Tensor, threshold: float) -> Tensor:
     """Label each pixel with the predicted class where its probability reaches the threshold.
@@ -49,6 +64,6 @@ def confident_labels(logits: Tensor, threshold: float) -> Tensor:
 
 
 def _nearest_indices(full: int, cells: int, device: torch.device) -> Tensor:
-    scale = torch.tensor(full / cells, dtype=torch.float32, device=device)
+    scale = torch.full((), full / cells, dtype=torch.float32, device=device)  # a copy from the host would wait
     positions = torch.arange(cells, dtype=torch.float32, device=device) * scale
     return positions.long().clamp(max=full - 1)

@@ -40,6 +40,7 @@ from segadapt.trainables.core.memory import (
     smaller_micro_batch,
 )
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, trained_parameters
+from segadapt.trainables.core.networks import recompute_blocks
 from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder, read_provenance
 from segadapt.trainables.core.selection import ScoredImages, label_free_scores
 from segadapt.trainables.core.validation import check
@@ -105,6 +106,8 @@ class TrainerConfig:
     """Precision of the networks; auto is bf16 where a GPU supports it. Losses are always float32."""
     channels_last: bool = True
     """Memory format of images and weights."""
+    recompute: bool = False
+    """Compute residual blocks anew in the backward pass, rather than keep what is inside: less memory, more time."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batch_size"):
@@ -196,6 +199,8 @@ class Trainer:
         for module in self.method.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=self.memory_format)
+        if settings.trainer.recompute:
+            recompute_blocks(self.method)
         self.trainable = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
         self.plan = plan
         self.steps = stage_steps(plan, method.warmup.steps, settings.trainer.steps)

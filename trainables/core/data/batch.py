@@ -82,12 +82,16 @@ class DomainBatch:
     source_images: Tensor  # (B, 3, H, W)
     source_labels: Tensor  # (B, H, W) int64, 255 = ignore
     target_images: Tensor | None  # (B, 3, H', W'); None in stages that train on the source alone
-    target_indices: Tensor | None = None  # (B,) int64, positions in the target set
+    target_indices: Tensor | None = None  # (B,) int64, positions in the target set; always on the CPU
     target_pseudo_labels: Tensor | None = None  # (B, H', W') int64, 255 = ignore; in stages that have them
 
     def to(self, device: torch.device) -> "DomainBatch":
-        """Return the batch on `device`, copied asynchronously where memory is pinned."""
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        """Return the batch on `device`; a GPU gets it from pinned memory, and the copy is not waited for."""
+        tensors = {
+            name: value
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and name != "target_indices"  # numbers that seed random draws
         }
-        return replace(self, **moved)
+        if device.type == "cuda":
+            tensors = {name: value.pin_memory() for name, value in tensors.items()}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})

@@ -188,7 +188,7 @@ def overconfidence_regulariser(logits: Tensor, *, level: float = 10.0) -> Tensor
         raise ValueError(f"`level` must be positive, but got {level}.")
     uniform_entropy = -_full_precision(logits).log_softmax(dim=1).mean(dim=1)
     terms = (uniform_entropy.detach() / level - 1.0) * uniform_entropy
-    count = torch.tensor(terms.numel(), device=terms.device)
+    count = torch.full((), terms.numel(), device=terms.device)
     return global_mean(terms.sum(dtype=torch.float64), count).to(terms.dtype)
 
 
@@ -421,10 +421,11 @@ def _associate(
     end_of_reached = pair.best_sources(reached)
     valid = labels[end_of_reached[position]] == labels[labelled]
     count = valid.sum()
-    if count == 0:
+    kept = valid.nonzero().flatten()
+    if len(kept) == 0:
         return torch.zeros((), dtype=torch.float64, device=source.device), count, None
-    passed, multiplicity = torch.unique(position[valid], return_counts=True)
-    out = _Hop(labelled[valid], middle[valid], torch.ones_like(middle[valid], dtype=source.dtype)[:, None])
+    passed, multiplicity = torch.unique(position[kept], return_counts=True)
+    out = _Hop(labelled[kept], middle[kept], source.new_ones(len(kept), 1))
     back = _Hop(reached[passed], end_of_reached[passed], multiplicity.to(source.dtype)[:, None])
     total, slopes = pair.loss(out, back, needs_gradient=needs_gradient)
     return total, count, slopes

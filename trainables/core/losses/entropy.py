@@ -48,7 +48,7 @@ def shannon_entropy(logits: Tensor) -> Tensor:
 
 def _pixel_mean(values: Tensor) -> Tensor:
     total = values.sum(dtype=torch.float64).to(values.dtype)
-    return global_mean(total, torch.tensor(values.numel(), device=values.device))
+    return global_mean(total, torch.full((), values.numel(), device=values.device))
 
 
 def _full_precision(values: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from segadapt.trainables.core.distributed import (
     sum_over_workers,
     world_size,
 )
+from segadapt.trainables.core.labels import count_values
 
 SMALLEST_NORM = 1e-12
 
@@ -350,7 +351,7 @@ def _weighted_distance(first: Tensor, second: Tensor, weights: Tensor) -> Tensor
 
 def _balanced_weights(labels: Tensor, classes: int) -> Tensor:
     """Return the weight of a cell by its label, (256,) float64: 1 / (classes present * cells of its class)."""
-    counts = sum_over_workers(torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)[:classes])
+    counts = sum_over_workers(count_values(labels, IGNORE_INDEX + 1)[:classes])
     weights = torch.zeros(IGNORE_INDEX + 1, dtype=torch.float64, device=labels.device)
     present = counts > 0
     weights[:classes] = torch.where(present, world_size() / (present.sum() * counts).double(), 0.0)
@@ -375,7 +376,7 @@ def _membership(cell_groups: Tensor, inverse_norm: Tensor, num_groups: int) -> T
 
 def _mode_counts(cell_modes: Tensor, num_modes: int) -> Tensor:
     """Return this worker's cells of each mode, (num_modes,) int64; negative ones are left out."""
-    return torch.bincount(cell_modes.flatten() + 1, minlength=num_modes + 1)[1:]
+    return count_values(cell_modes + 1, num_modes + 1)[1:]
 
 
 def _unit(rows: Tensor, dtype: torch.dtype) -> Tensor:

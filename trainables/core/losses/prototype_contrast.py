@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.distributed import global_mean
-from segadapt.trainables.core.labels import labels_at_features
+from segadapt.trainables.core.labels import count_values, labels_at_features
 
 SMALLEST_NORM = 1e-12
 ABSENT_SIMILARITY = -1.0
@@ -94,7 +94,7 @@ def prototype_contrast(
         *(_one_hot(source_cells, num_classes).to(precise), _one_hot(target_cells, num_classes).to(precise)),
         *(source_counts, target_counts, temperature),
     )
-    pairs = torch.tensor(len(source_features), device=source_features.device)
+    pairs = torch.full((), len(source_features), device=source_features.device)
     return PrototypeContrast(global_mean(forward, pairs).to(precise), global_mean(backward, pairs).to(precise))
 
 
@@ -163,9 +163,7 @@ def label_counts(labels: Tensor, grid: tuple[int, int], num_classes: int) -> Ten
     cells, bins = grid[0] * grid[1], (num_classes + 1) * grid[0] * grid[1]
     # Image by image and in narrow integers, which bounds the temporaries.
     counts = [
-        torch.bincount(
-            label.byte().clamp_(max=num_classes).int().mul_(cells).add_(cell_of_pixel).flatten(), minlength=bins
-        )
+        count_values(label.byte().clamp_(max=num_classes).int().mul_(cells).add_(cell_of_pixel), bins)
         for label in labels
     ]
     return torch.stack(counts).view(len(labels), num_classes + 1, cells)

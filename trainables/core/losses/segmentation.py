@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
-from segadapt.trainables.core.distributed import gather_over_workers, global_mean, rank, sum_over_workers, world_size
+from segadapt.trainables.core.distributed import (
+    gather_over_workers,
+    global_mean,
+    rows_before,
+    sum_over_workers,
+    world_size,
+)
 
 
 def segmentation_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -67,17 +73,18 @@ def _lovasz_slopes(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     foreground_weight = torch.zeros((), dtype=torch.float64, device=labels.device)
     own_labels = labels.flatten()
     all_labels = gather_over_workers(own_labels)
-    sizes = gather_over_workers(torch.tensor([own_labels.numel()], device=labels.device))
-    start = int(sizes[: rank()].sum())
+    start = rows_before(own_labels.numel(), labels.device)
     own = slice(start, start + own_labels.numel())
     class_sizes = torch.stack([(own_labels == index).sum() for index in range(probabilities.shape[1])])
-    present = sum_over_workers(class_sizes).nonzero().flatten().tolist()
-    for index in present:
+    present = sum_over_workers(class_sizes) > 0
+    number = present.sum()
+    for index in range(len(present)):
         foreground = all_labels == index
         errors = (gather_over_workers(probabilities[:, index].flatten()) - foreground.to(probabilities.dtype)).abs()
         # Ignored pixels come last, where no class pixel is left to lose and weights are exactly zero.
         errors = errors.masked_fill(all_labels == IGNORE_INDEX, -1.0)
-        weights = _jaccard_weights(errors, foreground)[own] / len(present)
+        # A class that is not present weighs nothing; to leave it out, a GPU would have to be waited for.
+        weights = torch.where(present[index], _jaccard_weights(errors, foreground)[own] / number, 0.0)
         slopes[:, index] = torch.where(foreground[own], -weights, weights).view_as(labels)
         foreground_weight += (weights * foreground[own]).sum(dtype=torch.float64)
     return slopes, foreground_weight
@@ -87,10 +94,13 @@ def _jaccard_weights(errors: Tensor, foreground: Tensor) -> Tensor:
     """Return each pixel's weight in the Lovász extension of the Jaccard distance, in the pixels' own order.
 
     Args:
-        errors: (N,).
-        foreground: Which pixels belong to the class, (N,) bool, at least one.
+        errors: (N,), not negative, or -1 for a pixel without label.
+        foreground: Which pixels belong to the class, (N,) bool. Without any, the weights mean nothing.
     """
-    order = errors.argsort(descending=True, stable=True)
+    # `errors.argsort(descending=True, stable=True)`: floats are -1 or not negative here and order like their bits, and
+    # integers are sorted by radix, on a CPU several times faster.
+    bits = errors.view(torch.int64 if errors.dtype == torch.float64 else torch.int32)
+    order = (-bits).argsort(stable=True)
     sorted_foreground = foreground[order]
     class_pixels_passed = sorted_foreground.cumsum(0)
     class_size = class_pixels_passed[-1]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.trainables.core.distributed import sum_over_workers
+from segadapt.trainables.core.labels import count_values
 from segadapt.trainables.core.losses.mode_alignment import pick_unit_vectors
 
 CENTER_DEVIATION = 0.1
@@ -102,5 +103,5 @@ class ClassModes(nn.Module):
 
     def _cells(self, nearest: Tensor) -> Tensor:
         """Return this worker's cells of each mode, (C, M) int64."""
-        counts = torch.bincount(nearest.flatten() + 1, minlength=self.idle_steps.numel() + 1)[1:]
+        counts = count_values(nearest + 1, self.idle_steps.numel() + 1)[1:]
         return counts.view_as(self.idle_steps)

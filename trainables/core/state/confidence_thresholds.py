@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.distributed import sum_over_workers
+from segadapt.trainables.core.labels import count_values
 
 BOUNDARY = 1e-6
 """Added to a confidence before the comparison, so that the cell which set a threshold passes in any precision."""
@@ -116,7 +117,7 @@ class RunningConfidence(nn.Module):
         """
         classes, bins = self.histogram.shape
         index = prediction * bins + (confidence * bins).long().clamp(0, bins - 1)
-        counts = sum_over_workers(torch.bincount(index.flatten(), minlength=classes * bins)).view(classes, bins)
+        counts = sum_over_workers(count_values(index, classes * bins)).view(classes, bins)
         total = sum_over_workers(confidence.sum(dtype=torch.float64))
         moved = self.momentum * self.histogram + (1 - self.momentum) * counts
         self.histogram.copy_(torch.where(counts.sum(dim=1, keepdim=True) > 0, moved, self.histogram))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
-from segadapt.trainables.core.distributed import gather_over_workers, rank
+from segadapt.trainables.core.distributed import gather_over_workers, rows_before
 from segadapt.trainables.core.losses.prototype_contrast import class_prototypes, cosine_similarity, grid_of
 
 
@@ -80,8 +80,7 @@ class PrototypeCalibration(nn.Module):
 
     def _walk(self, differences: Tensor, shared: Tensor, momentum: float) -> Tensor:
         """Move the bias over the pairs of all workers; return what each pair of this worker saw, (B, C, D)."""
-        pairs = gather_over_workers(torch.tensor([len(differences)], device=differences.device))
-        first = int(pairs[: rank()].sum())
+        first = rows_before(len(differences), differences.device)
         seen = []
         bias = self.bias.to(differences.dtype)
         steps = zip(gather_over_workers(differences), gather_over_workers(shared.to(torch.uint8)), strict=True)

@@ -1,0 +1,208 @@
+"""What a training step may cost, in counts that no machine changes: waits for the device, operations, tensor memory."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from toy import toy_config, toy_trainer
+
+from segadapt.trainables.core.data.batch import DomainBatch
+from segadapt.trainables.core.labels import count_values
+from segadapt.trainables.core.networks import build_segmenter, recompute_blocks
+from segadapt.trainables.core.trainer import Trainer
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BATCH = 4
+PAIRS_AND_LEVELS = 2 * BATCH
+
+WAITS = {
+    "source_only": 0,
+    "sdca": 0,
+    "bicl": 0,
+    "clst": 0,
+    # Whether a mode is to be put anew. Beside that, random draws and the images' numbers are read, on the CPU always.
+    "drsl": 1 + BATCH + 1,
+    # Per image pair and level: the labelled, the reached and the valid cycles, and those they pass.
+    "plca": 4 * PAIRS_AND_LEVELS,
+}
+"""Reads of values that a step may make, each of which a GPU would be waited for."""
+
+PEAKS = {"source_only": 1.02, "sdca": 1.05, "bicl": 1.08, "drsl": 1.46, "clst": 1.05, "plca": 2.6}
+"""Tensor memory of a step at its peak, by that of passing the same images through the network and back.
+
+Measured, and 0.02 to 0.08 more. One copy of the features of both domains is 0.05.
+"""
+
+aten = torch.ops.aten
+READS = {
+    aten._local_scalar_dense,  # item, bool, int, float
+    aten.nonzero,
+    aten.masked_select,
+    aten.equal,
+    aten.is_nonzero,
+    aten._unique2,
+    aten.unique_dim,
+    aten.unique_consecutive,
+    aten.bincount,  # its length depends on the values
+    aten.lift_fresh,  # torch.tensor(...): a copy from memory that is not pinned
+}
+INDEXING = {aten.index, aten.index_put, aten.index_put_}
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packet = func.overloadpacket
+        by_mask = packet in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if packet in READS or by_mask:
+            self.counts[str(packet)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class _Conversions(TorchFunctionMode):
+    """`tolist` and the like read memory without an operation."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu):
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def waits(step: Callable[[], object]) -> Counter[str]:
+    """Return the reads of values in a step, by operation."""
+    counts: Counter[str] = Counter()
+    with _Conversions(counts), _Operations(counts):
+        step()
+    return counts
+
+
+def measuring() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("measuring", BENCHMARKS / "measuring.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class LastStage:
+    """A trained method and a batch of its last stage, on the device as the trainer puts it there."""
+
+    trainer: Trainer
+    batch: DomainBatch
+    optimizer: torch.optim.Optimizer
+
+    def step(self) -> None:
+        """Take a step as the trainer does, of which the data are there already."""
+        method = self.trainer.method
+        self.trainer._on_device = lambda batch: batch  # type: ignore[method-assign]
+        assert self.trainer._gradients(method, iter([self.batch]), 0) is not None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        method.after_step(0)
+
+    def network(self) -> None:
+        """Pass the same images through the network and back, each domain once."""
+        images = [self.batch.source_images, self.batch.target_images]
+        outputs = [self.trainer.method.segmenter(domain).logits.sum() for domain in images if domain is not None]
+        torch.stack(outputs).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.fixture(scope="module", params=WAITS)
+def last_stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LastStage:
+    config = toy_config(request.param, trainer__steps=4, trainer__eval_every=4, warmup__steps=1)
+    trainer, _ = toy_trainer(config, tmp_path_factory.mktemp(request.param))
+    trainer.run()
+    stage = trainer.plan[-1]
+    trainer.method.train()
+    batch = trainer._on_device(trainer._batches(stage, trainer.folder / stage.name).batch(0))
+    found = LastStage(trainer, batch, trainer._optimizer(stage))
+    found.step()  # momentum is there from now on
+    return found
+
+
+def test_a_step_reads_no_more_values_than_its_bound(last_stage: LastStage) -> None:
+    found = waits(last_stage.step)
+    assert found.total() <= WAITS[last_stage.trainer.method.name], found
+
+
+def test_a_step_passes_each_image_through_the_network_once(last_stage: LastStage) -> None:
+    step, network = (_convolutions(function) for function in (last_stage.step, last_stage.network))
+    if last_stage.trainer.method.name == "drsl":  # the embedding, forward and by both factors
+        cells = 2 * last_stage.batch.source_images[:, 0].numel() // 16
+        network += 3 * 2 * cells * (64 * 256 + 256 * 256)
+    assert step == network
+
+
+def _convolutions(function: Callable[[], None]) -> int:
+    """Return the floating point operations of all convolutions, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in counts.items() if "convolution" in str(operation))
+
+
+def test_a_step_holds_no_more_than_its_share_over_the_network(last_stage: LastStage) -> None:
+    peak_tensor_bytes = measuring().peak_tensor_bytes
+    step, network = (peak_tensor_bytes(function) for function in (last_stage.step, last_stage.network))
+    assert step <= PEAKS[last_stage.trainer.method.name] * network, f"{step / network:.3f} times the network's own"
+
+
+def test_blocks_computed_anew_change_no_weight_and_hold_less(tmp_path: Path) -> None:
+    states, peaks = [], []
+    for recompute in (False, True):
+        config = toy_config("bicl", warmup__steps=1, trainer__steps=4, trainer__recompute=recompute)
+        trainer, _ = toy_trainer(config, tmp_path / str(recompute))
+        trainer.run()
+        states.append(trainer.method.state_dict())
+        stage = trainer.plan[-1]
+        batch = trainer._on_device(trainer._batches(stage, trainer.folder / stage.name).batch(0))
+        step = LastStage(trainer, batch, trainer._optimizer(stage)).step
+        peaks.append(measuring().peak_tensor_bytes(step))
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert peaks[1] < 0.9 * peaks[0], peaks
+
+
+def test_blocks_with_trained_batch_norm_are_not_computed_anew() -> None:
+    with pytest.raises(ValueError, match="without trained batch norm"):
+        recompute_blocks(build_segmenter("lraspp_mobilenet_v3_large", 8))
+
+
+def test_counting_with_known_bins_equals_bincount() -> None:
+    for dtype in (torch.int32, torch.int64):
+        values = torch.randint(0, 7, (3, 50), generator=torch.Generator().manual_seed(0)).to(dtype)
+        assert torch.equal(count_values(values, 9), torch.bincount(values.flatten(), minlength=9))
+    assert torch.equal(count_values(torch.zeros(0, dtype=torch.int64), 2), torch.zeros(2, dtype=torch.int64))
+
+
+def test_the_benchmark_of_the_step_runs_at_a_reduced_size_of_the_papers(tmp_path: Path) -> None:
+    words = (
+        "--setting paper --device cpu --scale 0.05 --steps 1 --rounds 1 --methods drsl --networks compact --json out"
+    )
+    subprocess.run([sys.executable, str(BENCHMARKS / "step.py"), *words.split()], cwd=tmp_path, check=True, timeout=300)
+    record = json.loads((tmp_path / "out").read_text())
+    forms = record["results"][0]["forms"]
+    assert min(forms[form]["images_per_s"] for form in ("trainer", "bare", "literal")) > 0
+    assert set(forms["trainer"]["parts_s"]) == {"data", "forward", "losses", "backward", "optimiser"}
+    assert forms["trainer"]["peak_mb"] < forms["literal"]["peak_mb"]
