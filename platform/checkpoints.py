@@ -37,11 +37,19 @@ def iou_table(checkpoint: Path) -> dict[str, Any]:
 
 
 def checkpoints(experiment: Path, trial_id: str) -> Iterator[TrialCheckpoint]:
-    """Yield what is kept of a trial, oldest first; folders that are not whole are passed over."""
+    """Yield what is kept of a trial, oldest first; folders whose small files are missing or damaged are passed over."""
     for parent in (experiment / trial_id, experiment / TRAIN_FOLDER / trial_id):
         for folder in sorted(parent.glob("checkpoint_*")):
-            if (folder / MANIFEST).is_file() and (folder / EVALUATION).is_file():
-                yield TrialCheckpoint(folder, read_metrics(folder))
+            if (folder / MANIFEST).is_file() and (metrics := _metrics_if_whole(folder)) is not None:
+                yield TrialCheckpoint(folder, metrics)
+
+
+def _metrics_if_whole(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        metrics = read_metrics(checkpoint)
+        return metrics if isinstance(metrics["step"], int) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def newest_checkpoint(experiment: Path, trial_id: str) -> Path | None:
@@ -51,6 +59,7 @@ def newest_checkpoint(experiment: Path, trial_id: str) -> Path | None:
 
 
 def best_checkpoint(experiment: Path, trial_id: str, metric: str) -> TrialCheckpoint | None:
-    """Return the kept checkpoint with the highest metric, the later one of equals."""
-    kept = [found for found in checkpoints(experiment, trial_id) if metric in found.metrics]
-    return max(kept, key=lambda found: (found.metrics[metric], found.metrics["step"]), default=None)
+    """Return the kept checkpoint that is whole and has the highest metric, the later one of equals."""
+    kept = [found for found in checkpoints(experiment, trial_id) if isinstance(found.metrics.get(metric), int | float)]
+    kept.sort(key=lambda found: (found.metrics[metric], found.metrics["step"]), reverse=True)
+    return next((found for found in kept if is_whole(found.path)), None)

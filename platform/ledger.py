@@ -4,17 +4,23 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter
 from ray import tune
 
+from segadapt.platform.errors import UsageError
 from segadapt.platform.storage import Storage
 from segadapt.platform.trial import Resources
 
 LEDGER = "cost.json"
 """File in an experiment's folder: seconds, GPU seconds and CPU seconds of each trial."""
 
+_UNITS = ("seconds", "gpu_seconds", "cpu_seconds")
+
 _SAVE_EVERY_S = 5.0
+
+_ACCOUNTS = TypeAdapter(dict[str, dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]])
 
 
 class Ledger:
@@ -102,8 +108,13 @@ def spent_hours(storage: Storage, experiment: str, unit: str, *, stages_only: bo
 def _read(file: Path) -> dict[str, dict[str, float]]:
     if not file.is_file():
         return {}
-    found: dict[str, dict[str, float]] = json.loads(file.read_text())
-    return found
+    try:
+        found: dict[str, dict[str, float]] = _ACCOUNTS.validate_json(file.read_bytes())
+    except ValueError as error:
+        raise UsageError(
+            f"{file} must hold the seconds that each trial took, but is damaged. Remove it to count from 0 again."
+        ) from error
+    return {trial_id: {**dict.fromkeys(_UNITS, 0.0), **spent} for trial_id, spent in found.items()}
 
 
 class GpuHours(tune.Stopper):

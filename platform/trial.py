@@ -11,13 +11,17 @@ from typing import Any, Literal
 from segadapt.platform import stages
 from segadapt.platform.checkpoints import TRAIN_FOLDER, newest_checkpoint, read_metrics
 from segadapt.platform.config import TrialConfig, Values, resolve
+from segadapt.platform.errors import UsageError
 from segadapt.platform.objective import Objective
+from segadapt.platform.patience import patiently
 from segadapt.platform.storage import Storage
 from segadapt.trainables import method_class
+from segadapt.trainables.core import preemption
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.memory import InfeasibleError, noted_micro_batch
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter
+from segadapt.trainables.core.preemption import PreemptedError
 from segadapt.trainables.core.trainer import Report, Trainer, TrainerSettings
 
 Launcher = Literal["auto", "train", "inprocess"]
@@ -31,8 +35,11 @@ CONFIG = "config.json"
 INFEASIBLE = "infeasible:"
 """How the reason of a failure begins when the trial does not fit the device's memory, whatever the micro-batch."""
 
-WORKER_RETRIES = 2
-"""How often Ray starts a trial or its workers again after a process or node died."""
+PREEMPTED = "preempted:"
+"""How the reason begins why a trial's process left that was asked to end."""
+
+STORAGE_PATIENCE_S = 600.0
+"""How long a trial, or the study, waits for storage that refuses what is written."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,25 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """How much may go wrong with the machines that a trial runs on before it has failed."""
+
+    max_failures: int = 2
+    """How often a trial is started again after its process or node died, or it hung; preemptions do not count."""
+    timeout_s: float = 7200.0
+    """A trial that reports nothing for so long hangs."""
+
+    def __post_init__(self) -> None:
+        if self.max_failures < 0:
+            raise UsageError(f"--max-failures must not be negative, but got {self.max_failures}. 0 tries once.")
+        if not self.timeout_s > 0:
+            raise UsageError(
+                f"--trial-timeout must be a positive number of seconds, but got {self.timeout_s:g}. "
+                "Take several times what lies between two evaluations."
+            )
+
+
+@dataclass(frozen=True)
 class TrialSpec:
     """What is common to the trials of an experiment; travels to the trial's processes."""
 
@@ -67,6 +93,7 @@ class TrialSpec:
     """Checkpoint folder to begin from; None begins from the shared stages."""
     shared_stages: bool = False
     """Compute the method's shared stages instead of its own."""
+    tolerance: Tolerance = field(default_factory=Tolerance)
     code: stages.CodeVersions | None = None
     """Of the shared stages, as the driver found it: an edit while trials run must not hide their stages from them."""
 
@@ -158,7 +185,8 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
             trainer.start_from(start)
     else:
         report(read_metrics(resume), None)  # once more: the driver may have been killed before it heard
-    trainer.run(resume)
+    with preemption.training():
+        trainer.run(resume)
 
 
 def _describing(report: Report, config: TrialConfig, fingerprint: str) -> Report:
@@ -183,7 +211,8 @@ def _reporting_failure(report: Callable[[dict[str, Any]], None]) -> Iterator[Non
     except OSError:
         raise
     except Exception as error:
-        report({"failure": _reason(error)})
+        reason = _reason(error)
+        report({"preempted": reason} if reason.startswith(PREEMPTED) else {"failure": reason})
         raise
 
 
@@ -195,8 +224,11 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     summary = lines[-1] if lines else ""
     summary = summary if failures else f"{type(error).__name__}: {summary}"
-    _, name, text = summary.partition(f"{InfeasibleError.__name__}: ")
-    return f"{INFEASIBLE} {text}" if name else summary
+    for kind, begins in ((InfeasibleError, INFEASIBLE), (PreemptedError, PREEMPTED)):
+        _, name, text = summary.partition(f"{kind.__name__}: ")
+        if name:
+            return f"{begins} {text}"
+    return summary
 
 
 def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
@@ -211,7 +243,8 @@ def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
             return
         with tempfile.TemporaryDirectory(prefix="segadapt-") as folder:
             write(Path(folder))
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+            checkpoint = tune.Checkpoint.from_directory(folder)
+            patiently(lambda: tune.report(metrics, checkpoint=checkpoint), OSError, STORAGE_PATIENCE_S)
 
     with _reporting_failure(tune.report):
         # Not Tune's checkpoint: its state may be older than the last one, or name one that was replaced since.
@@ -232,6 +265,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     def fit() -> Any:
         return TorchTrainer(
             train_worker,
+            torch_config=_preemptible(),
             train_loop_config={"spec": spec, "trial_id": trial_id, "values": values},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker
@@ -243,18 +277,18 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
                 ),
-                failure_config=ray.train.FailureConfig(max_failures=WORKER_RETRIES),
+                failure_config=ray.train.FailureConfig(max_failures=spec.tolerance.max_failures),
             ),
         ).fit()
 
     with _reporting_failure(tune.report):
-        result = _while_micro_batches_shrink(fit, spec.artifacts(trial_id))
+        result = _again_if_not_at_fault(fit, spec.artifacts(trial_id))
         if result.metrics:  # what Tune missed, if the trial had ended when the driver was killed
             tune.report(result.metrics)
 
 
-def _while_micro_batches_shrink(fit: Callable[[], Any], folder: Path) -> Any:
-    """Call `fit` again as long as its workers left a smaller micro-batch in the folder before they failed.
+def _again_if_not_at_fault(fit: Callable[[], Any], folder: Path) -> Any:
+    """Call `fit` again if its workers were asked to end, or left a smaller micro-batch in the folder and failed.
 
     Ray Train's own retries are for machines that fail, and too few for a batch that must be halved often.
     """
@@ -263,8 +297,27 @@ def _while_micro_batches_shrink(fit: Callable[[], Any], folder: Path) -> Any:
         try:
             return fit()
         except Exception as error:
-            if noted_micro_batch(folder) == before or _reason(error).startswith(INFEASIBLE):
+            reason = _reason(error)
+            shrunk = noted_micro_batch(folder) != before and not reason.startswith(INFEASIBLE)
+            if not shrunk and not reason.startswith(PREEMPTED):
                 raise
+
+
+def _preemptible() -> Any:
+    """Return Ray Train's configuration for PyTorch, with workers that leave in good order when asked to end."""
+    from ray.train.torch import TorchConfig
+
+    class PreemptibleTorchConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            class Preemptible(super().backend_cls):  # type: ignore[misc]
+                def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                    super().on_start(worker_group, backend_config)
+                    worker_group.execute(preemption.leave_when_terminated)
+
+            return Preemptible
+
+    return PreemptibleTorchConfig()
 
 
 def train_worker(loop: dict[str, Any]) -> None:
@@ -279,6 +332,6 @@ def train_worker(loop: dict[str, Any]) -> None:
             write(Path(folder))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
-    checkpoint = ray.train.get_checkpoint()
-    resume = Path(checkpoint.path) if checkpoint else None
-    train(loop["spec"], loop["trial_id"], loop["values"], report, resume)
+    spec, trial_id = loop["spec"], loop["trial_id"]
+    # Not Ray Train's checkpoint, which may have been damaged; all workers find the same: nobody writes meanwhile.
+    train(spec, trial_id, loop["values"], report, newest_checkpoint(spec.folder, trial_id))

@@ -43,7 +43,7 @@ def is_whole(folder: Path) -> bool:
     try:
         expected = json.loads((folder / MANIFEST).read_text())["sha256"][STATE]
         return bool(file_hash(folder / STATE) == expected)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -56,7 +56,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         expected = json.loads((folder / MANIFEST).read_text())["sha256"][STATE]
         actual = file_hash(folder / STATE)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(
             f"A checkpoint must hold {STATE} and {MANIFEST}, but {folder} is incomplete ({error}). "
             "Continue from another checkpoint."
