@@ -1,6 +1,7 @@
 """What trials have cost so far: the time they ran and the devices they held, kept over restarts."""
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from ray import tune
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage import Storage
 from segadapt.platform.trial import Resources
+
+logger = logging.getLogger(__name__)
 
 LEDGER = "cost.json"
 """File in an experiment's folder: seconds, GPU seconds and CPU seconds of each trial."""
@@ -84,10 +87,13 @@ class Ledger:
         for trial_id in self._running:
             self._settle(trial_id)
         self._saved = self._clock()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._file.with_name(f".{LEDGER}")
-        temporary.write_text(json.dumps(self._spent))
-        temporary.replace(self._file)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._spent))
+            temporary.replace(self._file)
+        except OSError as error:  # tried again soon: storage that is away for a while ends no search
+            logger.warning("What trials have cost is not saved in %s: %s", self._file, error)
 
 
 def spent_hours(storage: Storage, experiment: str, unit: str, *, stages_only: bool = False) -> float:

@@ -57,7 +57,7 @@ class Outbox:
         self._marks = os.open(folder / "delivered", os.O_RDWR | os.O_CREAT, 0o666)
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._appending = threading.Lock()
-        self._delivered = int(os.pread(self._marks, 32, 0) or 0)
+        self._delivered = _marked(self._marks)
         self._last = self._delivered
         self._synced = self._delivered
 
@@ -181,12 +181,35 @@ class Outbox:
                 self._lines.put(json.dumps(content).encode())
 
     def _contents(self) -> Iterator[dict[str, Any]]:
+        """Yield the records on disk; lines that a disk has damaged are passed over."""
         with (self.folder / _RECORDS).open("rb") as lines:
-            yield from map(json.loads, lines)
+            for line in lines:
+                content = _read(line)
+                if content is not None:
+                    yield content
+                else:
+                    logger.error("A record for tracking in %s is damaged and left out: %.200r", self.folder, line)
 
     def _entry(self, content: Mapping[str, Any]) -> Entry:
         files = self.folder / "files" / str(content["number"]) if content["files"] else None
         return Entry(content["number"], content["operation"], content["arguments"], files)
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """Return what a line holds, or None if it is not as it was written."""
+    try:
+        content = json.loads(line)
+        kinds = {"number": int, "operation": str, "arguments": dict, "files": bool}
+        whole = all(isinstance(content[name], kind) for name, kind in kinds.items())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return content if whole and content["number"] > 0 else None
+
+
+def _marked(marks: int) -> int:
+    """Return the number of the last record that was delivered; all are sent again if that is damaged."""
+    text = os.pread(marks, 32, 0).strip()
+    return int(text) if text.isdigit() else 0
 
 
 def left_over(server: Path) -> list[Path]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from segadapt.platform import leases
 from segadapt.platform.config import TrialConfig
 from segadapt.platform.sources import source_hash
@@ -243,8 +245,8 @@ def publish(storage: Storage, key: StageKey, checkpoint: Path, description: Desc
 def describe(folder: Path) -> Description | None:
     """Return what a stage in the store is; None if its folder does not say."""
     try:
-        return Description(**json.loads((folder / DESCRIPTION).read_text()))
-    except (OSError, ValueError, TypeError):
+        return TypeAdapter(Description).validate_json((folder / DESCRIPTION).read_bytes())
+    except (OSError, ValueError):
         return None
 
 

@@ -219,7 +219,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("packed")
     data, evaluation = load_streets(StreetsConfig(height=32, width=32, train_images=3, val_images=2))
-    write_folder(folder / "own", data.source, evaluation.source_val, data.classes)
+    write_folder(folder / "own", data.source, evaluation.source, data.classes)
     pack(open_dataset("folder", str(folder / "own")), folder / "shards", PackConfig())
     return folder / "shards"
 

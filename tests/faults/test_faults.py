@@ -6,9 +6,12 @@ Each test prints how long it took from the fault to the next result. docs/faults
 import contextlib
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,17 +19,25 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import TINY
+from conftest import TINY, _postgres
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
 COMMAND = str(Path(sys.executable).with_name("segadapt"))
-WORDS = [f"{key}={value}" for key, value in (TINY | {"trainer.steps": 90, "trainer.eval_every": 15}).items()]
+EVERY = 15
+
+
+def tiny(steps: int, warmup: int = 4) -> list[str]:
+    own = {"trainer.steps": steps, "trainer.eval_every": EVERY, "warmup.steps": warmup}
+    return [f"{key}={value}" for key, value in (TINY | own).items()]
+
+
+WORDS = tiny(90)
 
 pytestmark = pytest.mark.slow
 
 
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 240) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 600) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, f"timed out waiting for {what}"
@@ -58,7 +69,7 @@ class Driver:
         return match
 
     def ends(self) -> int:
-        return self.process.wait(timeout=240)
+        return self.process.wait(timeout=600)
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -83,12 +94,18 @@ class Recoveries:
 
     def measure(self, fault: str, driver: Driver, name: str, inflict: Callable[[], None]) -> int:
         """Inflict a fault on a trial and return the step of its next result."""
-        before = len(driver.said())
         started = time.monotonic()
         inflict()
+        before = len(driver.said())
         step = int(driver.wait_for(rf"{name} step (\d+)/", before).group(1))
         self.rows.append((fault, time.monotonic() - started))
         return step
+
+
+@pytest.fixture(autouse=True)
+def _busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give Ray's processes time to start where other tests keep the cores busy."""
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "180")
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +128,23 @@ def processes(folder_name: str, title: str = "") -> list[int]:
     return found
 
 
+def is_alive(process: int) -> bool:
+    """Whether a process runs; one that ended may wait as a zombie for its parent."""
+    try:
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+
+
 def runs_of(folder: Path, experiment: str) -> dict[str, Any]:
     client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
     found = client.get_experiment_by_name(experiment)
     assert found is not None
     return {run.info.run_name: run for run in client.search_runs([found.experiment_id])}
+
+
+def steps_of(folder: Path, run: Any) -> list[int]:
+    return [step for step, _ in history(folder, run, "target_val/miou")]
 
 
 def history(folder: Path, run: Any, metric: str) -> list[tuple[int, float]]:
@@ -149,7 +178,12 @@ def test_a_search_survives_kills_hangs_and_preemptions_of_its_trials(
 ) -> None:
     def signalled(name: str, number: signal.Signals) -> Callable[[], None]:
         (process,) = processes(trial_id(tmp_path, "sdca-streets", name))
-        return lambda: os.kill(process, number)
+
+        def inflict() -> None:
+            os.kill(process, number)
+            wait_for(lambda: not is_alive(process), f"process {process} to end")
+
+        return inflict
 
     with driving(tmp_path, *SEARCH, "--max-failures", "1", "--trial-timeout", "45", *WORDS) as driver:
         driver.wait_for("sdca-001 step 15/")
@@ -186,3 +220,148 @@ def test_a_search_survives_kills_hangs_and_preemptions_of_its_trials(
         [COMMAND, "search", "--resume", "sdca-streets"], cwd=tmp_path, capture_output=True, text=True
     )
     assert " step " not in ended.stdout, "nothing is done again"
+
+
+def children(parent: int, title: str) -> list[int]:
+    """Processes started by another one, by a part of their title."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent_of = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent_of == parent and title in (process / "cmdline").read_text():
+                found.append(int(process.name))
+    return found
+
+
+def test_workers_and_nodes_that_die_are_replaced(
+    recoveries: Recoveries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
+    cluster = Cluster(initialize_head=True, head_node_args=head)  # type: ignore[no-untyped-call]
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+
+        def workers() -> dict[int, Any]:
+            """The trial's workers and the nodes they are on."""
+            raylets = {node.all_processes["raylet"][0].process.pid: node for node in nodes}
+            return {pid: node for raylet, node in raylets.items() for pid in children(raylet, "RayTrainWorker")}
+
+        def inflict_on_a_worker(number: signal.Signals) -> Callable[[], None]:
+            def inflict() -> None:
+                process = min(workers())
+                os.kill(process, number)
+                wait_for(lambda: not is_alive(process), f"worker {process} to end")
+
+            return inflict
+
+        def lose_a_node() -> None:
+            node = next(iter(workers().values()))
+            os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+            nodes.remove(node)
+            cluster.remove_node(node, allow_graceful=False)  # type: ignore[no-untyped-call]
+
+        words = ["train", "source_only", "--workers-per-trial", "2", "--address", cluster.address]
+        with driving(tmp_path, *words, *tiny(1, warmup=210)) as driver:
+            driver.wait_for("source_only step 15/")
+            assert recoveries.measure("worker killed", driver, "source_only", inflict_on_a_worker(signal.SIGKILL)) >= 15
+            recoveries.measure("worker asked to end", driver, "source_only", inflict_on_a_worker(signal.SIGTERM))
+            recoveries.measure("node killed", driver, "source_only", lose_a_node)
+            assert driver.ends() == 0, driver.said()
+    finally:
+        cluster.shutdown()  # type: ignore[no-untyped-call]
+    run = runs_of(tmp_path, "train-source_only-streets")["source_only"]
+    assert run.info.status == "FINISHED"
+    assert steps_of(tmp_path, run) == list(range(15, 211, 15)), "every step once"
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """Mount a file system of its own, if that is allowed here."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300m", "none", str(folder)], check=False, capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def own_postgres(running: Path) -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
+    """Another server with the programs of a running one; yields its address, what kills it and what starts it again."""
+    postmaster = int((running / "data" / "postmaster.pid").read_text().splitlines()[0])
+    user = "nobody" if os.geteuid() == 0 else None
+    programs = Path(f"/proc/{postmaster}/exe").readlink().parent
+    with tempfile.TemporaryDirectory(prefix="pg") as name:
+        folder = Path(name)
+        if user is not None:
+            shutil.chown(folder, user)
+        servers = _postgres(programs, folder, user)
+        next(servers)
+        again: list[subprocess.Popen[bytes]] = []
+        first = int((folder / "data" / "postmaster.pid").read_text().splitlines()[0])
+        command = Path(f"/proc/{first}/cmdline").read_text().rstrip("\0").split("\0")
+
+        def kill() -> None:
+            os.kill(first, signal.SIGKILL)
+
+        def restart() -> None:
+            again.append(subprocess.Popen(command, user=user, cwd=folder))
+
+        try:
+            yield f"postgresql+psycopg://postgres@/postgres?host={folder}", kill, restart
+        finally:
+            for server in again:
+                server.send_signal(signal.SIGINT)
+                server.wait(timeout=60)
+            servers.close()  # type: ignore[attr-defined]
+
+
+def test_a_search_waits_for_its_database_and_its_disk(
+    recoveries: Recoveries, postgres_socket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEGADAPT_MIN_FREE_BYTES", "1000000")
+    away_s = 6.0
+    storage = tmp_path / "runs"
+    storage.mkdir()
+    words = ["search", "sdca", "--trials", "1", "--launcher", "inprocess", *tiny(300)]
+    with small_disk(storage), own_postgres(postgres_socket) as (url, kill, restart):
+
+        def lose_the_database() -> None:
+            kill()
+            time.sleep(away_s)
+            restart()
+
+        def fill_the_disk() -> None:
+            with contextlib.suppress(OSError), (storage / "full").open("wb") as file:
+                while True:
+                    file.write(bytes(2**20))
+            time.sleep(away_s)
+            (storage / "full").unlink()
+
+        def refuse_writing() -> None:
+            subprocess.run(["mount", "-o", "remount,ro", str(storage)], check=False)
+            time.sleep(away_s)
+            subprocess.run(["mount", "-o", "remount,rw", str(storage)], check=True)
+
+        with driving(tmp_path, *words, "--study-uri", url) as driver:
+            driver.wait_for("sdca-001 step 15/")
+            recoveries.measure(f"PostgreSQL killed, back after {away_s:g} s", driver, "sdca-001", lose_the_database)
+            recoveries.measure(f"disk full for {away_s:g} s", driver, "sdca-001", fill_the_disk)
+            recoveries.measure(f"disk read-only for {away_s:g} s", driver, "sdca-001", refuse_writing)
+            assert driver.ends() == 0, driver.said()
+        run = runs_of(tmp_path, "sdca-streets")["sdca-001"]
+        assert run.info.status == "FINISHED"
+        assert steps_of(tmp_path, run) == list(range(15, 301, 15)), "every step once"
+        (trial,) = optuna.load_study(study_name="sdca-streets", storage=url).trials
+        assert trial.state == TrialState.COMPLETE
+        assert sorted(trial.intermediate_values) == list(range(15, 301, 15))
