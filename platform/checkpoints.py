@@ -40,11 +40,12 @@ def checkpoints(experiment: Path, trial_id: str) -> Iterator[TrialCheckpoint]:
     """Yield what is kept of a trial, oldest first; folders whose small files are missing or damaged are passed over."""
     for parent in (experiment / trial_id, experiment / TRAIN_FOLDER / trial_id):
         for folder in sorted(parent.glob("checkpoint_*")):
-            if (folder / MANIFEST).is_file() and (metrics := _metrics_if_whole(folder)) is not None:
+            if (folder / MANIFEST).is_file() and (metrics := readable_metrics(folder)) is not None:
                 yield TrialCheckpoint(folder, metrics)
 
 
-def _metrics_if_whole(checkpoint: Path) -> dict[str, Any] | None:
+def readable_metrics(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the metrics reported with a checkpoint, or None if they are missing or damaged."""
     try:
         metrics = read_metrics(checkpoint)
         return metrics if isinstance(metrics["step"], int) else None

@@ -894,7 +894,7 @@ def _show_status(found: "SearchStatus", *, clear: bool) -> None:
         for column in ("trial", "state", "step", "best", "last heard"):
             table.add_column(column, justify="left" if column in ("trial", "state") else "right")
         for trial in found.running:
-            heard = f"{_duration(trial.heard_s)} ago"
+            heard = f"{_duration(trial.heard_s)} ago" + (" (stalled)" if trial.stalled else "")
             table.add_row(trial.name, trial.state, str(trial.step), _number(trial.value), heard)
         console.print(table)
     for rung in found.rungs:

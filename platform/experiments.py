@@ -568,6 +568,8 @@ class _Session:
     def _ensure_stages_of(self, method: str, seed: int | None, keys: list[stages.StageKey]) -> bool:
         """Load a method's shared stages, wait for those that others compute, and compute what is missing."""
         storage, say = self.spec.storage, self.options.say
+        for name in stages.put_damaged_aside(storage, keys):
+            say(f"{method}: the files of the stage {name} are damaged; it is computed anew.")
         try:
             with stages.turn_to_compute(storage, keys, self.record.name, say) as done:
                 if done:

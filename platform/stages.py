@@ -20,11 +20,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from segadapt.platform import leases
+from segadapt.platform.checkpoints import readable_metrics
 from segadapt.platform.config import TrialConfig
 from segadapt.platform.sources import source_hash
 from segadapt.platform.storage import Storage
 from segadapt.trainables import method_class
-from segadapt.trainables.core.checkpoint import MANIFEST
+from segadapt.trainables.core.checkpoint import MANIFEST, is_whole
 from segadapt.trainables.core.method import Stage
 from segadapt.trainables.core.trainer import Report, stage_steps
 
@@ -176,6 +177,18 @@ def mark_used(folder: Path) -> None:
     """Note that a stage was loaded now: pruning goes by the time of its manifest."""
     with contextlib.suppress(PermissionError):  # a stage that may only be read can still be loaded
         os.utime(folder / MANIFEST)
+
+
+def put_damaged_aside(storage: Storage, keys: Sequence[StageKey]) -> list[str]:
+    """Take stages whose files are damaged out of the store, so that they are computed anew; returns their names."""
+    damaged = []
+    for key in keys:
+        folder = find(storage, key)
+        if folder is not None and (readable_metrics(folder) is None or not is_whole(folder)):
+            with contextlib.suppress(FileNotFoundError):  # another experiment was faster
+                folder.rename(storage.stages / f".{key.hash}.{uuid.uuid4().hex}")
+            damaged.append(key.stage.name)
+    return damaged
 
 
 @contextlib.contextmanager

@@ -258,6 +258,8 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from segadapt.platform.preemptible import PreemptibleTorchConfig
+
     trial_id = tune.get_context().get_trial_id()
     resources = spec.resources
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
@@ -265,7 +267,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     def fit() -> Any:
         return TorchTrainer(
             train_worker,
-            torch_config=_preemptible(),
+            torch_config=PreemptibleTorchConfig(),
             train_loop_config={"spec": spec, "trial_id": trial_id, "values": values},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker
@@ -301,23 +303,6 @@ def _again_if_not_at_fault(fit: Callable[[], Any], folder: Path) -> Any:
             shrunk = noted_micro_batch(folder) != before and not reason.startswith(INFEASIBLE)
             if not shrunk and not reason.startswith(PREEMPTED):
                 raise
-
-
-def _preemptible() -> Any:
-    """Return Ray Train's configuration for PyTorch, with workers that leave in good order when asked to end."""
-    from ray.train.torch import TorchConfig
-
-    class PreemptibleTorchConfig(TorchConfig):
-        @property
-        def backend_cls(self) -> Any:
-            class Preemptible(super().backend_cls):  # type: ignore[misc]
-                def on_start(self, worker_group: Any, backend_config: Any) -> None:
-                    super().on_start(worker_group, backend_config)
-                    worker_group.execute(preemption.leave_when_terminated)
-
-            return Preemptible
-
-    return PreemptibleTorchConfig()
 
 
 def train_worker(loop: dict[str, Any]) -> None:

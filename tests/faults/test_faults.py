@@ -102,12 +102,6 @@ class Recoveries:
         return step
 
 
-@pytest.fixture(autouse=True)
-def _busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give Ray's processes time to start where other tests keep the cores busy."""
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "180")
-
-
 @pytest.fixture(scope="module")
 def recoveries(request: pytest.FixtureRequest) -> Iterator[Recoveries]:
     found = Recoveries()

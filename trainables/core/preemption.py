@@ -36,12 +36,12 @@ def leave_when_terminated() -> None:
 @contextlib.contextmanager
 def training() -> Iterator[None]:
     """Training happens meanwhile, in any thread of this process."""
-    _asked.clear()
     _training.set()
     try:
         yield
     finally:
         _training.clear()
+        _asked.clear()
 
 
 def asked_to_leave() -> bool:
