@@ -205,10 +205,12 @@ def _describing(report: Report, config: TrialConfig, fingerprint: str) -> Report
 
 @contextlib.contextmanager
 def _reporting_failure(report: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Tell the driver why a trial fails before the error ends it; an error of storage or network may be retried."""
+    """Tell the driver why a trial fails before the error ends it; an error of storage or a machine may be retried."""
+    from ray.exceptions import RayActorError
+
     try:
         yield
-    except OSError:
+    except (OSError, RayActorError):  # the latter if the process died that watches Ray Train's workers
         raise
     except Exception as error:
         reason = _reason(error)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 import yaml
@@ -23,10 +24,12 @@ from segadapt.platform.objective import Objective
 from segadapt.platform.outbox import Outbox
 from segadapt.platform.ranges import split_ranges
 from segadapt.platform.storage import Storage
+from segadapt.platform.study import open_study_storage
 from segadapt.platform.tracking import RunInfo, Tracker
 from segadapt.trainables import METHODS
 from segadapt.trainables.core.checkpoint import CorruptCheckpointError, load_state, save_state
 from segadapt.trainables.core.data.datasets import open_dataset, split_location
+from segadapt.trainables.core.data.folder import write_folder
 from segadapt.trainables.core.data.packing import PackConfig, pack
 from segadapt.trainables.core.data.shards import Location, read_index, read_manifest
 from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
@@ -52,7 +55,7 @@ written = st.text(max_size=20) | anything.map(lambda value: json.dumps(value))
 words = st.tuples(st.sampled_from(KEYS) | st.text(max_size=12), written).map("=".join) | st.text(max_size=20)
 
 
-@inputs(2500)
+@inputs(2000)
 @given(method=st.sampled_from(METHOD_NAMES), given_words=st.lists(words, max_size=4))
 def test_settings(method: str, given_words: list[str]) -> None:
     with contextlib.suppress(UsageError):
@@ -215,8 +218,6 @@ def test_class_lists(content: bytes, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from segadapt.trainables.core.data.folder import write_folder
-
     folder = tmp_path_factory.mktemp("packed")
     data, evaluation = load_streets(StreetsConfig(height=32, width=32, train_images=3, val_images=2))
     write_folder(folder / "own", data.source, evaluation.source, data.classes)
@@ -240,7 +241,7 @@ def test_packed_datasets(name: str, packed: Path, tmp_path: Path) -> None:
     check()
 
 
-@inputs(300)
+@inputs(200)
 @given(
     content=mangled_json({"stage": "source_only", "method": "sdca", "data": "streets", "created": 1.0}),
     needs=mangled(b'["aa"]'),
@@ -254,6 +255,41 @@ def test_what_lies_in_the_stage_cache(content: bytes, needs: bytes, checkpoint: 
     (storage.experiment("other") / stages.NEEDS).write_bytes(needs)
     with contextlib.suppress(UsageError):
         cache.content(storage)
+
+
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_images_and_labels(part: str, packed: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(packed.parent / "own", own)
+    path = next((own / "train" / part).iterdir())
+
+    @inputs(100)
+    @given(content=mangled(path.read_bytes()))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        with contextlib.suppress(ValueError):
+            dataset = open_dataset("folder", str(own))
+            images = dataset.labelled(dataset.splits["train"], dataset.classes.names)
+            for index in range(len(images.ids)):
+                images.image(index)
+                images.label(index)
+
+    check()
+
+
+def test_studies(tmp_path: Path) -> None:
+    path = tmp_path / "optuna.db"
+    optuna.create_study(storage=f"sqlite:///{path}", study_name="found")
+    whole = path.read_bytes()
+
+    @inputs(40)
+    @given(content=mangled(whole))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        with contextlib.suppress(UsageError):
+            open_study_storage(f"sqlite:///{path}")
+
+    check()
 
 
 @pytest.fixture
