@@ -29,6 +29,7 @@ from segadapt.platform.tracking import (
     Tracker,
 )
 from segadapt.platform.trial import INFEASIBLE, TrialSpec
+from segadapt.trainables.core.preemption import noted_preemptions
 from segadapt.trainables.core.pseudo_labels import PROVENANCE
 
 _STATUS: dict[str, Status] = {
@@ -81,7 +82,6 @@ class Events(tune.Callback):
         self._numbers: dict[str, int] = {}
         self._heard: dict[str, float] = {}
         self._restarts: Counter[str] = Counter()
-        self._preemptions: Counter[str] = Counter()
         self._paused: set[str] = set()
         self._described: set[str] = set()
         self._close_lost: Callable[[Collection[str]], None] | None = None
@@ -128,13 +128,12 @@ class Events(tune.Callback):
             "ended": self._ended,
             "numbers": self._numbers,
             "restarts": self._restarts,
-            "preemptions": self._preemptions,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Take over what an earlier session knew."""
         self._names, self._failures, self._ended = state["names"], state["failures"], state["ended"]
-        self._numbers, self._restarts, self._preemptions = state["numbers"], state["restarts"], state["preemptions"]
+        self._numbers, self._restarts = state["numbers"], state["restarts"]
 
     def key(self, trial_id: str) -> str:
         """Return the key of a trial's run."""
@@ -251,7 +250,6 @@ class Events(tune.Callback):
         trial_id = trial.trial_id
         self._heard[trial_id] = time.monotonic()
         if "preempted" in result:
-            self._preemptions[trial_id] += 1
             trial.max_failures += 1  # this one does not count
             return
         if "failure" in result:
@@ -306,8 +304,7 @@ class Events(tune.Callback):
         trial_id = trial.trial_id
         self._ledger.stop(trial_id)
         self._restarts[trial_id] += 1
-        tags = {"segadapt.restarts": self._restarts[trial_id], "segadapt.preemptions": self._preemptions[trial_id]}
-        self._tracker.set_tags(self.key(trial_id), {name: str(count) for name, count in tags.items()})
+        self._tracker.set_tags(self.key(trial_id), {"segadapt.restarts": str(self._restarts[trial_id])})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that ended or was stopped early."""
@@ -345,6 +342,8 @@ class Events(tune.Callback):
         key = self.key(trial_id)
         self._tracker.log_summary(key, {"cost/hours": self._ledger.trial_hours(trial_id)}, 0)
         tags = {STATE_TAG: state}
+        if left := noted_preemptions(self._spec.artifacts(trial_id)):
+            tags["segadapt.preemptions"] = str(left)
         best = best_checkpoint(self._spec.folder, trial_id, self._spec.objective.keeps)
         goals: dict[str, float] = {}
         if best is not None:

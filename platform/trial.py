@@ -21,7 +21,7 @@ from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.memory import InfeasibleError, noted_micro_batch
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter
-from segadapt.trainables.core.preemption import PreemptedError
+from segadapt.trainables.core.preemption import PreemptedError, noted_preemptions
 from segadapt.trainables.core.trainer import Report, Trainer, TrainerSettings
 
 Launcher = Literal["auto", "train", "inprocess"]
@@ -266,7 +266,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     resources = spec.resources
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
 
-    def fit() -> Any:
+    def fit(max_failures: int) -> Any:
         return TorchTrainer(
             train_worker,
             torch_config=PreemptibleTorchConfig(),
@@ -281,29 +281,38 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
                 ),
-                failure_config=ray.train.FailureConfig(max_failures=spec.tolerance.max_failures),
+                failure_config=ray.train.FailureConfig(max_failures=max_failures),
             ),
         ).fit()
 
     with _reporting_failure(tune.report):
-        result = _again_if_not_at_fault(fit, spec.artifacts(trial_id))
+        result = _again_if_not_at_fault(fit, spec.artifacts(trial_id), spec.tolerance.max_failures)
         if result.metrics:  # what Tune missed, if the trial had ended when the driver was killed
             tune.report(result.metrics)
 
 
-def _again_if_not_at_fault(fit: Callable[[], Any], folder: Path) -> Any:
-    """Call `fit` again if its workers were asked to end, or left a smaller micro-batch in the folder and failed.
+def _again_if_not_at_fault(fit: Callable[[int], Any], folder: Path, max_failures: int) -> Any:
+    """Call `fit` again if its workers left a smaller micro-batch in the folder and failed, or were asked to end.
 
-    Ray Train's own retries are for machines that fail, and too few for a batch that must be halved often.
+    Ray Train's own retries are for machines that fail, and too few for a batch that must be halved often. It counts
+    workers that left in good order as well: their number is given back.
+
+    Args:
+        fit: Runs the workers; takes how often Ray Train may start them again.
+        folder: Where the trial notes its micro-batch and preemptions.
+        max_failures: How often they may be started again because a machine failed.
     """
     while True:
-        before = noted_micro_batch(folder)
+        micro_batch, left = noted_micro_batch(folder), noted_preemptions(folder)
         try:
-            return fit()
+            return fit(max_failures)
         except Exception as error:
-            reason = _reason(error)
-            shrunk = noted_micro_batch(folder) != before and not reason.startswith(INFEASIBLE)
-            if not shrunk and not reason.startswith(PREEMPTED):
+            if _reason(error).startswith(INFEASIBLE):
+                raise
+            if noted_micro_batch(folder) != micro_batch:
+                continue
+            max_failures = noted_preemptions(folder) - left - 1  # of its restarts and this one, so many were no failure
+            if max_failures < 0:
                 raise
 
 

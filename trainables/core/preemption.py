@@ -4,10 +4,14 @@ Cloud providers, schedulers and container runtimes announce the end of a machine
 """
 
 import contextlib
+import json
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
+
+_NOTE = "preemptions.json"
 
 _asked = threading.Event()
 _training = threading.Event()
@@ -47,3 +51,19 @@ def training() -> Iterator[None]:
 def asked_to_leave() -> bool:
     """Return whether this process was asked to end since its training began."""
     return _asked.is_set()
+
+
+def note_preemption(folder: Path) -> None:
+    """Count, in the folder of a trial, that it was saved and left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{_NOTE}"
+    temporary.write_text(json.dumps(noted_preemptions(folder) + 1))
+    temporary.replace(folder / _NOTE)
+
+
+def noted_preemptions(folder: Path) -> int:
+    """Return how often a trial was saved and left."""
+    try:
+        return int(json.loads((folder / _NOTE).read_text()))
+    except FileNotFoundError:
+        return 0

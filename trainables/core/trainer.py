@@ -354,6 +354,7 @@ class Trainer:
             save_state(temporary, state)
             shutil.rmtree(self._interrupted, ignore_errors=True)
             temporary.rename(self._interrupted)
+            preemption.note_preemption(self.folder)
         distributed.barrier()
         raise PreemptedError(f"The process was asked to end; the trial is saved after step {done + step}.")
 
