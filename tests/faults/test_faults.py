@@ -6,6 +6,7 @@ Each test prints how long it took from the fault to the next result. docs/faults
 import contextlib
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -345,15 +346,17 @@ def test_a_search_waits_for_its_database_and_its_disk(
             (storage / "full").unlink()
 
         def refuse_writing() -> None:
-            subprocess.run(["mount", "-o", "remount,ro", str(storage)], check=False)
+            (process,) = processes(trial_id(tmp_path, "sdca-streets", "sdca-001"))
+            _, most = resource.prlimit(process, resource.RLIMIT_FSIZE)
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (100, most))  # longer files are refused with an error
             time.sleep(away_s)
-            subprocess.run(["mount", "-o", "remount,rw", str(storage)], check=True)
+            resource.prlimit(process, resource.RLIMIT_FSIZE, (most, most))
 
         with driving(tmp_path, *words, "--study-uri", url) as driver:
             driver.wait_for("sdca-001 step 15/")
             recoveries.measure(f"PostgreSQL killed, back after {away_s:g} s", driver, "sdca-001", lose_the_database)
             recoveries.measure(f"disk full for {away_s:g} s", driver, "sdca-001", fill_the_disk)
-            recoveries.measure(f"disk read-only for {away_s:g} s", driver, "sdca-001", refuse_writing)
+            recoveries.measure(f"trial cannot write for {away_s:g} s", driver, "sdca-001", refuse_writing)
             assert driver.ends() == 0, driver.said()
         run = runs_of(tmp_path, "sdca-streets")["sdca-001"]
         assert run.info.status == "FINISHED"

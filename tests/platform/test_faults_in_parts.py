@@ -15,7 +15,8 @@ from segadapt.platform.patience import patiently
 from segadapt.platform.search import _close_unfinished
 from segadapt.platform.storage import Storage
 from segadapt.platform.study import LOST
-from segadapt.platform.trial import Tolerance, TrialSpec
+from segadapt.platform.trial import Tolerance, TrialSpec, _again_if_not_at_fault
+from segadapt.trainables.core.preemption import note_preemption
 
 
 class Disk:
@@ -43,6 +44,37 @@ def test_storage_that_refuses_is_asked_again_for_so_long() -> None:
 def test_tolerance_is_checked(settings: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="must"):
         Tolerance(**settings)  # type: ignore[arg-type]
+
+
+class Workers:
+    """Die (D) or leave (L) in this order, under what starts them again and counts both alike, as Ray Train does."""
+
+    def __init__(self, folder: Path, events: str) -> None:
+        self.folder = folder
+        self.events = list(events)
+
+    def fit(self, max_failures: int) -> str:
+        for failures in range(1, len(self.events) + 1):
+            event = self.events.pop(0)
+            if event == "L":
+                note_preemption(self.folder)
+            if failures > max_failures:
+                raise RuntimeError("worker died" if event == "D" else "PreemptedError: asked to end")
+        return "trained"
+
+
+@pytest.mark.parametrize(
+    ("events", "ends_well"),
+    [("", True), ("DD", True), ("DDD", False), ("LLLLLLL", True), ("DLD", True), ("LDLDL", True), ("DLDLD", False)],
+)
+def test_workers_may_leave_as_often_as_they_are_asked_to(events: str, ends_well: bool, tmp_path: Path) -> None:
+    workers = Workers(tmp_path, events)
+    if ends_well:
+        assert _again_if_not_at_fault(workers.fit, tmp_path, 2) == "trained"
+    else:
+        with pytest.raises(RuntimeError, match="worker died"):
+            _again_if_not_at_fault(workers.fit, tmp_path, 2)
+    assert workers.events == []
 
 
 @dataclass
