@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def tiny(steps: int, warmup: int = 4) -> list[str]:
     return [f"{key}={value}" for key, value in (TINY | own).items()]
 
 
-WORDS = tiny(90)
+WORDS = tiny(120)
 
 pytestmark = pytest.mark.slow
 
@@ -47,27 +48,43 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 600) ->
 
 
 class Driver:
-    """A command in the background and what it prints."""
+    """A command in the background, and what it prints with the time of each line."""
 
     def __init__(self, folder: Path, *words: str) -> None:
-        self.log = folder / f"{words[0]}.txt"
-        with self.log.open("w") as output:
-            self.process = subprocess.Popen(
-                [COMMAND, *words], cwd=folder, stdout=output, stderr=output, process_group=0
-            )
+        self.lines: list[tuple[float, str]] = []
+        self.process = subprocess.Popen(
+            [COMMAND, *words],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append((time.monotonic(), line))
 
     def said(self) -> str:
-        return self.log.read_text()
+        return "".join(line for _, line in self.lines)
 
-    def wait_for(self, pattern: str, after: int = 0) -> "re.Match[str]":
-        """The first match in what was printed after the first `after` characters."""
+    def wait_for(self, pattern: str, after: int = 0) -> "tuple[float, re.Match[str]]":
+        """When the first line that matches came, of those after the first `after` ones, and its match."""
 
-        def found() -> "re.Match[str] | None":
-            assert self.process.poll() is None or re.search(pattern, self.said()[after:]), self.said()
-            return re.search(pattern, self.said()[after:])
+        def found() -> "tuple[float, re.Match[str]] | None":
+            ended = self.process.poll() is not None and not self.reader.is_alive()
+            for when, line in self.lines[after:]:
+                if match := re.search(pattern, line):
+                    return when, match
+            assert not ended, self.said()
+            return None
 
-        match: re.Match[str] = wait_for(found, pattern)
-        return match
+        known: tuple[float, re.Match[str]] = wait_for(found, pattern)
+        return known
 
     def ends(self) -> int:
         return self.process.wait(timeout=600)
@@ -95,12 +112,20 @@ class Recoveries:
 
     def measure(self, fault: str, driver: Driver, name: str, inflict: Callable[[], None]) -> int:
         """Inflict a fault on a trial and return the step of its next result."""
+        return self.begin(fault, driver, name, inflict)()
+
+    def begin(self, fault: str, driver: Driver, name: str, inflict: Callable[[], None]) -> Callable[[], int]:
+        """Inflict a fault on a trial; what is returned waits for its next result and returns the step."""
         started = time.monotonic()
         inflict()
-        before = len(driver.said())
-        step = int(driver.wait_for(rf"{name} step (\d+)/", before).group(1))
-        self.rows.append((fault, time.monotonic() - started))
-        return step
+        before = len(driver.lines)
+
+        def wait() -> int:
+            when, match = driver.wait_for(rf"{name} step (\d+)/", before)
+            self.rows.append((fault, when - started))
+            return int(match.group(1))
+
+        return wait
 
 
 @pytest.fixture(scope="module")
@@ -176,25 +201,24 @@ def test_a_search_survives_kills_hangs_and_preemptions_of_its_trials(
 
         def inflict() -> None:
             os.kill(process, number)
-            wait_for(lambda: not is_alive(process), f"process {process} to end")
+            wait_for(lambda: number == signal.SIGSTOP or not is_alive(process), f"process {process} to end")
 
         return inflict
 
     with driving(tmp_path, *SEARCH, "--max-failures", "1", "--trial-timeout", "45", *WORDS) as driver:
-        driver.wait_for("sdca-001 step 15/")
-        step = recoveries.measure("trial killed", driver, "sdca-001", signalled("sdca-001", signal.SIGKILL))
-        assert step >= 15, "from its checkpoint"
-        driver.wait_for("sdca-002 step 30/")
-        step = recoveries.measure(
-            "trial hangs, time-out 45 s", driver, "sdca-002", signalled("sdca-002", signal.SIGSTOP)
-        )
-        assert step >= 30
-        driver.wait_for("sdca-003 step 15/")
-        recoveries.measure("trial asked to end", driver, "sdca-003", signalled("sdca-003", signal.SIGTERM))
-        recoveries.measure("trial killed", driver, "sdca-003", signalled("sdca-003", signal.SIGKILL))
-        driver.wait_for("sdca-004 step 15/")
-        recoveries.measure("trial killed", driver, "sdca-004", signalled("sdca-004", signal.SIGKILL))
+
+        def begin(fault: str, name: str, number: signal.Signals) -> Callable[[], int]:
+            driver.wait_for(f"{name} step {EVERY}/")
+            return recoveries.begin(fault, driver, name, signalled(name, number))
+
+        killed = begin("trial killed", "sdca-001", signal.SIGKILL)
+        hung = begin("trial hangs, time-out 45 s", "sdca-002", signal.SIGSTOP)
+        assert killed() >= EVERY, "from its checkpoint"
+        begin("trial asked to end", "sdca-003", signal.SIGTERM)()
+        begin("trial killed", "sdca-003", signal.SIGKILL)()
+        begin("trial killed", "sdca-004", signal.SIGKILL)()
         signalled("sdca-004", signal.SIGKILL)()
+        assert hung() >= EVERY
         assert driver.ends() == 1, driver.said()
     assert "sdca-004 failed" in driver.said()
     found, expected = runs_of(tmp_path, "sdca-streets"), runs_of(undisturbed, "sdca-streets")
