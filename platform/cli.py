@@ -301,15 +301,7 @@ def train(
     from segadapt.platform.errors import UsageError
 
     options = _options(
-        storage,
-        tracking_uri,
-        address,
-        launcher,
-        workers,
-        gpus,
-        debug,
-        max_failures=max_failures,
-        trial_timeout=trial_timeout,
+        storage, tracking_uri, address, launcher, workers, gpus, debug, None, max_failures, trial_timeout
     )
     if resume is not None:
         outcome = api.resume(resume, options)
@@ -425,15 +417,7 @@ def finish(
     from segadapt.platform import api
 
     options = _options(
-        storage,
-        tracking_uri,
-        address,
-        launcher,
-        workers,
-        gpus,
-        debug,
-        max_failures=max_failures,
-        trial_timeout=trial_timeout,
+        storage, tracking_uri, address, launcher, workers, gpus, debug, None, max_failures, trial_timeout
     )
     found, outcome = api.finish(
         run, _values(None, settings), options, search_name=search_name, rounds=rounds, seeds=seeds

@@ -243,10 +243,12 @@ def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
         if write is None:
             tune.report(metrics)
             return
+        patiently(lambda: report_checkpoint(metrics, write), OSError, STORAGE_PATIENCE_S)
+
+    def report_checkpoint(metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory(prefix="segadapt-") as folder:
             write(Path(folder))
-            checkpoint = tune.Checkpoint.from_directory(folder)
-            patiently(lambda: tune.report(metrics, checkpoint=checkpoint), OSError, STORAGE_PATIENCE_S)
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
 
     with _reporting_failure(tune.report):
         # Not Tune's checkpoint: its state may be older than the last one, or name one that was replaced since.

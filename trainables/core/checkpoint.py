@@ -1,6 +1,7 @@
 """Checkpoints on disk: written whole or not at all, hashed, loaded without unpickling code."""
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,8 +35,11 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values) and the manifest that vouches for it into an existing folder."""
-    torch.save(state, folder / STATE)
-    (folder / MANIFEST).write_text(json.dumps({"sha256": {STATE: file_hash(folder / STATE)}}))
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # to a file, it would tell of a full disk by another error than OSError
+    (folder / STATE).write_bytes(buffer.getbuffer())
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps({"sha256": {STATE: digest}}))
 
 
 def is_whole(folder: Path) -> bool:
