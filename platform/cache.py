@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from segadapt.platform import leases, stages
+from segadapt.platform.errors import UsageError
 from segadapt.platform.storage import Storage
 from segadapt.trainables.core.checkpoint import MANIFEST
 
@@ -127,9 +128,22 @@ def _needs(storage: Storage) -> dict[str, list[str]]:
     needs: dict[str, list[str]] = {}
     for path in sorted(storage.experiments.glob(f"*/{stages.NEEDS}")):
         with contextlib.suppress(FileNotFoundError):  # it has just finished
-            for stage_hash in json.loads(path.read_text()):
+            for stage_hash in _needed(path):
                 needs.setdefault(stage_hash, []).append(path.parent.name)
     return needs
+
+
+def _needed(path: Path) -> list[str]:
+    try:
+        hashes = json.loads(path.read_text())
+    except ValueError:
+        hashes = None
+    if not isinstance(hashes, list) or not all(isinstance(entry, str) for entry in hashes):
+        raise UsageError(
+            f"{path} must list the stages that {path.parent.name} needs, but is damaged. Go on with that experiment by "
+            "--resume, which writes it anew, or remove the file."
+        )
+    return hashes
 
 
 def _leases(storage: Storage) -> Iterator[RunningLease]:

@@ -56,11 +56,20 @@ def label_table(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def checkpoints(experiment: Path, trial_id: str) -> Iterator[TrialCheckpoint]:
-    """Yield what is kept of a trial, oldest first; folders that are not whole are passed over."""
+    """Yield what is kept of a trial, oldest first; folders whose small files are missing or damaged are passed over."""
     for parent in _folders(experiment, trial_id):
         for folder in sorted(parent.glob("checkpoint_*")):
-            if (folder / MANIFEST).is_file() and (folder / EVALUATION).is_file():
-                yield TrialCheckpoint(folder, read_metrics(folder))
+            if (folder / MANIFEST).is_file() and (metrics := readable_metrics(folder)) is not None:
+                yield TrialCheckpoint(folder, metrics)
+
+
+def readable_metrics(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the metrics reported with a checkpoint, or None if they are missing or damaged."""
+    try:
+        metrics = read_metrics(checkpoint)
+        return metrics if isinstance(metrics["step"], int) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def newest_checkpoint(experiment: Path, trial_id: str) -> Path | None:
@@ -70,12 +79,13 @@ def newest_checkpoint(experiment: Path, trial_id: str) -> Path | None:
 
 
 def best_checkpoint(experiment: Path, trial_id: str, metric: str) -> TrialCheckpoint | None:
-    """Return the checkpoint with the highest metric, the later one of equals; of those removed, what is known."""
+    """Return the whole checkpoint with the highest metric, the later one of equals; of those removed, what is known."""
     record = _removed(experiment, trial_id)
     if record is not None:
         return TrialCheckpoint(Path(record["path"]), record["best"], kept=False)
-    kept = [found for found in checkpoints(experiment, trial_id) if metric in found.metrics]
-    return max(kept, key=lambda found: (found.metrics[metric], found.metrics["step"]), default=None)
+    kept = [found for found in checkpoints(experiment, trial_id) if isinstance(found.metrics.get(metric), int | float)]
+    kept.sort(key=lambda found: (found.metrics[metric], found.metrics["step"]), reverse=True)
+    return next((found for found in kept if is_whole(found.path)), None)
 
 
 def removed_metrics(experiment: Path, trial_id: str) -> dict[str, Any] | None:

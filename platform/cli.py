@@ -70,6 +70,12 @@ SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out files that cannot be decoded; data.skip_bad=true.")
 ]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML experiment file; KEY=VALUE overrides it.")]
+MaxFailures = Annotated[
+    int, typer.Option(help="Start a trial again so often when its process or node dies, or it hangs.")
+]
+TrialTimeout = Annotated[
+    float, typer.Option(metavar="SECONDS", help="A trial that reports nothing for so long hangs: start it again.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what workers print.")]
 
 
@@ -196,6 +202,8 @@ def search(
     launcher: LauncherName = "auto",
     workers: Workers = 1,
     gpus: Gpus = None,
+    max_failures: MaxFailures = 2,
+    trial_timeout: TrialTimeout = 7200.0,
     debug: Debug = False,
 ) -> None:
     """Search the space of one method, or of several at once, with Optuna under ASHA; MLflow tracks every trial.
@@ -211,7 +219,9 @@ def search(
     from segadapt.platform.experiments import Record
     from segadapt.platform.storage import open_storage
 
-    options = _options(storage, tracking_uri, address, launcher, workers, gpus, debug, study_uri)
+    options = _options(
+        storage, tracking_uri, address, launcher, workers, gpus, debug, study_uri, max_failures, trial_timeout
+    )
     begun = resume or extend
     if begun is not None:
         option = "--resume" if resume is not None else "--extend"
@@ -293,6 +303,8 @@ def train(
     launcher: LauncherName = "auto",
     workers: Workers = 1,
     gpus: Gpus = None,
+    max_failures: MaxFailures = 2,
+    trial_timeout: TrialTimeout = 7200.0,
     debug: Debug = False,
 ) -> None:
     """Run one trial of a method, tracked like the trials of a search.
@@ -302,7 +314,9 @@ def train(
     from segadapt.platform import api
     from segadapt.platform.errors import UsageError
 
-    options = _options(storage, tracking_uri, address, launcher, workers, gpus, debug)
+    options = _options(
+        storage, tracking_uri, address, launcher, workers, gpus, debug, None, max_failures, trial_timeout
+    )
     if resume is not None:
         outcome = api.resume(resume, options)
         name = resume
@@ -407,6 +421,8 @@ def finish(
     launcher: LauncherName = "auto",
     workers: Workers = 1,
     gpus: Gpus = None,
+    max_failures: MaxFailures = 2,
+    trial_timeout: TrialTimeout = 7200.0,
     debug: Debug = False,
 ) -> None:
     """Self-train the best trial: evaluate; in rounds label the target, train on both domains, evaluate.
@@ -417,7 +433,9 @@ def finish(
     """
     from segadapt.platform import api
 
-    options = _options(storage, tracking_uri, address, launcher, workers, gpus, debug)
+    options = _options(
+        storage, tracking_uri, address, launcher, workers, gpus, debug, None, max_failures, trial_timeout
+    )
     found, outcome = api.finish(
         run,
         _values(None, settings),
@@ -731,9 +749,12 @@ def _options(
     gpus: float | None,
     debug: bool,
     study_uri: str | None = None,
+    max_failures: int = 2,
+    trial_timeout: float = 7200.0,
 ) -> "Options":
     from segadapt.platform.errors import UsageError
     from segadapt.platform.experiments import Options
+    from segadapt.platform.trial import Tolerance
 
     if launcher not in ("auto", "train", "inprocess"):
         raise UsageError(f"--launcher must be auto, train or inprocess, but got {launcher!r}.")
@@ -745,6 +766,7 @@ def _options(
         launcher=launcher,  # type: ignore[arg-type]
         workers=workers,
         gpus=gpus,
+        tolerance=Tolerance(max_failures, trial_timeout),
         debug=debug,
         say=lambda text: _console().print(text, markup=False),
     )
@@ -906,7 +928,7 @@ def _show_status(found: "SearchStatus", *, clear: bool) -> None:
         for column in ("trial", "state", "step", "best", "last heard"):
             table.add_column(column, justify="left" if column in ("trial", "state") else "right")
         for trial in found.running:
-            heard = f"{_duration(trial.heard_s)} ago"
+            heard = f"{_duration(trial.heard_s)} ago" + (" (stalled)" if trial.stalled else "")
             table.add_row(trial.name, trial.state, str(trial.step), _number(trial.value), heard)
         console.print(table)
     for rung in found.rungs:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from segadapt.platform.tracking import (
     Tracker,
 )
 from segadapt.platform.trial import INFEASIBLE, TrialSpec
+from segadapt.trainables.core.preemption import noted_preemptions
 from segadapt.trainables.core.pseudo_labels import PROVENANCE
 
 _STATUS: dict[str, Status] = {
@@ -79,6 +81,9 @@ class Events(tune.Callback):
         self._gpu_hours: GpuHours | None = None
         self._swept = False
         self._open: dict[str, Any] = {}
+        self._numbers: dict[str, int] = {}
+        self._heard: dict[str, float] = {}
+        self._restarts: Counter[str] = Counter()
         self._paused: set[str] = set()
         self._described: set[str] = set()
         self._close_lost: Callable[[Collection[str]], None] | None = None
@@ -114,6 +119,7 @@ class Events(tune.Callback):
         self._ledger = ledger
         self._gpu_hours = gpu_hours
         self._deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+        self._heard = {}
         self._environment = environment()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,11 +128,18 @@ class Events(tune.Callback):
 
     def get_state(self) -> dict[str, Any]:
         """Return what a resumed search must know."""
-        return {"names": self._names, "failures": self._failures, "ended": self._ended}
+        return {
+            "names": self._names,
+            "failures": self._failures,
+            "ended": self._ended,
+            "numbers": self._numbers,
+            "restarts": self._restarts,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Take over what an earlier session knew."""
         self._names, self._failures, self._ended = state["names"], state["failures"], state["ended"]
+        self._numbers, self._restarts = state["numbers"], state["restarts"]
 
     def key(self, trial_id: str) -> str:
         """Return the key of a trial's run."""
@@ -135,6 +148,12 @@ class Events(tune.Callback):
     def name(self, trial_id: str) -> str:
         """Return the name of a trial's run; the id of a trial that was never started."""
         return self._names.get(trial_id, trial_id)
+
+    def number(self, trials: Sequence[Any], trial_id: str) -> int:
+        """Return which proposal a trial is, from 1; Tune puts a trial that it starts again at the end of its list."""
+        for trial in trials:
+            self._numbers.setdefault(trial.trial_id, len(self._numbers) + 1)
+        return self._numbers[trial_id]
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Before anything else: close runs of trials that a killed driver started but had not yet saved."""
@@ -147,12 +166,16 @@ class Events(tune.Callback):
             self._tracker.end_lost(self._labels.experiment, self.key(""), known)
             if self._close_lost is not None:
                 self._close_lost([trial.trial_id for trial in trials])
-            for trial in trials:
+            self._open = {
+                trial.trial_id: trial for trial in trials if trial.status not in (Trial.TERMINATED, Trial.ERROR)
+            }
+            for trial in self._open.values():
                 _forget_replaced_checkpoint(trial)
-            self._open = {trial.trial_id: trial for trial in trials if trial.trial_id not in self._ended}
+                trial.max_failures = trial.run_metadata.num_failures + self._spec.tolerance.max_failures
             if self._keeper is not None:
                 self._keeper.sweep()
         self._follow_pauses()
+        self._end_hung()
 
     def _follow_pauses(self) -> None:
         """Tell of trials that their scheduler paused or let go on; Tune has no event for it."""
@@ -172,6 +195,19 @@ class Events(tune.Callback):
                 self._paused.remove(trial_id)
             self._tracker.set_tags(self.key(trial_id), {STATE_TAG: "paused" if waits else "running"})
 
+    def _end_hung(self) -> None:
+        """Kill the process of a trial that was not heard of for too long; Tune starts it again."""
+        import ray
+
+        now, timeout_s = time.monotonic(), self._spec.tolerance.timeout_s
+        for trial_id, trial in self._open.items():
+            if trial.status != Trial.RUNNING:
+                self._heard.pop(trial_id, None)
+            elif now - self._heard.setdefault(trial_id, now) > timeout_s:
+                self._failures[trial_id] = f"hung: nothing was reported for {timeout_s:g} s (--trial-timeout)"
+                self._heard[trial_id] = now
+                ray.kill(trial.temporary_state.ray_actor)
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Open the run of a trial, or continue it."""
         assert self._tracker is not None
@@ -179,11 +215,13 @@ class Events(tune.Callback):
         assert self._ledger is not None
         trial_id = trial.trial_id
         self._open[trial_id] = trial
+        self._heard[trial_id] = time.monotonic()
         self._ledger.start(trial_id)
+        number = self.number(trials, trial_id)
         if trial_id in self._started:
             return
         self._started.add(trial_id)
-        number = trials.index(trial) + 1  # in the order of proposal, whichever process was ready first
+        self._ended.discard(trial_id)  # a single run that failed may be tried again
         config = self._spec.config(trial.config)
         names = self._labels.names
         name = self._names.setdefault(trial_id, names[number - 1] if names else f"{config.method_name}-{number:03d}")
@@ -218,10 +256,15 @@ class Events(tune.Callback):
         assert self._tracker is not None
         assert self._progress is not None
         trial_id = trial.trial_id
+        self._heard[trial_id] = time.monotonic()
+        if "preempted" in result:
+            trial.max_failures += 1  # this one does not count
+            return
         if "failure" in result:
             self._failures[trial_id] = result["failure"]
             trial.max_failures = 0  # the code or its settings failed, not a machine: trying again would fail again
             return
+        self._failures.pop(trial_id, None)
         metrics = {name: value for name, value in result.items() if name.startswith(METRIC_PREFIXES)}
         if self._labels.kind == "finish":
             metrics |= self._round(trial_id, result)
@@ -265,7 +308,11 @@ class Events(tune.Callback):
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Stop the clock of a trial whose process died, until it is started again."""
         assert self._ledger is not None
-        self._ledger.stop(trial.trial_id)
+        assert self._tracker is not None
+        trial_id = trial.trial_id
+        self._ledger.stop(trial_id)
+        self._restarts[trial_id] += 1
+        self._tracker.set_tags(self.key(trial_id), {"segadapt.restarts": str(self._restarts[trial_id])})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that ended or was stopped early."""
@@ -306,6 +353,8 @@ class Events(tune.Callback):
         key = self.key(trial_id)
         self._tracker.log_summary(key, {"cost/hours": self._ledger.trial_hours(trial_id)}, 0)
         tags = {STATE_TAG: state}
+        if left := noted_preemptions(self._spec.artifacts(trial_id)):
+            tags["segadapt.preemptions"] = str(left)
         best = best_checkpoint(self._spec.folder, trial_id, self._spec.objective.keeps)
         goals: dict[str, float] = {}
         if best is not None:

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from pydantic import TypeAdapter
 
 from segadapt.platform import stages
 from segadapt.platform.checkpoints import TrialCheckpoint, best_checkpoint, iou_table, read_metrics
@@ -26,7 +27,7 @@ from segadapt.platform.reranking import Reranked, rerank, verdict
 from segadapt.platform.samplers import SamplerName
 from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.study import SchedulerName, open_study_storage
-from segadapt.platform.trial import Launcher, Resources, TrialSpec
+from segadapt.platform.trial import Launcher, Resources, Tolerance, TrialSpec
 from segadapt.trainables.core.trainer import stage_steps
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Options:
     """Data-parallel workers of each trial."""
     gpus: float | None = None
     """GPUs of each worker; None takes one if there is any."""
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    """What may go wrong with machines before a trial has failed."""
     debug: bool = False
     say: Callable[[str], None] = print
     """Receives what is told to the user besides the live progress."""
@@ -96,7 +99,7 @@ class Candidate:
     def from_dict(cls, content: Mapping[str, Any]) -> "Candidate":
         """Rebuild what `as_dict` returned."""
         space = {key: json_to_distribution(json.dumps(value)) for key, value in content["space"].items()}
-        return cls(content["fixed"], space, content["first"])
+        return cls(dict(content["fixed"]), space, dict(content["first"]))
 
 
 @dataclass(frozen=True)
@@ -188,8 +191,21 @@ class Record:
             raise UsageError(
                 f"There must be an experiment {name!r} in {storage.root}, but there is not. Known: {known}."
             ) from error
-        content["candidates"] = {name: Candidate.from_dict(found) for name, found in content["candidates"].items()}
-        return cls(**content)
+        except ValueError as error:
+            raise _damaged(storage, name, error) from error
+        try:
+            content["candidates"] = {name: Candidate.from_dict(found) for name, found in content["candidates"].items()}
+            hints = {**get_type_hints(cls), "candidates": dict[str, Any]}
+            return cls(**{name: TypeAdapter(hints[name]).validate_python(value) for name, value in content.items()})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(storage, name, error) from error
+
+
+def _damaged(storage: Storage, name: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"{storage.experiment(name) / RECORD} must be as segadapt wrote it, but is not: {error!r}. "
+        "Restore it from a backup, or begin a new search."
+    )
 
 
 @dataclass(frozen=True)
@@ -264,6 +280,7 @@ def run(record: Record, options: Options) -> Outcome:
                 resources=resources,
                 objective=Objective.parse(record.objective),
                 start=Path(record.start) if record.start else None,
+                tolerance=options.tolerance,
                 code=stages.code_versions(record.candidates),
             )
             clock.lap("start")
@@ -588,6 +605,8 @@ class _Session:
     def _ensure_stages_of(self, method: str, seed: int | None, keys: list[stages.StageKey]) -> bool:
         """Load a method's shared stages, wait for those that others compute, and compute what is missing."""
         storage, say = self.spec.storage, self.options.say
+        for name in stages.put_damaged_aside(storage, keys):
+            say(f"{method}: the files of the stage {name} are damaged; it is computed anew.")
         try:
             with stages.turn_to_compute(storage, keys, self.record.name, say) as done:
                 if done:

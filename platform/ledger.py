@@ -1,20 +1,29 @@
 """What trials have cost so far: the time they ran and the devices they held, kept over restarts."""
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter
 from ray import tune
 
+from segadapt.platform.errors import UsageError
 from segadapt.platform.storage import Storage
 from segadapt.platform.trial import Resources
+
+logger = logging.getLogger(__name__)
 
 LEDGER = "cost.json"
 """File in an experiment's folder: seconds, GPU seconds and CPU seconds of each trial."""
 
+_UNITS = ("seconds", "gpu_seconds", "cpu_seconds")
+
 _SAVE_EVERY_S = 5.0
+
+_ACCOUNTS = TypeAdapter(dict[str, dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]])
 
 
 class Ledger:
@@ -78,10 +87,13 @@ class Ledger:
         for trial_id in self._running:
             self._settle(trial_id)
         self._saved = self._clock()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._file.with_name(f".{LEDGER}")
-        temporary.write_text(json.dumps(self._spent))
-        temporary.replace(self._file)
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._spent))
+            temporary.replace(self._file)
+        except OSError as error:  # tried again soon: storage that is away for a while ends no search
+            logger.warning("What trials have cost is not saved in %s: %s", self._file, error)
 
 
 def spent_hours(storage: Storage, experiment: str, unit: str, *, stages_only: bool = False) -> float:
@@ -102,8 +114,13 @@ def spent_hours(storage: Storage, experiment: str, unit: str, *, stages_only: bo
 def _read(file: Path) -> dict[str, dict[str, float]]:
     if not file.is_file():
         return {}
-    found: dict[str, dict[str, float]] = json.loads(file.read_text())
-    return found
+    try:
+        found: dict[str, dict[str, float]] = _ACCOUNTS.validate_json(file.read_bytes())
+    except ValueError as error:
+        raise UsageError(
+            f"{file} must hold the seconds that each trial took, but is damaged. Remove it to count from 0 again."
+        ) from error
+    return {trial_id: {**dict.fromkeys(_UNITS, 0.0), **spent} for trial_id, spent in found.items()}
 
 
 class GpuHours(tune.Stopper):

@@ -58,7 +58,7 @@ class Outbox:
         self._marks = os.open(folder / "delivered", os.O_RDWR | os.O_CREAT, 0o666)
         self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._appending = threading.Lock()
-        self._delivered = int(os.pread(self._marks, 32, 0) or 0)
+        self._delivered = _marked(self._marks)
         self._last = self._delivered
         self._synced = self._delivered
 
@@ -182,8 +182,14 @@ class Outbox:
                 self._lines.put(json.dumps(content).encode())
 
     def _contents(self) -> Iterator[dict[str, Any]]:
+        """Yield the records on disk; lines that a disk has damaged are passed over."""
         with (self.folder / _RECORDS).open("rb") as lines:
-            yield from map(json.loads, lines)
+            for line in lines:
+                content = _read(line)
+                if content is not None:
+                    yield content
+                else:
+                    logger.error("A record for tracking in %s is damaged and left out: %.200r", self.folder, line)
 
     def _entry(self, content: Mapping[str, Any]) -> Entry:
         files = self.folder / "files" / str(content["number"]) if content["files"] else None
@@ -214,10 +220,10 @@ def _look(folder: Path) -> Look | None:
             alive = not _try_lock(records, fcntl.LOCK_SH)
             lines = records.read().rpartition(b"\n")[0].splitlines()  # the last one may be half written
         marks = folder / "delivered"
-        delivered = int(marks.read_bytes() or 0) if marks.exists() else 0
+        delivered = _number(marks.read_bytes()) if marks.exists() else 0
     except FileNotFoundError:  # removed just now
         return None
-    contents = [json.loads(line) for line in lines]
+    contents = [content for line in lines if (content := _read(line)) is not None]
     return Look(folder, alive, contents, sum(content["number"] > delivered for content in contents))
 
 
@@ -237,6 +243,26 @@ def abandoned(server: Path, older_than_s: float) -> list[Path]:
         and not any((folder / name).exists() for name in (_RECORDS, _REFUSED))
         and now - folder.stat().st_mtime > older_than_s
     ]
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """Return what a line holds, or None if it is not as it was written."""
+    try:
+        content = json.loads(line)
+        kinds = {"number": int, "operation": str, "arguments": dict, "files": bool}
+        whole = all(isinstance(content[name], kind) for name, kind in kinds.items())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return content if whole and content["number"] > 0 else None
+
+
+def _marked(marks: int) -> int:
+    """Return the number of the last record that was delivered; all are sent again if that is damaged."""
+    return _number(os.pread(marks, 32, 0))
+
+
+def _number(mark: bytes) -> int:
+    return int(mark) if mark.strip().isdigit() else 0
 
 
 def left_over(server: Path) -> list[Path]:

@@ -62,6 +62,8 @@ def _distribution(method: str, key: str, kind: str, text: str) -> BaseDistributi
     try:
         parts = yaml.safe_load(f"[{text}]")
         if kind == "choice":
+            if not all(part is None or isinstance(part, bool | int | float | str) for part in parts):
+                raise ValueError("choices must be plain values")
             return CategoricalDistribution(parts)
         low, high = parts
         numbers = IntDistribution if _is_integer(method, key) else FloatDistribution

@@ -17,7 +17,8 @@ from segadapt.platform.rungs import scheduler
 from segadapt.platform.samplers import SamplerName, make_sampler
 from segadapt.platform.study import LOST, TRIAL_ID, SchedulerName, Spaces, open_study_storage, values_by_step
 from segadapt.platform.tracking import Tracker
-from segadapt.platform.trial import WORKER_RETRIES, TrialSpec, run_in_process, run_with_ray_train
+from segadapt.platform.trial import TrialSpec, run_in_process, run_with_ray_train
+from segadapt.trainables.core import preemption
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def run_experiment(
                 verbose=0,
                 callbacks=[Events(spec, labels)],
                 stop=_limit(plan),
-                failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
+                failure_config=tune.FailureConfig(max_failures=spec.tolerance.max_failures),
                 checkpoint_config=tune.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
                 ),
@@ -136,6 +137,7 @@ def run_experiment(
     finally:
         progress.close()
     trials = results._experiment_analysis.trials
+    trials = sorted(trials, key=lambda trial: events.number(trials, trial.trial_id))
     if searcher is not None and not events.interrupted:
         _close_unfinished(searcher, spec.objective.goals)
     return [
@@ -184,7 +186,19 @@ def _trainable(spec: TrialSpec) -> Any:
             tune.with_parameters(run_with_ray_train, spec=spec), {"node:__internal_head__": 0.001}
         )
     needs = {"cpu": resources.cpus} | ({"gpu": resources.gpus} if resources.gpus else {})
-    return tune.with_resources(tune.with_parameters(run_in_process, spec=spec), needs)
+    return tune.with_resources(_preemptible(tune.with_parameters(run_in_process, spec=spec)), needs)
+
+
+def _preemptible(function: Any) -> Any:
+    """Return Tune's class for a trial's function; its process leaves in good order when it is asked to end."""
+    from ray.tune.trainable import wrap_function
+
+    class Preemptible(wrap_function(function)):  # type: ignore[misc]
+        def setup(self, config: Any) -> None:
+            preemption.leave_when_terminated()
+            super().setup(config)
+
+    return Preemptible
 
 
 def _tune_config(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", searcher: StudySearch | None) -> Any:
@@ -271,9 +285,12 @@ def _close_lost(searcher: StudySearch, known: Collection[str]) -> None:
 
 def _close_unfinished(searcher: StudySearch, goals: Sequence[str]) -> None:
     """End the study's trials that nobody runs any more: pruned if they reported anything, otherwise failed."""
+    import optuna
     from optuna.trial import TrialState
 
     study = searcher.study
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if TRIAL_ID not in trial.user_attrs:  # made twice, since the answer of the database was lost
+            optuna.trial.Trial(study, trial._trial_id).set_user_attr(LOST, True)
         reported = values_by_step(trial, goals)
         study.tell(trial.number, state=TrialState.PRUNED if reported else TrialState.FAIL)

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from segadapt.platform import leases
+from segadapt.platform.checkpoints import readable_metrics
 from segadapt.platform.config import TrialConfig
 from segadapt.platform.sources import source_hash
 from segadapt.platform.storage import Storage
 from segadapt.trainables import method_class
-from segadapt.trainables.core.checkpoint import MANIFEST
+from segadapt.trainables.core.checkpoint import MANIFEST, is_whole
 from segadapt.trainables.core.method import Stage
 from segadapt.trainables.core.trainer import Report, stage_steps
 
@@ -176,6 +179,18 @@ def mark_used(folder: Path) -> None:
         os.utime(folder / MANIFEST)
 
 
+def put_damaged_aside(storage: Storage, keys: Sequence[StageKey]) -> list[str]:
+    """Take stages whose files are damaged out of the store, so that they are computed anew; returns their names."""
+    damaged = []
+    for key in keys:
+        folder = find(storage, key)
+        if folder is not None and (readable_metrics(folder) is None or not is_whole(folder)):
+            with contextlib.suppress(FileNotFoundError):  # another experiment was faster
+                folder.rename(storage.stages / f".{key.hash}.{uuid.uuid4().hex}")
+            damaged.append(key.stage.name)
+    return damaged
+
+
 @contextlib.contextmanager
 def turn_to_compute(
     storage: Storage, keys: Sequence[StageKey], experiment: str, say: Callable[[str], None]
@@ -243,8 +258,8 @@ def publish(storage: Storage, key: StageKey, checkpoint: Path, description: Desc
 def describe(folder: Path) -> Description | None:
     """Return what a stage in the store is; None if its folder does not say."""
     try:
-        return Description(**json.loads((folder / DESCRIPTION).read_text()))
-    except (OSError, ValueError, TypeError):
+        return TypeAdapter(Description).validate_json((folder / DESCRIPTION).read_bytes())
+    except (OSError, ValueError):
         return None
 
 

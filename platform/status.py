@@ -1,8 +1,10 @@
 """How a search stands, read from where its driver writes: MLflow and the study. Needs no Ray, so it runs anywhere."""
 
+import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from segadapt.platform import tracking
@@ -11,6 +13,11 @@ from segadapt.platform.selection import TARGET
 from segadapt.platform.study import decisions
 
 _OPEN = ("running", "paused")
+
+_STALLED = 5
+"""A trial is stalled that is silent for so many times the longest silence between two reports of any running one."""
+_STALLED_S = 60.0
+"""At least, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,10 @@ class RunningTrial:
     """The leading goal, when last evaluated."""
     heard_s: float
     """Seconds since it last reported, or since it began."""
+    longest_s: float
+    """The longest that it was silent between two reports."""
+    stalled: bool = False
+    """Silent for much longer than any trial was between two reports."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
         states={found: names.count(found) for found in sorted(set(names))},
         best=known[best] if best is not None else None,
         best_name=best,
-        running=[] if is_over else running,
+        running=[] if is_over else _judged(running),
         rungs=_rungs(study) if study is not None else (),
         failures={
             entry.info.run_name: entry.data.tags[tracking.FAILURE_TAG]
@@ -97,8 +108,16 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
     )
 
 
+def _judged(running: Sequence[RunningTrial]) -> list[RunningTrial]:
+    """Say which trials are stalled; of a search in which none has reported twice, nobody knows."""
+    longest_s = max((trial.longest_s for trial in running), default=0.0)
+    limit_s = max(_STALLED_S, _STALLED * longest_s) if longest_s else math.inf
+    return [replace(trial, stalled=trial.state == "running" and trial.heard_s > limit_s) for trial in running]
+
+
 def _running(client: Any, entry: Any, goal: str) -> RunningTrial:
     history = client.get_metric_history(entry.info.run_id, goal)
+    times = sorted(found.timestamp for found in history)
     last = max(history, key=lambda found: found.step, default=None)
     heard_ms = last.timestamp if last is not None else entry.info.start_time
     return RunningTrial(
@@ -107,6 +126,7 @@ def _running(client: Any, entry: Any, goal: str) -> RunningTrial:
         step=last.step if last is not None else 0,
         value=max((found.value for found in history), default=None),
         heard_s=max(0.0, time.time() - heard_ms / 1000),
+        longest_s=max((later - earlier for earlier, later in itertools.pairwise(times)), default=0) / 1000,
     )
 
 

@@ -1,15 +1,18 @@
 """How a search is written in its Optuna study, which is its one record: any tool that reads studies can open it."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.storages import BaseStorage
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, RDBStorage, _CachedStorage
 from optuna.trial import FrozenTrial
 
 from segadapt.platform.config import Values
 from segadapt.platform.errors import UsageError
-from segadapt.platform.trial import METHOD
+from segadapt.platform.patience import patiently
+from segadapt.platform.trial import METHOD, STORAGE_PATIENCE_S
 
 SchedulerName = Literal["asha", "asha-promote", "median", "hyperband", "none"]
 SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
@@ -31,7 +34,7 @@ Spaces = Mapping[str, Mapping[str, BaseDistribution]]
 
 
 def open_study_storage(url: str) -> BaseStorage:
-    """Connect to Optuna's storage.
+    """Connect to Optuna's storage; what is asked of it later waits while the database is away.
 
     Args:
         url: As SQLAlchemy takes it; SQLite and PostgreSQL are tested.
@@ -39,22 +42,57 @@ def open_study_storage(url: str) -> BaseStorage:
     Raises:
         UsageError: If it cannot be reached; the message leaves out the password.
     """
-    from optuna.storages import RDBStorage
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        return RDBStorage(url)
+        return _PatientStorage(RDBStorage(url, engine_kwargs={"pool_pre_ping": True}))
     except (SQLAlchemyError, ImportError) as error:
         try:
             shown = make_url(url).render_as_string(hide_password=True)
         except SQLAlchemyError:
             shown = "what was given"
-        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         raise UsageError(
             "--study-uri must be a database that answers, such as postgresql+psycopg://user:password@host/name (with "
-            f"`pip install segadapt[postgresql]`), but {shown} does not: {reason}"
+            f"`pip install segadapt[postgresql]`), but {shown} does not: {_reason(error)}"
         ) from error
+
+
+class _AwayError(Exception):
+    """A database does not answer, or takes nothing."""
+
+
+def _waiting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Have a storage's method wait while its database is restarted, full or read-only."""
+    from sqlalchemy.exc import OperationalError
+
+    def attempt(*arguments: Any, **named: Any) -> Any:
+        try:
+            return method(*arguments, **named)
+        except (OperationalError, StorageInternalError) as error:
+            away = error if isinstance(error, OperationalError) else error.__cause__
+            if not isinstance(away, OperationalError):
+                raise
+            raise _AwayError(f"The study's database does not answer: {_reason(away)}") from error
+
+    @functools.wraps(method)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return patiently(lambda: attempt(*arguments, **named), _AwayError, STORAGE_PATIENCE_S)
+
+    return call
+
+
+class _PatientStorage(_CachedStorage):
+    """Optuna's storage in a database that may be away for a while."""
+
+
+for _method in BaseStorage.__abstractmethods__:
+    setattr(_PatientStorage, _method, _waiting(getattr(_CachedStorage, _method)))
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what a database answered."""
+    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
 
 
 def record_values(trial: Any, known: FrozenTrial, step: int, values: Mapping[str, float]) -> None:

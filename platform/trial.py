@@ -11,13 +11,17 @@ from typing import Any, Literal
 from segadapt.platform import stages
 from segadapt.platform.checkpoints import TRAIN_FOLDER, newest_checkpoint, read_metrics, removed_metrics
 from segadapt.platform.config import TrialConfig, Values, resolve
+from segadapt.platform.errors import UsageError
 from segadapt.platform.objective import Objective
+from segadapt.platform.patience import patiently
 from segadapt.platform.storage import Storage
 from segadapt.trainables import method_class
+from segadapt.trainables.core import preemption
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.memory import InfeasibleError, noted_micro_batch
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter
+from segadapt.trainables.core.preemption import PreemptedError, noted_preemptions
 from segadapt.trainables.core.trainer import Report, Trainer, TrainerSettings
 
 Launcher = Literal["auto", "train", "inprocess"]
@@ -31,8 +35,11 @@ CONFIG = "config.json"
 INFEASIBLE = "infeasible:"
 """How the reason of a failure begins when the trial does not fit the device's memory, whatever the micro-batch."""
 
-WORKER_RETRIES = 2
-"""How often Ray starts a trial or its workers again after a process or node died."""
+PREEMPTED = "preempted:"
+"""How the reason begins why a trial's process left that was asked to end."""
+
+STORAGE_PATIENCE_S = 600.0
+"""How long a trial, or the study, waits for storage that refuses what is written."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,25 @@ class Resources:
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """How much may go wrong with the machines that a trial runs on before it has failed."""
+
+    max_failures: int = 2
+    """How often a trial is started again after its process or node died, or it hung; preemptions do not count."""
+    timeout_s: float = 7200.0
+    """A trial that reports nothing for so long hangs."""
+
+    def __post_init__(self) -> None:
+        if self.max_failures < 0:
+            raise UsageError(f"--max-failures must not be negative, but got {self.max_failures}. 0 tries once.")
+        if not self.timeout_s > 0:
+            raise UsageError(
+                f"--trial-timeout must be a positive number of seconds, but got {self.timeout_s:g}. "
+                "Take several times what lies between two evaluations."
+            )
+
+
+@dataclass(frozen=True)
 class TrialSpec:
     """What is common to the trials of an experiment; travels to the trial's processes."""
 
@@ -67,6 +93,7 @@ class TrialSpec:
     """Checkpoint folder to begin from; None begins from the shared stages."""
     shared_stages: bool = False
     """Compute the method's shared stages instead of its own."""
+    tolerance: Tolerance = field(default_factory=Tolerance)
     code: stages.CodeVersions | None = None
     """Of the shared stages, as the driver found it: an edit while trials run must not hide their stages from them."""
 
@@ -158,7 +185,8 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
             trainer.start_from(start)
     else:
         report(read_metrics(resume), None)  # once more: the driver may have been killed before it heard
-    trainer.run(resume)
+    with preemption.training():
+        trainer.run(resume)
 
 
 def _describing(report: Report, config: TrialConfig, fingerprint: str) -> Report:
@@ -177,13 +205,16 @@ def _describing(report: Report, config: TrialConfig, fingerprint: str) -> Report
 
 @contextlib.contextmanager
 def _reporting_failure(report: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Tell the driver why a trial fails before the error ends it; an error of storage or network may be retried."""
+    """Tell the driver why a trial fails before the error ends it; an error of storage or a machine may be retried."""
+    from ray.exceptions import RayActorError
+
     try:
         yield
-    except OSError:
+    except (OSError, RayActorError):  # the latter if the process died that watches Ray Train's workers
         raise
     except Exception as error:
-        report({"failure": _reason(error)})
+        reason = _reason(error)
+        report({"preempted": reason} if reason.startswith(PREEMPTED) else {"failure": reason})
         raise
 
 
@@ -195,8 +226,11 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     summary = lines[-1] if lines else ""
     summary = summary if failures else f"{type(error).__name__}: {summary}"
-    _, name, text = summary.partition(f"{InfeasibleError.__name__}: ")
-    return f"{INFEASIBLE} {text}" if name else summary
+    for kind, begins in ((InfeasibleError, INFEASIBLE), (PreemptedError, PREEMPTED)):
+        _, name, text = summary.partition(f"{kind.__name__}: ")
+        if name:
+            return f"{begins} {text}"
+    return summary
 
 
 def _had_ended(spec: TrialSpec, trial_id: str) -> bool:
@@ -222,6 +256,9 @@ def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
         if write is None:
             tune.report(metrics)
             return
+        patiently(lambda: report_checkpoint(metrics, write), OSError, STORAGE_PATIENCE_S)
+
+    def report_checkpoint(metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory(prefix="segadapt-") as folder:
             write(Path(folder))
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
@@ -240,15 +277,18 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from segadapt.platform.preemptible import PreemptibleTorchConfig
+
     trial_id = tune.get_context().get_trial_id()
     if _had_ended(spec, trial_id):
         return
     resources = spec.resources
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
 
-    def fit() -> Any:
+    def fit(max_failures: int) -> Any:
         return TorchTrainer(
             train_worker,
+            torch_config=PreemptibleTorchConfig(),
             train_loop_config={"spec": spec, "trial_id": trial_id, "values": values},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker
@@ -260,27 +300,38 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
                 ),
-                failure_config=ray.train.FailureConfig(max_failures=WORKER_RETRIES),
+                failure_config=ray.train.FailureConfig(max_failures=max_failures),
             ),
         ).fit()
 
     with _reporting_failure(tune.report):
-        result = _while_micro_batches_shrink(fit, spec.artifacts(trial_id))
+        result = _again_if_not_at_fault(fit, spec.artifacts(trial_id), spec.tolerance.max_failures)
         if result.metrics:  # what Tune missed, if the trial had ended when the driver was killed
             tune.report(result.metrics)
 
 
-def _while_micro_batches_shrink(fit: Callable[[], Any], folder: Path) -> Any:
-    """Call `fit` again as long as its workers left a smaller micro-batch in the folder before they failed.
+def _again_if_not_at_fault(fit: Callable[[int], Any], folder: Path, max_failures: int) -> Any:
+    """Call `fit` again if its workers left a smaller micro-batch in the folder and failed, or were asked to end.
 
-    Ray Train's own retries are for machines that fail, and too few for a batch that must be halved often.
+    Ray Train's own retries are for machines that fail, and too few for a batch that must be halved often. It counts
+    workers that left in good order as well: their number is given back.
+
+    Args:
+        fit: Runs the workers; takes how often Ray Train may start them again.
+        folder: Where the trial notes its micro-batch and preemptions.
+        max_failures: How often they may be started again because a machine failed.
     """
     while True:
-        before = noted_micro_batch(folder)
+        micro_batch, left = noted_micro_batch(folder), noted_preemptions(folder)
         try:
-            return fit()
+            return fit(max_failures)
         except Exception as error:
-            if noted_micro_batch(folder) == before or _reason(error).startswith(INFEASIBLE):
+            if _reason(error).startswith(INFEASIBLE):
+                raise
+            if noted_micro_batch(folder) != micro_batch:
+                continue
+            max_failures = noted_preemptions(folder) - left - 1  # of its restarts and this one, so many were no failure
+            if max_failures < 0:
                 raise
 
 
@@ -296,6 +347,6 @@ def train_worker(loop: dict[str, Any]) -> None:
             write(Path(folder))
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
-    checkpoint = ray.train.get_checkpoint()
-    resume = Path(checkpoint.path) if checkpoint else None
-    train(loop["spec"], loop["trial_id"], loop["values"], report, resume)
+    spec, trial_id = loop["spec"], loop["trial_id"]
+    # Not Ray Train's checkpoint, which may have been damaged; all workers find the same: nobody writes meanwhile.
+    train(spec, trial_id, loop["values"], report, newest_checkpoint(spec.folder, trial_id))

@@ -24,14 +24,14 @@ from segadapt.platform.experiments import RECORD, Options, finished_trials
 from segadapt.platform.keeping import Keeper
 from segadapt.platform.objective import Objective
 from segadapt.platform.storage import Storage
-from segadapt.trainables.core.checkpoint import MANIFEST
+from segadapt.trainables.core.checkpoint import MANIFEST, STATE, file_hash
 from segadapt.trainables.core.data.datasets import DataConfig, load_data
 
 MIOU, OTHER = "target_val/miou", "score/entropy"
 
 OBJECTIVES = (MIOU, f"{MIOU},time/step", f"{MIOU}+{OTHER}")
 
-FILES = {MANIFEST, EVALUATION, "state.pt"}
+FILES = {MANIFEST, EVALUATION, STATE}
 
 OPEN = ("running", "paused")
 
@@ -117,8 +117,9 @@ class History:
         found.append({"step": len(found), MIOU: values[0], OTHER: values[1], "time/step": values[1]})
         folder = self.folder / trial / f"checkpoint_{len(found):06d}"
         folder.mkdir(parents=True)
-        for name in FILES:
-            (folder / name).write_text(json.dumps({"metrics": found[-1]}))
+        (folder / STATE).write_bytes(b"weights")
+        (folder / MANIFEST).write_text(json.dumps({"sha256": {STATE: file_hash(folder / STATE)}}))
+        (folder / EVALUATION).write_text(json.dumps({"metrics": found[-1]}))
         best = best_checkpoint(self.folder, trial, self.objective.keeps)
         assert best is not None
         for old in checkpoints(self.folder, trial):

@@ -23,7 +23,7 @@ from optuna.trial import create_trial
 from test_search import command, gallery_steps, steps_of, tracked
 from test_tracking import free_port
 
-from segadapt.platform import api
+from segadapt.platform import api, status
 from segadapt.platform.report import render
 from segadapt.platform.reranking import rerank, verdict
 
@@ -73,6 +73,16 @@ def test_status_follows_a_search_from_another_process_and_ends_with_it(told: Tol
         assert (found["search"], found["asked"], found["objective"]) == (NAME, 6, "target_val/miou")
         assert all(trial["state"] in ("running", "paused") and trial["step"] <= 8 for trial in found["running"])
     assert any(found["running"] for found in told.watched), "it ran while it was watched"
+
+
+def test_a_trial_is_stalled_that_is_silent_for_longer_than_any_was() -> None:
+    def judged(*trials: tuple[str, float, float]) -> list[bool]:
+        running = [status.RunningTrial("name", state, 4, 0.5, heard, longest) for state, heard, longest in trials]
+        return [trial.stalled for trial in status._judged(running)]
+
+    assert judged(("running", 3600, 0)) == [False], "nobody knows how long it takes"
+    assert judged(("running", 50, 1), ("running", 70, 1), ("paused", 70, 1)) == [False, True, False]
+    assert judged(("running", 70, 1), ("running", 2, 600)) == [False, False]
 
 
 def test_status_of_an_ended_search_counts_its_trials_and_rungs(told: Told) -> None:

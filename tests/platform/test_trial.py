@@ -76,6 +76,19 @@ def test_shared_stages_interrupted_between_two_of_them_go_on_with_the_second(tmp
     assert len(stages.longest_prefix(spec.storage, keys)) == len(keys) == 2
 
 
+@pytest.mark.parametrize("name", ["state.pt", "manifest.json", "evaluation.json"])
+def test_a_damaged_shared_stage_is_computed_anew(name: str, tmp_path: Path) -> None:
+    spec = spec_of("sdca", tmp_path, shared_stages=True)
+    reports = Checkpoints(tmp_path / "a")
+    train(spec, "stages", {}, reports, None)
+    keys = stages.stage_keys(spec.shared_config("sdca"), reports.metrics[0]["fingerprint"])
+    warmup = stages.longest_prefix(spec.storage, keys)[0]
+    assert stages.put_damaged_aside(spec.storage, keys) == []
+    (warmup / name).write_bytes((warmup / name).read_bytes()[:-10])
+    assert stages.put_damaged_aside(spec.storage, keys) == ["source_only"]
+    assert stages.longest_prefix(spec.storage, keys) == []
+
+
 def test_a_trial_without_its_shared_stages_says_so(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="must have been computed"):
         train(spec_of("sdca", tmp_path), "trial", {}, Checkpoints(tmp_path / "a"), None)

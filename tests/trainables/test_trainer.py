@@ -1,9 +1,13 @@
 """Promises of the trainer that hold for every method."""
 
+import contextlib
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from segadapt.trainables.core.data.loading import BatchSource
 from segadapt.trainables.core.data.sampling import sample_at
 from segadapt.trainables.core.data.transforms import AugmentationConfig
 from segadapt.trainables.core.method import SOURCE_ONLY
+from segadapt.trainables.core.preemption import PreemptedError, leave_when_terminated, training
 from segadapt.trainables.core.trainer import NonFiniteLossError
 
 NAMES = [method.name for method in METHODS]
@@ -50,6 +55,44 @@ def test_resuming_from_any_checkpoint_of_any_stage_is_bit_exact(name: str, tmp_p
             }
         assert equal_state(load_state(resumed.checkpoint(len(resumed.metrics) - 1)), last)
     assert stages == {stage.name for stage in trainer.plan}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trial_that_is_asked_to_leave_after_every_step_is_bit_exact(name: str, tmp_path: Path) -> None:
+    config = toy_config(name, trainer__eval_every=3)
+    trainer, whole = toy_trainer(config, tmp_path / "whole")
+    trainer.run()
+    metrics: list[dict[str, Any]] = []
+    left, checkpoint = 0, None
+    before = signal.getsignal(signal.SIGTERM)
+    leave_when_terminated()
+    try:
+        while not metrics or not metrics[-1]["finished"]:
+            again, reports = toy_trainer(config, tmp_path / f"run_{left}")
+            again.folder = tmp_path / "artifacts"
+            again.method.after_step = _and_then(again.method.after_step, signal.SIGTERM)  # type: ignore[method-assign]
+            with training(), contextlib.suppress(PreemptedError):
+                again.run(checkpoint)
+            metrics += reports.metrics
+            checkpoint = reports.checkpoint(len(reports.metrics) - 1) if reports.metrics else checkpoint
+            left += 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left == sum(trainer.steps.values()), "it left after every step"
+    for mine, theirs in zip(metrics, whole.metrics, strict=True):
+        assert {k: v for k, v in mine.items() if not k.startswith("time/")} == {
+            k: v for k, v in theirs.items() if not k.startswith("time/")
+        }
+    assert checkpoint is not None
+    assert equal_state(load_state(checkpoint), load_state(whole.checkpoint(len(whole.metrics) - 1)))
+
+
+def _and_then(after_step: Callable[[int], None], number: signal.Signals) -> Callable[[int], None]:
+    def call(step: int) -> None:
+        after_step(step)
+        signal.raise_signal(number)
+
+    return call
 
 
 @pytest.mark.parametrize("name", NAMES)

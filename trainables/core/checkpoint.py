@@ -1,6 +1,7 @@
 """Checkpoints on disk: written whole or not at all, hashed, loaded without unpickling code."""
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,8 +35,11 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values) and the manifest that vouches for it into an existing folder."""
-    torch.save(state, folder / STATE)
-    (folder / MANIFEST).write_text(json.dumps({"sha256": {STATE: file_hash(folder / STATE)}}))
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # to a file, it would tell of a full disk by another error than OSError
+    (folder / STATE).write_bytes(buffer.getbuffer())
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps({"sha256": {STATE: digest}}))
 
 
 def is_whole(folder: Path) -> bool:
@@ -43,7 +47,7 @@ def is_whole(folder: Path) -> bool:
     try:
         expected = json.loads((folder / MANIFEST).read_text())["sha256"][STATE]
         return bool(file_hash(folder / STATE) == expected)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -56,7 +60,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         expected = json.loads((folder / MANIFEST).read_text())["sha256"][STATE]
         actual = file_hash(folder / STATE)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(
             f"A checkpoint must hold {STATE} and {MANIFEST}, but {folder} is incomplete ({error}). "
             "Continue from another checkpoint."

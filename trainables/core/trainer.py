@@ -6,19 +6,20 @@ It knows neither Ray nor MLflow: results leave through a `Report` function.
 import contextlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from segadapt.trainables.core import distributed
-from segadapt.trainables.core.checkpoint import load_state, save_state, tensors_hash
+from segadapt.trainables.core import distributed, preemption
+from segadapt.trainables.core.checkpoint import is_whole, load_state, save_state, tensors_hash
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch, DomainData, EvaluationData
 from segadapt.trainables.core.data.loading import (
     BatchSource,
@@ -41,12 +42,16 @@ from segadapt.trainables.core.memory import (
 )
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, trained_parameters
 from segadapt.trainables.core.networks import recompute_blocks
+from segadapt.trainables.core.preemption import PreemptedError
 from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder, read_provenance
 from segadapt.trainables.core.selection import ScoredImages, label_free_scores
 from segadapt.trainables.core.validation import check
 
 Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
 """Receives the metrics of an evaluation and, on the first worker, a function that writes the checkpoint to a folder."""
+
+_ASK_EVERY = 8
+"""Steps after which several workers ask each other whether one of them must leave."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -222,8 +227,9 @@ class Trainer:
         Raises:
             InfeasibleError: If the device's memory is too small, even for single images.
             SmallerMicroBatchError: If it is for one of several workers: run all again, from the last checkpoint.
+            PreemptedError: If a worker was asked to end: the step it was in is saved, run all again from there.
         """
-        state = load_state(resume) if resume is not None else None
+        state = self._later_of(load_state(resume) if resume is not None else None)
         first = [stage.name for stage in self.plan].index(state["stage"]) if state is not None else 0
         done = sum(self.steps[stage.name] for stage in self.plan[:first])
         used = state.get("micro_batch", self.micro_batch) if state is not None else self.micro_batch
@@ -269,7 +275,11 @@ class Trainer:
         before = Snapshot(self.method) if again else None
         self._seed(stage, start)
         progress = _Progress()
+        if state is not None and "interrupted" in state:
+            self._take_up(state["interrupted"], progress)
         for step in range(start, steps):
+            if self._must_leave(step):
+                self._save_and_leave(stage, done, step, optimizer, progress)
             self.method.train()
             self._set_learning_rate(stage, optimizer, step, steps)
             if before is not None:
@@ -291,6 +301,71 @@ class Trainer:
                 self._evaluate_and_report(stage, done, step + 1, optimizer, progress)
                 self._seed(stage, step + 1)
                 progress = _Progress()
+
+    @property
+    def _interrupted(self) -> Path:
+        """Folder of the step that the trial was asked to leave at."""
+        return self.folder / "interrupted"
+
+    def _later_of(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Return the state of a checkpoint, or the one that an interrupted process saved after it."""
+        if not is_whole(self._interrupted):
+            return state
+        saved = load_state(self._interrupted)
+        names = [stage.name for stage in self.plan]
+        if saved["stage"] not in names:  # it was finished since
+            return state
+        place = (names.index(saved["stage"]), saved["step"])
+        return saved if state is None or place > (names.index(state["stage"]), state["step"]) else state
+
+    def _must_leave(self, step: int) -> bool:
+        """Return whether a worker was asked to end; several agree on it every few steps, for asking takes time."""
+        if distributed.world_size() == 1:
+            return preemption.asked_to_leave()
+        if step % _ASK_EVERY:
+            return False
+        return bool(distributed.sum_over_workers(torch.tensor(float(preemption.asked_to_leave()))) > 0)
+
+    def _save_and_leave(
+        self, stage: Stage, done: int, step: int, optimizer: torch.optim.Optimizer, progress: _Progress
+    ) -> NoReturn:
+        """Save the middle of an evaluation interval: one worker goes on as if it had never left.
+
+        Several keep the first one's running statistics and draw other random numbers until the next evaluation.
+        """
+        self._agree_on_buffers()
+        terms = {name: distributed.sum_over_workers(total) for name, total in sorted(progress.terms.items())}
+        state = self._state(stage, step, optimizer)
+        state["interrupted"] = {
+            "terms": terms,
+            "steps": progress.steps,
+            "seconds": time.perf_counter() - progress.started,
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
+        if distributed.rank() == 0:
+            temporary = self._interrupted.with_name(".interrupted")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            save_state(temporary, state)
+            shutil.rmtree(self._interrupted, ignore_errors=True)
+            temporary.rename(self._interrupted)
+            preemption.note_preemption(self.folder)
+        distributed.barrier()
+        raise PreemptedError(f"The process was asked to end; the trial is saved after step {done + step}.")
+
+    def _take_up(self, kept: dict[str, Any], progress: _Progress) -> None:
+        """Go on with the sums and random numbers of an interrupted process."""
+        if distributed.world_size() == 1:
+            torch.set_rng_state(kept["random"])
+            if kept["cuda_random"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(kept["cuda_random"])
+        if distributed.rank() == 0:  # the sums are those of all workers
+            progress.terms = {name: total.to(self.device) for name, total in kept["terms"].items()}
+        else:
+            progress.terms = {name: torch.zeros_like(total).to(self.device) for name, total in kept["terms"].items()}
+        progress.steps = kept["steps"]
+        progress.started -= kept["seconds"]
 
     def _micro_batches(self, stage: Stage, folder: Path, step: int) -> Iterator[DomainBatch]:
         """Yield the micro-batches of the stage from a step on; a step sees the same images however it is parted."""
@@ -539,12 +614,27 @@ class Trainer:
             self._write_checkpoint(folder, stage, step, optimizer, metrics, evaluation)
 
         self.report(metrics, write if distributed.rank() == 0 else None)
+        if distributed.rank() == 0:
+            shutil.rmtree(self._interrupted, ignore_errors=True)  # what was reported is later
 
     def _agree_on_buffers(self) -> None:
         """Take the first worker's buffers: running statistics of batch normalisation differ between workers."""
         if distributed.world_size() > 1:
             for buffer in self.method.buffers():
                 torch.distributed.broadcast(buffer, 0)
+
+    def _state(self, stage: Stage, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Return all that going on from a step needs."""
+        deployed = next(name for name, module in self.method.named_modules() if module is self.method.deployed)
+        return {
+            "method": self.method.name,
+            "stage": stage.name,
+            "step": step,
+            "deployed": deployed,
+            "micro_batch": self.micro_batch,
+            "state": self.method.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
 
     def _write_checkpoint(
         self,
@@ -555,17 +645,7 @@ class Trainer:
         metrics: dict[str, Any],
         evaluation: Evaluation,
     ) -> None:
-        deployed = next(name for name, module in self.method.named_modules() if module is self.method.deployed)
-        state = {
-            "method": self.method.name,
-            "stage": stage.name,
-            "step": step,
-            "deployed": deployed,
-            "micro_batch": self.micro_batch,
-            "state": self.method.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        save_state(folder, state)
+        save_state(folder, self._state(stage, step, optimizer))
         shown = evaluation_for_network(self.evaluation, self.settings.augmentation)
         save_gallery(self.method.deployed, shown, self.device, folder / "gallery.png")
         summary = {
