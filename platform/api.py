@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ from segadapt.trainables.source_only import SourceOnly
 if TYPE_CHECKING:
     from segadapt.platform.cost import Estimate
     from segadapt.platform.deploy import Origin
+    from segadapt.platform.jobs import Job
     from segadapt.platform.predicting import PredictionResult
     from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
@@ -1014,6 +1015,50 @@ def _stage_storage(storage: str) -> Storage:
     if not opened.root.is_dir():
         raise UsageError(f"--storage must be an existing folder, but {opened.root} is not. Name the one of your runs.")
     return opened
+
+
+def submit(words: Sequence[str], *, address: str, name: str | None = None, wheel: str | None = None) -> str:
+    """Run a command on a cluster as a Ray Job and return the job's name; see `jobs.submit`.
+
+    Raises:
+        UsageError: If the command cannot run there, or the cluster does not answer.
+    """
+    from segadapt.platform import jobs
+
+    return jobs.submit(words, address=address, name=name, wheel=wheel)
+
+
+def jobs(*, address: str) -> "list[Job]":
+    """Return the jobs that a cluster knows, oldest first.
+
+    Raises:
+        UsageError: If the cluster does not answer.
+    """
+    from segadapt.platform import jobs
+
+    return jobs.jobs(address)
+
+
+def logs(job: str, *, address: str, follow: bool = False) -> Iterator[str]:
+    """Yield what a job has printed, and with `follow` what it prints until it ends.
+
+    Raises:
+        UsageError: If there is no such job, or the cluster does not answer.
+    """
+    from segadapt.platform import jobs
+
+    return jobs.logs(job, address, follow=follow)
+
+
+def stop(job: str, *, address: str) -> bool:
+    """End a job as SIGTERM does; returns False if it had ended.
+
+    Raises:
+        UsageError: If there is no such job, or the cluster does not answer.
+    """
+    from segadapt.platform import jobs
+
+    return jobs.stop(job, address)
 
 
 def ui(*, storage: str = "runs", port: int = 5000) -> int:
