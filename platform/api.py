@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Candidate, Options, Outcome, Record, run
 from segadapt.platform.objective import GOALS, Objective
 from segadapt.platform.ranges import split_ranges, start
+from segadapt.platform.redaction import redacted
 from segadapt.platform.reranking import Reranked, rerank, verdict
 from segadapt.platform.samplers import check_sampler
 from segadapt.platform.selection import TARGET, Choice, compare
@@ -636,7 +638,7 @@ def export(
     deploy.check_name(name)
     origin = _origin(run_name, search_name, storage, tracking_uri)
     network, card = deploy.load_network(origin, torch.device("cpu"))
-    folder = Path(out or f"{origin.search}-{origin.run}").expanduser()
+    folder = Path(out or re.sub(r"[^\w.-]", "-", f"{origin.search}-{origin.run}")).expanduser()  # a server named it
     differences = deploy.write(network, card, folder)
     version = deploy.register(_client(storage, tracking_uri), name, card, folder / deploy.ONNX)
     return ExportResult(origin.run, str(folder), differences, name, version)
@@ -1077,6 +1079,7 @@ def ui(*, storage: str = "runs", port: int = 5000) -> int:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise UsageError(f"--port must be free, but {port} is in use. Choose another, e.g. --port {port + 1}.")
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]  # no other site's name leads here
     command += ["--backend-store-uri", tracking.tracking_uri(opened, None)]
     command += ["--artifacts-destination", str(opened.mlflow_artifacts)]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -1151,7 +1154,8 @@ def _free_name(storage: str, tracking_uri: str | None, name: str | None, default
             return server is not None and server.get_experiment_by_name(candidate) is not None
         except Exception as error:  # whatever the client raises for an address that is none of a server's
             raise UsageError(
-                f"--tracking-uri must name an MLflow server that answers, but {tracking_uri} does not: {error}"
+                f"--tracking-uri must name an MLflow server that answers, but {redacted(tracking_uri)} does not: "
+                f"{redacted(error)}"
             ) from error
 
     if name is not None:

@@ -92,12 +92,13 @@ def main() -> None:
 
 def _fail(error: Exception) -> None:
     from segadapt.platform.errors import UsageError
+    from segadapt.platform.redaction import redacted
 
     console = _console(stderr=True)
     if isinstance(error, UsageError):
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        console.print(f"error: {redacted(error)}", markup=False, soft_wrap=True)
         sys.exit(2)
-    console.print(f"error: {type(error).__name__}: {error}", markup=False)
+    console.print(f"error: {type(error).__name__}: {redacted(error)}", markup=False)
     where = traceback.extract_tb(error.__traceback__)[-1]
     console.print(f"(raised at {where.filename}:{where.lineno}; --debug shows the whole traceback)", markup=False)
     sys.exit(1)
@@ -817,6 +818,7 @@ def _values(config: str | None, settings: list[str] | None, *, skip_bad: bool = 
 def _conclude(name: str, outcome: "Outcome", options: "Options", *, advise: bool) -> None:
     """Show what came out and what to do next, and exit."""
     from segadapt.platform import api
+    from segadapt.platform.redaction import redacted
 
     try:
         board = api.runs(name, storage=options.storage, tracking_uri=options.tracking_uri)
@@ -824,7 +826,8 @@ def _conclude(name: str, outcome: "Outcome", options: "Options", *, advise: bool
         if options.tracking_uri is None:
             raise
         options.say(
-            f"{name} ended, but its MLflow server does not answer: {error}\n`segadapt runs {name}` shows it later."
+            f"{name} ended, but its MLflow server does not answer: {redacted(error)}\n"
+            f"`segadapt runs {name}` shows it later."
         )
         sys.exit(_status(outcome))
     _show_leaderboard(board)

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from segadapt.platform.cluster import authenticated
 from segadapt.platform.config import read_experiment
 from segadapt.platform.errors import UsageError
+from segadapt.platform.redaction import redacted
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 """Of Ray's dashboard on a cluster's head, by way of a tunnel."""
@@ -156,10 +157,11 @@ def _client(address: str) -> Iterator[Any]:
         try:
             yield JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, RayError) as error:
+            answer = redacted(error).strip().splitlines()[0]
             raise UsageError(
-                f"--address must be Ray's dashboard on the cluster's head, but {_shown(address)} answered: "
-                f"{str(error).strip().splitlines()[0]}\nIs the tunnel open (`ssh -N -L 8265:127.0.0.1:8265 HEAD`), and "
-                "the cluster's token in ~/.ray/auth_token, RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN?"
+                f"--address must be Ray's dashboard on the cluster's head, but {redacted(address)} answered: {answer}\n"
+                "Is the tunnel open (`ssh -N -L 8265:127.0.0.1:8265 HEAD`), and the cluster's token in "
+                "~/.ray/auth_token, RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN?"
             ) from error
 
 
@@ -188,7 +190,7 @@ def _check_command(words: Sequence[str]) -> None:
     storage = _option(words, "--storage")
     if storage is None or not Path(storage).is_absolute():
         raise UsageError(
-            "A command to submit must have --storage with an absolute path, a folder that all nodes of the cluster see, but "
+            "A command to submit must have --storage with an absolute path, a folder that all nodes see, but "
             f"got {storage or 'none'}. Example: --storage /mnt/segadapt/runs"
         )
     for option in ("--study-uri", "--tracking-uri"):
@@ -237,8 +239,3 @@ def _checked_wheel(path: str) -> str:
             f"--wheel must be a built segadapt, but got {path!r}. `uv build --wheel` makes dist/segadapt-*.whl."
         )
     return str(wheel.absolute())
-
-
-def _shown(address: str) -> str:
-    """Return an address without the password it may hold."""
-    return urlsplit(address)._replace(netloc=urlsplit(address).netloc.rpartition("@")[2]).geturl()
