@@ -116,7 +116,10 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     import ray
+    from ray._private import ray_constants
 
+    # Ray reads this one at import, which may have been before: then workers would be built anew by `uv run`.
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] not in ("0", "false")
     address = address or os.environ.get("RAY_ADDRESS")
     if address is not None:
         check_address(address)

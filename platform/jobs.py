@@ -6,7 +6,9 @@ import logging
 import re
 import secrets
 import shlex
+import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -71,15 +73,13 @@ def submit(words: Sequence[str], *, address: str, name: str | None = None, wheel
     _check_command(words)
     if name is not None and not _NAME.fullmatch(name):
         raise UsageError(f"--name must be 1 to 100 letters, digits, '.', '_' or '-', but got {name!r}. Choose another.")
-    environment: dict[str, Any] = {}
-    if wheel is not None:
-        environment["py_modules"] = [_checked_wheel(wheel)]
     words = _self_contained(words)
     name = name or f"{words[0]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     command = shlex.join(["python", "-m", "segadapt.platform.cli", *words])
-    with _client(address) as client:
+    with tempfile.TemporaryDirectory(prefix="segadapt-job-") as folder, _client(address) as client:
         if any(job.submission_id == name for job in client.list_jobs()):
             raise UsageError(f"--name must be new, but the cluster has a job {name!r}. Choose another.")
+        environment = {} if wheel is None else {"working_dir": _unpacked(wheel, Path(folder))}
         _start(client, f"PYTHONUNBUFFERED=1 exec {command}", name, environment)
     return name
 
@@ -232,10 +232,20 @@ def _self_contained(words: Sequence[str]) -> list[str]:
     return [*kept, *(f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in given)]
 
 
-def _checked_wheel(path: str) -> str:
+def _unpacked(path: str, folder: Path) -> str:
+    """Unpack a built segadapt, which goes before the installed one wherever the folder is the working directory.
+
+    Not as Ray's `py_modules`: Ray would have every node install the wheel with all it depends on, PyTorch too.
+    """
     wheel = Path(path)
-    if not (wheel.is_file() and wheel.name.startswith("segadapt-") and wheel.suffix == ".whl"):
+    try:
+        if not wheel.name.startswith("segadapt-"):
+            raise ValueError("it is none of segadapt's")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UsageError(
-            f"--wheel must be a built segadapt, but got {path!r}. `uv build --wheel` makes dist/segadapt-*.whl."
-        )
-    return str(wheel.absolute())
+            f"--wheel must be a built segadapt, but {path} cannot be unpacked: {error}. `uv build --wheel` makes "
+            "dist/segadapt-*.whl."
+        ) from error
+    return str(folder)

@@ -37,8 +37,6 @@ class Running:
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
     """Start a head with its dashboard, and a node; both ask for the token."""
-    from ray.cluster_utils import Cluster
-
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.worker_environment().items():
             patch.setenv(name, value)
@@ -46,6 +44,8 @@ def running() -> Iterator[Running]:
         patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         patch.setenv("PATH", f"{PROGRAMS}:{os.environ['PATH']}")  # where jobs find `python`
         patch.delenv("RAY_ADDRESS", raising=False)
+        from ray.cluster_utils import Cluster
+
         with cluster.authenticated(local=False):
             head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": True, "dashboard_agent_listen_port": 0}
             found = Cluster(initialize_head=True, head_node_args=head)  # type: ignore[no-untyped-call]
