@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import re
 import secrets
 import shlex
 import tempfile
@@ -20,6 +19,7 @@ from segadapt.platform.cluster import authenticated
 from segadapt.platform.config import read_experiment
 from segadapt.platform.errors import UsageError
 from segadapt.platform.redaction import redacted
+from segadapt.platform.storage import check_name
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 """Of Ray's dashboard on a cluster's head, by way of a tunnel."""
@@ -34,8 +34,6 @@ _POLL_S = 1.0
 
 _READY_S = 120.0
 """For a head that was just started to take jobs."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,8 @@ def submit(words: Sequence[str], *, address: str, name: str | None = None, wheel
         UsageError: If the command cannot run there, or the cluster does not answer.
     """
     _check_command(words)
-    if name is not None and not _NAME.fullmatch(name):
-        raise UsageError(f"--name must be 1 to 100 letters, digits, '.', '_' or '-', but got {name!r}. Choose another.")
+    if name is not None:
+        check_name(name)
     words = _self_contained(words)
     name = name or f"{words[0]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     command = shlex.join(["python", "-m", "segadapt.platform.cli", *words])

@@ -99,10 +99,10 @@ def test_a_node_that_differs_is_named_before_any_trial(running: Running, tmp_pat
     """One node has other versions, one sees another folder under the storage's path."""
     data, storage, other = tmp_path / "data", tmp_path / "runs", tmp_path / "packages"
     data.mkdir()
-    for package in ("segadapt", "torch"):
-        folder = other / f"{package}-9.9.dist-info"
-        folder.mkdir(parents=True)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 9.9\n")
+    (other / "torch-9.9.dist-info").mkdir(parents=True)
+    (other / "torch-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
+    (other / "segadapt" / "trainables").mkdir(parents=True)
+    (other / "segadapt" / "trainables" / "edited.py").touch()
     storage.mkdir()
     with cluster.connect(running.address, dashboard=False) as capacity:
         assert capacity.joined
@@ -114,10 +114,11 @@ def test_a_node_that_differs_is_named_before_any_trial(running: Running, tmp_pat
                 preflight.check_nodes(storage, [str(data)])
             found = str(refused.value).splitlines()[1:-1]
             versions = [line for line in found if differs.node_id[:8] in line]
-            assert [line.partition(") has ")[2].split(" ")[:2] for line in versions] == [
-                ["segadapt", "9.9"],
-                ["torch", "9.9,"],
-            ]
+            has = [line.partition(") has ")[2].split(" ") for line in versions]
+            assert [words[0] for words in has] == ["segadapt", "torch"]
+            assert has[0][1] == has[0][5], "the same number, other files"
+            assert has[0][3].strip("),") != has[0][7].strip(")")
+            assert has[1][1] == "9.9,"
             lost = [line.partition(") ")[2] for line in found if line not in versions]
             assert lost == ([f"does not see {data}", f"does not see this machine's {storage}"] if alone else [])
     finally:
