@@ -31,6 +31,9 @@ _SHOWN_SIZES = 5
 _WATCH_S = 5.0
 """Between two looks of `status --watch`."""
 
+_JOBS = "http://127.0.0.1:8265"
+"""Ray's dashboard on a cluster's head, by way of a tunnel."""
+
 app = typer.Typer(
     name="segadapt",
     help="Search, track and finish unsupervised domain-adaptive semantic segmentation on Ray.",
@@ -554,7 +557,7 @@ def predict(
 @app.command()
 def submit(
     words: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="A search, train or finish command.")],
-    address: JobsAddress = "http://127.0.0.1:8265",
+    address: JobsAddress = _JOBS,
     name: Annotated[str | None, typer.Option(help="Of the job; default: made of command and time.")] = None,
     wheel: Annotated[
         str | None, typer.Option(metavar="FILE", help="A built segadapt to run in place of the cluster's.")
@@ -568,7 +571,7 @@ def submit(
     from segadapt.platform import api
 
     job = api.submit(words, address=address, name=name, wheel=wheel)
-    where = "" if address == "http://127.0.0.1:8265" else f" --address {address}"
+    where = "" if address == _JOBS else f" --address {address}"
     print(f"{job} is submitted. Next:\n  segadapt logs {job} --follow{where}\n  segadapt stop {job}{where}", flush=True)
     if follow:
         _follow(job, address)
@@ -576,7 +579,7 @@ def submit(
 
 @app.command()
 def jobs(
-    address: JobsAddress = "http://127.0.0.1:8265",
+    address: JobsAddress = _JOBS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the jobs of a Ray cluster."""
@@ -598,7 +601,7 @@ def jobs(
 def logs(
     job: JobName,
     follow: Annotated[bool, typer.Option("--follow", help="Until it ends; Ctrl-C leaves it running.")] = False,
-    address: JobsAddress = "http://127.0.0.1:8265",
+    address: JobsAddress = _JOBS,
 ) -> None:
     """Show what a job printed. With --follow, exit status 1 if it failed or was stopped."""
     from segadapt.platform import api
@@ -610,7 +613,7 @@ def logs(
 
 
 @app.command()
-def stop(job: JobName, address: JobsAddress = "http://127.0.0.1:8265") -> None:
+def stop(job: JobName, address: JobsAddress = _JOBS) -> None:
     """End a job; `segadapt submit -- search --resume NAME --storage ...` goes on where it was."""
     from segadapt.platform import api
 

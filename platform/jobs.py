@@ -21,9 +21,6 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.redaction import redacted
 from segadapt.platform.storage import check_name
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-"""Of Ray's dashboard on a cluster's head, by way of a tunnel."""
-
 _COMMANDS = ("search", "train", "finish")
 """Those that train."""
 
@@ -147,7 +144,7 @@ def _client(address: str) -> Iterator[Any]:
 
     if not is_jobs_address(address):
         raise UsageError(
-            f"--address must be that of Ray's dashboard, such as {DEFAULT_ADDRESS}, but got {address!r}. "
+            f"--address must be that of Ray's dashboard, such as http://127.0.0.1:8265, but got {address!r}. "
             "`ssh -N -L 8265:127.0.0.1:8265 HEAD` brings it here."
         )
     logging.getLogger("ray").setLevel(logging.ERROR)
