@@ -210,14 +210,14 @@ def authenticated(*, local: bool) -> Iterator[None]:
 
 def has_token() -> bool:
     """Return whether Ray finds a token in the environment or in a file."""
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
     return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
 
 def _read_again() -> None:
     """Have Ray look at the environment again: it keeps the mode and token that it once read."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

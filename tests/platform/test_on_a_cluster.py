@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -47,7 +48,16 @@ def running() -> Iterator[Running]:
         from ray.cluster_utils import Cluster
 
         with cluster.authenticated(local=False):
-            head = {"num_cpus": 1, "num_gpus": 0, "include_dashboard": True, "dashboard_agent_listen_port": 0}
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            head = {
+                "num_cpus": 1,
+                "dashboard_port": port,
+                "num_gpus": 0,
+                "include_dashboard": True,
+                "dashboard_agent_listen_port": 0,
+            }
             found = Cluster(initialize_head=True, head_node_args=head)  # type: ignore[no-untyped-call]
             try:
                 found.add_node(num_cpus=1, dashboard_agent_listen_port=0)
@@ -101,8 +111,8 @@ def test_a_node_that_differs_is_named_before_any_trial(running: Running, tmp_pat
     data.mkdir()
     (other / "torch-9.9.dist-info").mkdir(parents=True)
     (other / "torch-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
-    (other / "segadapt" / "trainables").mkdir(parents=True)
-    (other / "segadapt" / "trainables" / "edited.py").touch()
+    (other / "segadapt" / "platform").mkdir(parents=True)
+    (other / "segadapt" / "platform" / "edited.py").touch()
     storage.mkdir()
     with cluster.connect(running.address, dashboard=False) as capacity:
         assert capacity.joined
