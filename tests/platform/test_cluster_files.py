@@ -1,24 +1,16 @@
 """The cluster files: by the schemas of those who read them, and a search on a cluster that grows and shrinks by one."""
 
-import json
 import os
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from subprocess import STDOUT, Popen
 from typing import Any
 
 import kubernetes_validate
-import psutil
 import pytest
 import yaml
-from conftest import TINY_WORDS
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from segadapt.platform import cluster
 from segadapt.platform.cluster import Node, planned_nodes
 
 ROOT = Path(__file__).parents[2]
@@ -123,129 +115,3 @@ def test_the_slurm_script_parses_and_keeps_its_token_to_itself() -> None:
     assert text.index("umask 077") < text.index("secrets.token_hex") < text.index("ray start")
     assert "RAY_AUTH_MODE=token" in text
     assert os.access(script, os.X_OK)
-
-
-class Autoscaled:
-    """A head with the autoscaler under `ray_cluster.yaml`; the cloud is Ray's own for tests: nodes on this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        import socket
-
-        import ray
-        from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
-
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            self.address = f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"  # type: ignore[no-untyped-call]
-        provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-        config = prepared(ROOT / "ray_cluster.yaml")
-        types = config["available_node_types"]
-        types["ray.head.default"] = types.pop("head")  # the one name that this provider has for it
-        for kind in types.values():
-            kind["node_config"] = {}
-        for name in ("gpu_spot", "gpu_on_demand"):
-            types[name]["resources"] = {"CPU": 1}
-        config |= {
-            "head_node_type": "ray.head.default",
-            "idle_timeout_minutes": 0.05,
-            "provider": {
-                "type": "external",
-                "module": provider,
-                "gcs_address": self.address,
-                "head_node_id": FAKE_HEAD_NODE_ID,
-                "launch_multiple": True,
-            },
-            "docker": {},
-            "file_mounts": {},
-            **{name: [] for name in config if name.endswith("_commands")},
-        }
-        (folder / "ray_bootstrap_config.yaml").write_text(json.dumps(config))
-        self.environment = {
-            **os.environ,
-            "HOME": str(folder),  # where a head of `ray up` has its cluster file
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
-        head = self.environment | {
-            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-            "RAY_enable_autoscaler_v2": "1",  # as `ray up` sets it
-            "RAY_FAKE_CLUSTER": "1",
-            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
-            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
-        }
-        self.programs = Path(sys.executable).parent
-        command = [
-            str(self.programs / "ray"),
-            "start",
-            "--head",
-            "--block",
-            f"--port={self.address.rpartition(':')[2]}",
-        ]
-        command += ["--num-cpus=0", "--num-gpus=0", "--dashboard-port=0", f"--temp-dir={folder}"]
-        command += [f"--autoscaling-config={folder}/ray_bootstrap_config.yaml"]
-        with (folder / "head.log").open("w") as log:
-            self.head = Popen(command, env=head, stdout=log, stderr=STDOUT)
-
-    def search(self, *words: str) -> "Popen[str]":
-        """Start a search from the head."""
-        command = [str(self.programs / "segadapt"), "search", *words, "--address", self.address]
-        with (self.folder / "search.log").open("w") as log:
-            return Popen(command, cwd=self.folder, env=self.environment, stdout=log, stderr=STDOUT, text=True)
-
-    def end(self) -> None:
-        """End it with all its nodes, by the folder that is theirs alone."""
-        self.head.terminate()
-        self.head.wait(timeout=60)
-        for process in psutil.process_iter(["cmdline"]):
-            if str(self.folder) in " ".join(process.info["cmdline"] or []):
-                process.kill()
-
-
-@pytest.fixture
-def autoscaled(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Autoscaled]:
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="as") as folder:  # short: a socket's path has 107 bytes at most
-        found = Autoscaled(Path(folder))
-        try:
-            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-                monkeypatch.setenv(name, found.environment[name])
-            yield found
-        finally:
-            found.end()
-
-
-@pytest.mark.slow
-def test_a_cluster_grows_for_a_search_and_shrinks_after_it(autoscaled: Autoscaled) -> None:
-    import ray
-
-    def joined() -> bool:
-        done = subprocess.run(
-            [str(autoscaled.programs / "ray"), "health-check", "--address", autoscaled.address],
-            env=autoscaled.environment,
-            capture_output=True,
-            check=False,
-        )
-        return done.returncode == 0
-
-    deadline = time.monotonic() + 120
-    while not joined():
-        assert autoscaled.head.poll() is None, (autoscaled.folder / "head.log").read_text()[-2000:]
-        assert time.monotonic() < deadline
-    search = autoscaled.search("sdca", "--trials", "2", "--launcher", "inprocess", "--gpus-per-trial", "0", *TINY_WORDS)
-    with cluster.connect(autoscaled.address, dashboard=False):
-        most, kinds, deadline = 0, set(), time.monotonic() + 300
-        while True:
-            workers = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]  # type: ignore[no-untyped-call]
-            most = max(most, len(workers))
-            kinds |= {node["Labels"].get("ray.io/node-group") for node in workers}
-            if search.poll() is not None and not workers:
-                break
-            assert time.monotonic() < deadline, (autoscaled.folder / "search.log").read_text()[-2000:]
-            time.sleep(0.2)
-    told = (autoscaled.folder / "search.log").read_text()
-    assert search.returncode == 0, told
-    assert "2 at a time" in told, "planned for workers that did not run yet"
-    assert most == 2, "one per trial"

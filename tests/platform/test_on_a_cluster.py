@@ -1,19 +1,21 @@
-"""A real Ray cluster of several raylets with a token: jobs, and what is looked at before trials start."""
+"""Real Ray clusters on this machine, with a token: one that grows for a job, and one whose nodes differ."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from subprocess import DEVNULL, CompletedProcess, Popen
+from subprocess import DEVNULL, STDOUT, CompletedProcess, Popen
 from typing import Any
 
+import psutil
 import pytest
+import yaml
 from conftest import TINY_WORDS
 
 from segadapt.platform import api, cluster, preflight
@@ -21,91 +23,185 @@ from segadapt.platform.errors import UsageError
 
 Call = Callable[..., "CompletedProcess[str]"]
 
-TOKEN = "0123456789abcdef" * 4
+ROOT = Path(__file__).parents[2]
 PROGRAMS = str(Path(sys.executable).parent)
+SECURED = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4, "RAY_USAGE_STATS_ENABLED": "0"}
 
 
-@dataclass(frozen=True)
-class Running:
-    """A cluster of two nodes."""
+def free_port(host: str) -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
-    address: str
-    jobs: str
-    """Of Ray Jobs."""
-    cluster: Any
+
+class Autoscaled:
+    """A head with the autoscaler under `ray_cluster.yaml`; the cloud is Ray's own for tests: nodes on this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        import ray
+        from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+        self.folder = folder
+        port = free_port("")
+        self.address = f"{ray.util.get_node_ip_address()}:{port}"  # type: ignore[no-untyped-call]
+        self.jobs = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+        config = folder / "ray_bootstrap_config.yaml"  # where a head of `ray up` has it
+        config.write_text(json.dumps(self._config(FAKE_HEAD_NODE_ID)))
+        environment = (
+            os.environ
+            | SECURED
+            | {
+                "HOME": str(folder),
+                "PATH": f"{PROGRAMS}:{os.environ['PATH']}",  # where jobs find `python`
+                "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+                "RAY_enable_autoscaler_v2": "1",  # as `ray up` sets it
+                "RAY_FAKE_CLUSTER": "1",
+                "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+                "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+            }
+        )
+        command = [f"{PROGRAMS}/ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=0", "--num-gpus=0"]
+        command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={self.jobs.rpartition(':')[2]}"]
+        command += ["--dashboard-agent-listen-port=0", f"--temp-dir={folder}", f"--autoscaling-config={config}"]
+        with (folder / "head.log").open("w") as log:
+            self.head = Popen(command, env=environment, stdout=log, stderr=STDOUT)
+
+    def _config(self, head: str) -> dict[str, Any]:
+        from ray.autoscaler._private.util import prepare_config
+
+        config: dict[str, Any] = prepare_config(yaml.safe_load((ROOT / "ray_cluster.yaml").read_text()))
+        types = config["available_node_types"]
+        types["ray.head.default"] = types.pop("head")  # the one name that this provider has for it
+        for kind in types.values():
+            kind["node_config"] = {}
+        for name in ("gpu_spot", "gpu_on_demand"):
+            types[name]["resources"] = {"CPU": 1}
+        provider = {
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": self.address,
+            "head_node_id": head,
+            "launch_multiple": True,
+        }
+        changed = {"head_node_type": "ray.head.default", "idle_timeout_minutes": 0.05, "provider": provider}
+        return config | changed | {"docker": {}, "file_mounts": {}} | {k: [] for k in config if k.endswith("_commands")}
+
+    def wait(self) -> None:
+        """Return when it answers."""
+        check = [f"{PROGRAMS}/ray", "health-check", "--address", self.address]
+        deadline = time.monotonic() + 120
+        while subprocess.run(check, env=os.environ | SECURED, capture_output=True, check=False).returncode != 0:
+            assert self.head.poll() is None, (self.folder / "head.log").read_text()[-2000:]
+            assert time.monotonic() < deadline
+
+    def end(self) -> None:
+        """End it with all its nodes, by the folder that is theirs alone."""
+        self.head.terminate()
+        self.head.wait(timeout=60)
+        for process in psutil.process_iter(["cmdline"]):
+            if str(self.folder) in " ".join(process.info["cmdline"] or []):
+                process.kill()
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    """Start a head with its dashboard, and a node; both ask for the token."""
+def secured() -> Iterator[None]:
+    """Give this process and those that it starts the token."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in cluster.worker_environment().items():
+        for name, value in (cluster.worker_environment() | SECURED).items():
             patch.setenv(name, value)
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
-        patch.setenv("PATH", f"{PROGRAMS}:{os.environ['PATH']}")  # where jobs find `python`
         patch.delenv("RAY_ADDRESS", raising=False)
-        from ray.cluster_utils import Cluster
+        yield
 
-        with cluster.authenticated(local=False):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            head = {
-                "num_cpus": 1,
-                "dashboard_port": port,
-                "num_gpus": 0,
-                "include_dashboard": True,
-                "dashboard_agent_listen_port": 0,
-            }
-            found = Cluster(initialize_head=True, head_node_args=head)  # type: ignore[no-untyped-call]
-            try:
-                found.add_node(num_cpus=1, dashboard_agent_listen_port=0)
-                found.wait_for_nodes()
-                yield Running(found.address, f"http://{found.head_node.webui_url}", found)
-            finally:
-                found.shutdown()
+
+@pytest.fixture(scope="module")
+def autoscaled(secured: None) -> Iterator[Autoscaled]:
+    with tempfile.TemporaryDirectory(prefix="as", ignore_cleanup_errors=True) as folder:  # a socket's path is short
+        found = Autoscaled(Path(folder))
+        try:
+            found.wait()
+            yield found
+        finally:
+            found.end()
 
 
 @pytest.mark.slow
-def test_a_job_runs_on_all_nodes_and_is_followed_from_elsewhere(
-    running: Running, segadapt: Call, tmp_path: Path
+def test_a_cluster_grows_for_a_job_and_shrinks_after_it(
+    autoscaled: Autoscaled, segadapt: Call, start_segadapt: Callable[..., "Popen[str]"], tmp_path: Path
 ) -> None:
-    storage = tmp_path / "shared"
-    experiment = tmp_path / "tiny.yaml"
+    import ray
+
+    storage, experiment, at = tmp_path / "shared", tmp_path / "tiny.yaml", ["--address", autoscaled.jobs]
     experiment.write_text("\n".join(word.replace("=", ": ") for word in TINY_WORDS))
-    words = ["train", "source_only", "--name", "far", "--storage", str(storage), "--config", str(experiment)]
-    at = ["--address", running.jobs]
-    done = segadapt("submit", *at, "--name", "first", "--follow", "--", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "far took" in done.stdout, "what the job prints is followed"
-    assert api.runs("far", storage=str(storage)).rows[0].best is not None
+    words = ["search", "sdca", "--trials", "2", "--launcher", "inprocess", "--gpus-per-trial", "0"]
+    words += ["--storage", str(storage), "--config", str(experiment)]
+    job = start_segadapt("submit", *at, "--name", "first", "--follow", "--", *words)
+    with cluster.connect(autoscaled.address, dashboard=False):
+        most, deadline = 0, time.monotonic() + 400
+        while True:
+            workers = sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+            most = max(most, workers)
+            if job.poll() is not None and not workers:
+                break
+            assert time.monotonic() < deadline, "the search and the end of its workers"
+            time.sleep(0.2)
+    printed, errors = job.communicate()
+    assert job.returncode == 0, printed + errors
+    assert "2 at a time" in printed, "planned for workers that did not run yet"
+    assert most == 2, "one per trial"
+    board = api.runs("sdca-streets", storage=str(storage))
+    assert [row.best is not None for row in board.rows] == [True, True]
     listed = json.loads(segadapt("jobs", *at, "--json").stdout)
-    assert [(job["name"], job["state"]) for job in listed] == [("first", "succeeded")]
-    assert "far took" in segadapt("logs", "first", *at).stdout
-    again = segadapt("train", "source_only", "--name", "far", "--storage", str(storage), "--address", running.jobs)
-    assert again.returncode == 1, "an address of Ray Jobs submits and follows; this name is taken"
-    assert "--name must be new" in again.stdout + again.stderr
+    assert [(found["name"], found["state"]) for found in listed] == [("first", "succeeded")]
+    assert "sdca-streets took" in segadapt("logs", "first", *at).stdout
+    again = segadapt("search", "--resume", "nothing", "--storage", str(storage), *at)
+    assert again.returncode == 1, "an address of Ray Jobs submits and follows"
+    assert "There must be an experiment 'nothing'" in again.stdout
     refused = segadapt("submit", *at, "--name", "first", "--", *words)
     assert refused.returncode == 2
     assert "the cluster has a job 'first'" in refused.stderr
 
 
+def test_a_job_may_bring_its_own_segadapt_and_nothing_else(autoscaled: Autoscaled, tmp_path: Path) -> None:
+    wheel = _marked_wheel(tmp_path)
+    words = ["search", "nothing", "--storage", str(tmp_path / "runs")]
+    job = api.submit(words, address=autoscaled.jobs, name="brought", wheel=str(wheel))
+    assert "brought: THE WHEEL'S OWN" in "".join(api.logs(job, address=autoscaled.jobs, follow=True))
+    wheel.with_suffix(".bin").touch()
+    with pytest.raises(UsageError, match="--wheel must be a built segadapt"):
+        api.submit(words, address=autoscaled.jobs, wheel=str(wheel.with_suffix(".bin")))
+
+
 def test_without_the_token_nobody_gets_in(
-    running: Running, segadapt: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    autoscaled: Autoscaled, segadapt: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
-    refused = segadapt("jobs", "--address", running.jobs)
+    refused = segadapt("jobs", "--address", autoscaled.jobs)
     assert refused.returncode == 2
-    assert "the cluster's token in ~/.ray/auth_token" in refused.stderr
-    assert TOKEN not in refused.stdout + refused.stderr
+    assert "~/.ray/auth_token" in refused.stderr
+    assert SECURED["RAY_AUTH_TOKEN"] not in refused.stdout + refused.stderr
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert segadapt("jobs", "--address", running.jobs).returncode == 2
+    assert segadapt("jobs", "--address", autoscaled.jobs).returncode == 2
 
 
-def test_a_node_that_differs_is_named_before_any_trial(running: Running, tmp_path: Path) -> None:
+@pytest.fixture
+def loopback_cluster(secured: None) -> Iterator[Any]:
+    """Two nodes that are alike."""
+    from ray.cluster_utils import Cluster
+
+    with cluster.authenticated(local=False):
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})  # type: ignore[no-untyped-call]
+        try:
+            found.add_node(num_cpus=1)
+            found.wait_for_nodes()
+            yield found
+        finally:
+            found.shutdown()
+
+
+def test_a_node_that_differs_is_named_before_any_trial(loopback_cluster: Any, tmp_path: Path) -> None:
     """One node has other versions, one sees another folder under the storage's path."""
     data, storage, other = tmp_path / "data", tmp_path / "runs", tmp_path / "packages"
     data.mkdir()
@@ -114,12 +210,15 @@ def test_a_node_that_differs_is_named_before_any_trial(running: Running, tmp_pat
     (other / "segadapt" / "platform").mkdir(parents=True)
     (other / "segadapt" / "platform" / "edited.py").touch()
     storage.mkdir()
-    with cluster.connect(running.address, dashboard=False) as capacity:
+    with cluster.connect(loopback_cluster.address, dashboard=False) as capacity:
         assert capacity.joined
         preflight.check_nodes(storage, [str(data)])  # both nodes are alike
-    differs = running.cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(other)})
+    differs = loopback_cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(other)})
     try:
-        with _elsewhere(running.address, tmp_path) as alone, cluster.connect(running.address, dashboard=False):
+        with (
+            _elsewhere(loopback_cluster.address, tmp_path) as alone,
+            cluster.connect(loopback_cluster.address, dashboard=False),
+        ):
             with pytest.raises(UsageError, match="All nodes of the cluster must have the same segadapt") as refused:
                 preflight.check_nodes(storage, [str(data)])
             found = str(refused.value).splitlines()[1:-1]
@@ -132,7 +231,7 @@ def test_a_node_that_differs_is_named_before_any_trial(running: Running, tmp_pat
             lost = [line.partition(") ")[2] for line in found if line not in versions]
             assert lost == ([f"does not see {data}", f"does not see this machine's {storage}"] if alone else [])
     finally:
-        running.cluster.remove_node(differs)
+        loopback_cluster.remove_node(differs)
     assert not list(storage.iterdir()), "nothing is left in the storage"
 
 
@@ -192,16 +291,6 @@ def test_addresses_of_other_services_are_refused_with_what_to_do() -> None:
         api.jobs(address="http://127.0.0.1:1")
     with pytest.raises(UsageError, match="must be that of Ray's dashboard"):
         api.jobs(address="ray://127.0.0.1:10001")
-
-
-def test_a_job_may_bring_its_own_segadapt_and_nothing_else(running: Running, tmp_path: Path) -> None:
-    wheel = _marked_wheel(tmp_path)
-    (tmp_path / "huge.bin").write_bytes(b"data that must stay here")
-    words = ["search", "nothing", "--storage", str(tmp_path / "runs")]
-    job = api.submit(words, address=running.jobs, name="brought", wheel=str(wheel))
-    assert "brought: THE WHEEL'S OWN" in "".join(api.logs(job, address=running.jobs, follow=True))
-    with pytest.raises(UsageError, match="--wheel must be a built segadapt"):
-        api.submit(words, address=running.jobs, wheel=str(tmp_path / "huge.bin"))
 
 
 def _marked_wheel(folder: Path) -> Path:
