@@ -162,11 +162,18 @@ def test_a_cluster_grows_for_a_job_and_shrinks_after_it(
     assert "the cluster has a job 'first'" in refused.stderr
 
 
-def test_a_job_may_bring_its_own_segadapt_and_nothing_else(autoscaled: Autoscaled, tmp_path: Path) -> None:
+def test_a_job_may_bring_its_own_segadapt_and_is_stopped(autoscaled: Autoscaled, tmp_path: Path) -> None:
     wheel = _marked_wheel(tmp_path)
     words = ["search", "nothing", "--storage", str(tmp_path / "runs")]
     job = api.submit(words, address=autoscaled.jobs, name="brought", wheel=str(wheel))
-    assert "brought: THE WHEEL'S OWN" in "".join(api.logs(job, address=autoscaled.jobs, follow=True))
+    deadline = time.monotonic() + 120
+    while "brought: THE WHEEL'S OWN" not in "".join(api.logs(job, address=autoscaled.jobs)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert api.stop(job, address=autoscaled.jobs)
+    assert list(api.logs(job, address=autoscaled.jobs, follow=True)), "ends with the job"
+    assert {found.name: found.state for found in api.jobs(address=autoscaled.jobs)}[job] == "stopped"
+    assert not api.stop(job, address=autoscaled.jobs)
     wheel.with_suffix(".bin").touch()
     with pytest.raises(UsageError, match="--wheel must be a built segadapt"):
         api.submit(words, address=autoscaled.jobs, wheel=str(wheel.with_suffix(".bin")))
@@ -294,10 +301,12 @@ def test_addresses_of_other_services_are_refused_with_what_to_do() -> None:
 
 
 def _marked_wheel(folder: Path) -> Path:
-    """Return a wheel whose segadapt says that it is itself."""
+    """Return a wheel whose segadapt says that it is itself, and waits."""
     wheel = folder / "segadapt-0.0.1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("segadapt/platform/cli.py", 'print("brought: THE WHEEL\'S OWN")\n')
+        archive.writestr(
+            "segadapt/platform/cli.py", 'import time\nprint("brought: THE WHEEL\'S OWN")\ntime.sleep(600)\n'
+        )
         archive.writestr("segadapt/platform/__init__.py", "")
         archive.writestr("segadapt-0.0.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: segadapt\nVersion: 0.0.1\n")
     return wheel
