@@ -94,6 +94,13 @@ class Autoscaled:
         while subprocess.run(check, env=os.environ | SECURED, capture_output=True, check=False).returncode != 0:
             assert self.head.poll() is None, (self.folder / "head.log").read_text()[-2000:]
             assert time.monotonic() < deadline
+        while not self._dashboard_answers():  # which comes later
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    def _dashboard_answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", int(self.jobs.rpartition(":")[2]))) == 0
 
     def end(self) -> None:
         """End it with all its nodes, by the folder that is theirs alone."""
