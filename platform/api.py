@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Candidate, Options, Outcome, Record, run
 from segadapt.platform.objective import GOALS, Objective
 from segadapt.platform.ranges import split_ranges, start
+from segadapt.platform.redaction import redacted
 from segadapt.platform.reranking import Reranked, rerank, verdict
 from segadapt.platform.samplers import check_sampler
 from segadapt.platform.selection import TARGET, Choice, compare
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from segadapt.platform.cost import Estimate
     from segadapt.platform.deploy import Origin
     from segadapt.platform.findings import Finding
+    from segadapt.platform.jobs import Job
     from segadapt.platform.predicting import PredictionResult
     from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
@@ -684,7 +687,7 @@ def export(
     deploy.check_name(name)
     origin = _origin(run_name, search_name, storage, tracking_uri)
     network, card = deploy.load_network(origin, torch.device("cpu"))
-    folder = Path(out or f"{origin.search}-{origin.run}").expanduser()
+    folder = Path(out or re.sub(r"[^\w.-]", "-", f"{origin.search}-{origin.run}")).expanduser()  # a server named it
     differences = deploy.write(network, card, folder)
     version = deploy.register(_client(storage, tracking_uri), name, card, folder / deploy.ONNX)
     return ExportResult(origin.run, str(folder), differences, name, version)
@@ -1090,6 +1093,50 @@ def _stage_storage(storage: str) -> Storage:
     return opened
 
 
+def submit(words: Sequence[str], *, address: str, name: str | None = None, wheel: str | None = None) -> str:
+    """Run a command on a cluster as a Ray Job and return the job's name; see `jobs.submit`.
+
+    Raises:
+        UsageError: If the command cannot run there, or the cluster does not answer.
+    """
+    from segadapt.platform import jobs
+
+    return jobs.submit(words, address=address, name=name, wheel=wheel)
+
+
+def jobs(*, address: str) -> "list[Job]":
+    """Return the jobs that a cluster knows, oldest first.
+
+    Raises:
+        UsageError: If the cluster does not answer.
+    """
+    from segadapt.platform import jobs
+
+    return jobs.jobs(address)
+
+
+def logs(job: str, *, address: str, follow: bool = False) -> Iterator[str]:
+    """Yield what a job has printed, and with `follow` what it prints until it ends.
+
+    Raises:
+        UsageError: If there is no such job, or the cluster does not answer.
+    """
+    from segadapt.platform import jobs
+
+    return jobs.logs(job, address, follow=follow)
+
+
+def stop(job: str, *, address: str) -> bool:
+    """End a job as SIGTERM does; returns False if it had ended.
+
+    Raises:
+        UsageError: If there is no such job, or the cluster does not answer.
+    """
+    from segadapt.platform import jobs
+
+    return jobs.stop(job, address)
+
+
 def ui(*, storage: str = "runs", port: int = 5000) -> int:
     """Serve MLflow's pages for a storage folder on 127.0.0.1 until interrupted; returns the server's exit status.
 
@@ -1106,6 +1153,7 @@ def ui(*, storage: str = "runs", port: int = 5000) -> int:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise UsageError(f"--port must be free, but {port} is in use. Choose another, e.g. --port {port + 1}.")
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]  # no other site's name leads here
     command += ["--backend-store-uri", tracking.tracking_uri(opened, None)]
     command += ["--artifacts-destination", str(opened.mlflow_artifacts)]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -1180,7 +1228,8 @@ def _free_name(storage: str, tracking_uri: str | None, name: str | None, default
             return server is not None and server.get_experiment_by_name(candidate) is not None
         except Exception as error:  # whatever the client raises for an address that is none of a server's
             raise UsageError(
-                f"--tracking-uri must name an MLflow server that answers, but {tracking_uri} does not: {error}"
+                f"--tracking-uri must name an MLflow server that answers, but {redacted(tracking_uri)} does not: "
+                f"{redacted(error)}"
             ) from error
 
     if name is not None:

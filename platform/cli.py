@@ -32,6 +32,9 @@ _SHOWN_SIZES = 5
 _WATCH_S = 5.0
 """Between two looks of `status --watch`."""
 
+_JOBS = "http://127.0.0.1:8265"
+"""Ray's dashboard on a cluster's head, by way of a tunnel."""
+
 app = typer.Typer(
     name="segadapt",
     help="Search, track and finish unsupervised domain-adaptive semantic segmentation on Ray.",
@@ -59,7 +62,15 @@ StudyUri = Annotated[
     typer.Option(help="Optuna storage, e.g. postgresql+psycopg://...; default: a file in --storage."),
 ]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow server; default: a database in the storage folder.")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join, e.g. auto; default: start Ray here.")]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster to join, from one of its machines: auto or HOST:PORT; http://HOST:PORT submits this command "
+        "to it as `segadapt submit` does and follows it. Default: start Ray here."
+    ),
+]
+JobsAddress = Annotated[str, typer.Option(help="Ray's dashboard on the cluster's head, through a tunnel.")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="A name that `segadapt jobs` shows.")]
 LauncherName = Annotated[
     str, typer.Option(help="auto, train (Ray Train's TorchTrainer) or inprocess (the trial's own process).")
 ]
@@ -91,12 +102,13 @@ def main() -> None:
 
 def _fail(error: Exception) -> None:
     from segadapt.platform.errors import UsageError
+    from segadapt.platform.redaction import redacted
 
     console = _console(stderr=True)
     if isinstance(error, UsageError):
-        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        console.print(f"error: {redacted(error)}", markup=False, soft_wrap=True)
         sys.exit(2)
-    console.print(f"error: {type(error).__name__}: {error}", markup=False)
+    console.print(f"error: {type(error).__name__}: {redacted(error)}", markup=False)
     where = traceback.extract_tb(error.__traceback__)[-1]
     console.print(f"(raised at {where.filename}:{where.lineno}; --debug shows the whole traceback)", markup=False)
     sys.exit(1)
@@ -214,6 +226,7 @@ def search(
     Examples: segadapt search sdca --trials 4 trainer.steps=120; segadapt search sdca plca --trials 40;
     segadapt search --extend sdca-streets --trials 20 --rerank 3
     """
+    _hand_over(address)
     from segadapt.platform import api
     from segadapt.platform.errors import UsageError
     from segadapt.platform.experiments import Record
@@ -311,6 +324,7 @@ def train(
 
     Example: segadapt train sdca seed=1 method.temperature=1
     """
+    _hand_over(address)
     from segadapt.platform import api
     from segadapt.platform.errors import UsageError
 
@@ -431,6 +445,7 @@ def finish(
 
     Example: segadapt finish best --search sdca-streets --rounds 2 trainer.steps=400
     """
+    _hand_over(address)
     from segadapt.platform import api
 
     options = _options(
@@ -578,6 +593,96 @@ def predict(
         )
     _show_prediction(result)
     sys.exit(1 if result.unreadable else 0)
+
+
+@app.command()
+def submit(
+    words: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="A search, train or finish command.")],
+    address: JobsAddress = _JOBS,
+    name: Annotated[str | None, typer.Option(help="Of the job; default: made of command and time.")] = None,
+    wheel: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A built segadapt to run in place of the cluster's.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show what it prints; Ctrl-C leaves it running.")] = False,
+) -> None:
+    """Run a command on a Ray cluster as a job, which goes on when this machine is switched off.
+
+    Example: segadapt submit -- search sdca --storage /mnt/segadapt/runs
+    """
+    from segadapt.platform import api
+
+    job = api.submit(words, address=address, name=name, wheel=wheel)
+    where = "" if address == _JOBS else f" --address {address}"
+    print(f"{job} is submitted. Next:\n  segadapt logs {job} --follow{where}\n  segadapt stop {job}{where}", flush=True)
+    if follow:
+        _follow(job, address)
+
+
+@app.command()
+def jobs(
+    address: JobsAddress = _JOBS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the jobs of a Ray cluster."""
+    from rich.table import Table
+
+    from segadapt.platform import api
+
+    found = api.jobs(address=address)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(job) for job in found], indent=1))
+        return
+    table = Table("job", "state", "started (UTC)", "command", box=None)
+    for job in found:
+        table.add_row(job.name, job.state, job.started or "-", job.command)
+    _console().print(table if found else "no jobs")
+
+
+@app.command()
+def logs(
+    job: JobName,
+    follow: Annotated[bool, typer.Option("--follow", help="Until it ends; Ctrl-C leaves it running.")] = False,
+    address: JobsAddress = _JOBS,
+) -> None:
+    """Show what a job printed. With --follow, exit status 1 if it failed or was stopped."""
+    from segadapt.platform import api
+
+    if follow:
+        _follow(job, address)
+    for text in api.logs(job, address=address):
+        print(text, end="")
+
+
+@app.command()
+def stop(job: JobName, address: JobsAddress = _JOBS) -> None:
+    """End a job; `segadapt submit -- search --resume NAME --storage ...` goes on where it was."""
+    from segadapt.platform import api
+
+    print(f"{job} is told to stop" if api.stop(job, address=address) else f"{job} had ended")
+
+
+def _hand_over(address: str | None) -> None:
+    """Submit this command line to the cluster whose Ray Jobs `address` names, follow it and exit; else do nothing."""
+    if address is None or not address.startswith(("http://", "https://")):
+        return
+    from segadapt.platform import api
+    from segadapt.platform.jobs import without_option
+
+    job = api.submit(without_option(sys.argv[1:], "--address"), address=address)
+    print(f"{job} runs on {address}; Ctrl-C leaves it running, `segadapt stop {job}` ends it", flush=True)
+    _follow(job, address)
+
+
+def _follow(job: str, address: str) -> None:
+    """Show what a job prints until it ends, and exit with 1 unless it succeeded."""
+    from segadapt.platform import api
+
+    for text in api.logs(job, address=address, follow=True):
+        print(text, end="", flush=True)
+    found = next(found for found in api.jobs(address=address) if found.name == job)
+    if found.state != "succeeded":
+        _console(stderr=True).print(f"{job} {found.state}: {found.message}", markup=False, soft_wrap=True)
+    sys.exit(0 if found.state == "succeeded" else 1)
 
 
 def _scales(options: list[str] | None, words: list[str]) -> list[float]:
@@ -785,6 +890,7 @@ def _values(config: str | None, settings: list[str] | None, *, skip_bad: bool = 
 def _conclude(name: str, outcome: "Outcome", options: "Options", *, advise: bool) -> None:
     """Show what came out and what to do next, and exit."""
     from segadapt.platform import api
+    from segadapt.platform.redaction import redacted
 
     try:
         board = api.runs(name, storage=options.storage, tracking_uri=options.tracking_uri)
@@ -792,7 +898,8 @@ def _conclude(name: str, outcome: "Outcome", options: "Options", *, advise: bool
         if options.tracking_uri is None:
             raise
         options.say(
-            f"{name} ended, but its MLflow server does not answer: {error}\n`segadapt runs {name}` shows it later."
+            f"{name} ended, but its MLflow server does not answer: {redacted(error)}\n"
+            f"`segadapt runs {name}` shows it later."
         )
         sys.exit(_status(outcome))
     _show_leaderboard(board)

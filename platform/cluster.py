@@ -3,18 +3,21 @@
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from segadapt.platform.errors import UsageError
 
 _DEFAULTS = {
-    "RAY_AUTH_MODE": "disabled",  # decided here: Ray's own default depends on what ran before on the machine
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment instead of building one each
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -29,6 +32,14 @@ _DEFAULTS = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while waiting slow a busy machine down tenfold
 }
+
+
+_LAUNCHED = "~/ray_bootstrap_config.yaml"
+"""Where `ray up` leaves the cluster file on the head."""
+
+_LOOPBACK = "127.0.0.1"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,8 @@ class Capacity:
     """What the cluster has. A worker runs on one node, a trial of several workers on one or several."""
 
     nodes: tuple[Node, ...]
+    joined: bool = False
+    """Whether it ran before: it may have several machines, and an autoscaler that adds some."""
 
     @property
     def cpus(self) -> int:
@@ -87,9 +100,13 @@ def this_machine() -> Capacity:
 def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> Iterator[Capacity]:
     """Start Ray on this machine, or join a cluster; leave it as it was found.
 
+    A Ray that is started here listens on 127.0.0.1 alone and asks for a token that only its own processes know. To a
+    cluster that is joined, this process shows the token that Ray finds: RAY_AUTH_TOKEN, the file that
+    RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token. RAY_AUTH_MODE overrides both.
+
     Args:
-        address: Of a running cluster. None takes RAY_ADDRESS, which Ray sets in its jobs, or else starts a local one
-            that ends with this command.
+        address: Of a running cluster, as seen from one of its machines: `auto` or HOST:PORT. None takes RAY_ADDRESS,
+            which Ray sets in its jobs, or else starts a local one that ends with this command.
         dashboard: Run the dashboard process (on 127.0.0.1): Ray Train's clean-up needs it.
         verbose: Show what the workers print.
 
@@ -99,40 +116,139 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     import ray
+    from ray._private import ray_constants
 
+    # Ray reads this one at import, which may have been before: then workers would be built anew by `uv run`.
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] not in ("0", "false")
     address = address or os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        check_address(address)
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
-    local: dict[str, Any] = {} if address else {"include_dashboard": dashboard, "dashboard_host": "127.0.0.1"}
-    try:
-        with contextlib.nullcontext() if address else _known_to_workers():
-            # "local", or Ray would join whatever cluster was started on this machine last
-            ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    local: dict[str, Any] = {} if address else {"include_dashboard": dashboard, "dashboard_host": _LOOPBACK}
+    with authenticated(local=address is None):
+        try:
+            with contextlib.nullcontext() if address else _on_loopback():
+                # "local", or Ray would join whatever cluster was started on this machine last
+                ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **local)
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise UsageError(
+                f"--address must name a running Ray cluster that takes this machine's token, but {address!r} did not "
+                f"answer: {_first_line(error)}. Is it started, and is its token in ~/.ray/auth_token or "
+                "RAY_AUTH_TOKEN_PATH? Without --address Ray is started here."
+            ) from error
+        treat_termination_as_interrupt()
+        try:
+            if address is not None and os.environ["RAY_AUTH_MODE"] == "disabled":
+                logger.warning(
+                    "The Ray cluster %s is joined without a token: if it needs none, whoever reaches its ports runs "
+                    "code on it. docs/security.md tells how to close it.",
+                    address,
+                )
+            yield _capacity(joined=address is not None)
+        finally:
+            ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Refuse the addresses of Ray's other services.
+
+    Raises:
+        UsageError: If the address is neither `auto` nor HOST:PORT.
+    """
+    if "://" in address:
         raise UsageError(
-            f"--address must name a running Ray cluster, but {address!r} did not answer: {error}. "
-            "Start one with `ray start --head`, or leave --address out."
-        ) from error
-    treat_termination_as_interrupt()
-    try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-        yield Capacity(tuple(Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes))
-    finally:
-        ray.shutdown()
+            f"--address must be auto or HOST:PORT, on a machine of the cluster, but got {address!r}. A search needs a "
+            "process there: `segadapt submit --address http://127.0.0.1:8265 -- search ...` starts it from here, "
+            "through a tunnel to the head's port 8265."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _capacity(*, joined: bool) -> Capacity:
+    """Return the nodes that run, and those that the cluster's autoscaler would start."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    running = Counter(Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in alive)
+    here = any("node:__internal_head__" in node and f"node:{ray.util.get_node_ip_address()}" in node for node in alive)  # type: ignore[no-untyped-call]
+    launched = Path(_LAUNCHED).expanduser()
+    planned = planned_nodes(yaml.safe_load(launched.read_text())) if here and launched.is_file() else Counter()
+    return Capacity(tuple((running | planned).elements()), joined)
+
+
+def planned_nodes(cluster: Mapping[str, Any]) -> Counter[Node]:
+    """Return the workers that a cluster may have at most, by the content of its file for `ray up`."""
+    types = {name: kind for name, kind in cluster["available_node_types"].items() if name != cluster["head_node_type"]}
+    preferred = sorted(types.values(), key=lambda kind: -kind.get("priority", 0))
+    nodes = [
+        Node(kind["resources"].get("CPU", 0), kind["resources"].get("GPU", 0))
+        for kind in preferred
+        for _ in range(kind.get("max_workers", 0))
+    ]
+    return Counter(nodes[: cluster["max_workers"]])
 
 
 @contextlib.contextmanager
-def _known_to_workers() -> Iterator[None]:
-    """Fix the address of the Ray that is started meanwhile, and tell its processes.
+def authenticated(*, local: bool) -> Iterator[None]:
+    """Decide how Ray authenticates: its own default depends on what ran before on the machine."""
+    if "RAY_AUTH_MODE" in os.environ:
+        told = {}
+    elif local:
+        told = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    else:
+        told = {"RAY_AUTH_MODE": "token" if has_token() else "disabled"}
+    try:
+        with _environment(told):
+            _read_again()
+            yield
+    finally:
+        _read_again()
+
+
+def has_token() -> bool:
+    """Return whether Ray finds a token in the environment or in a file."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
+
+
+def _read_again() -> None:
+    """Have Ray look at the environment again: it keeps the mode and token that it once read."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have the Ray that is started meanwhile listen on 127.0.0.1 alone, on a port that its processes are told.
 
     Ray Train's clean-up after stopped trials looks for "the" Ray of the machine: where several run, as two searches of
     two users, it would find none, keep the devices of stopped trials and leave the next ones waiting.
     """
-    import ray
+    from ray._private import ray_constants
 
     with socket.socket() as probe:
-        probe.bind(("", 0))
+        probe.bind((_LOOPBACK, 0))
         port = str(probe.getsockname()[1])
-    told = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}  # type: ignore[no-untyped-call]
+    told = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{_LOOPBACK}:{port}"}
+    told[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # on all systems: Ray then takes 127.0.0.1 as its address
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # here it was read at import
+    try:
+        with _environment(told):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _environment(told: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process's environment meanwhile."""
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)
     try:
@@ -140,7 +256,7 @@ def _known_to_workers() -> Iterator[None]:
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 

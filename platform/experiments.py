@@ -23,6 +23,7 @@ from segadapt.platform.keeping import Keeper, locked, trial_of
 from segadapt.platform.lineage import Inheritance, Settings, inherit
 from segadapt.platform.notes import NOTE_TAG, datasets, search_note
 from segadapt.platform.objective import Objective
+from segadapt.platform.preflight import check_nodes, data_paths
 from segadapt.platform.reranking import Reranked, rerank, verdict
 from segadapt.platform.samplers import SamplerName
 from segadapt.platform.storage import Storage, open_storage
@@ -233,9 +234,12 @@ def resources_of(options: Options, capacity: Capacity, trials: int, concurrent: 
             f"on one node), but its nodes have room for {room}. Nodes: {capacity}. "
             "Lower --workers-per-trial or --gpus-per-trial."
         )
-    at_a_time = min(room // options.workers, trials, concurrent or trials)
+    at_a_time = min(trials, concurrent or trials)
+    if concurrent is None or not capacity.joined:  # what was asked of a cluster may wait for nodes that it adds
+        at_a_time = min(at_a_time, room // options.workers)
     most = max(node.cpus for node in capacity.nodes)
-    cpus = next(n for n in range(most, 0, -1) if capacity.workers(n, gpus) >= at_a_time * options.workers)
+    needed = min(at_a_time * options.workers, room)
+    cpus = next(n for n in range(most, 0, -1) if capacity.workers(n, gpus) >= needed)
     return Resources(options.workers, gpus, cpus, options.launcher), at_a_time
 
 
@@ -272,6 +276,8 @@ def run(record: Record, options: Options) -> Outcome:
         with connect(options.address, dashboard=needs_dashboard, verbose=options.debug) as capacity:
             resources, concurrent = resources_of(options, capacity, record.trials, record.concurrent)
             check_gpu_hours(record, resources)
+            if capacity.joined:
+                check_nodes(storage.root, data_paths(record.configs().values()))
             _save(record, storage)
             spec = TrialSpec(
                 storage=storage,

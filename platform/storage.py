@@ -59,12 +59,21 @@ class Storage:
         Raises:
             UsageError: If the name could leave the storage folder or is not readable in a terminal.
         """
-        if not _NAME.fullmatch(name):
-            raise UsageError(
-                "A name must be 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit, "
-                f"but got {name!r}. Choose another."
-            )
+        check_name(name)
         return self.experiments / name
+
+
+def check_name(name: str) -> None:
+    """Make sure that a name may become that of a folder.
+
+    Raises:
+        UsageError: If it could leave the folder it is in, or is not readable in a terminal.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            "A name must be 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit, "
+            f"but got {name!r}. Choose another."
+        )
 
 
 def open_storage(root: str) -> Storage:

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 from segadapt.platform import outbox
 from segadapt.platform.checkpoints import iou_table, label_table
 from segadapt.platform.outbox import Entry, Outbox
+from segadapt.platform.redaction import redacted
 from segadapt.platform.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ class Tracker:
             logger.warning(
                 "The tracking server %s did not take %d records within %g s. They wait in %s; the next segadapt "
                 "command that tracks there sends them.",
-                self._uri,
+                redacted(self._uri),
                 waiting,
                 timeout_s,
                 self._outbox.folder,
@@ -248,14 +249,16 @@ def send_waiting(storage: Storage, uri: str | None, timeout_s: float = 60.0) -> 
     try:
         sender.connect()
     except Exception as error:
-        logger.warning("Records of earlier commands wait in %s: %s does not answer (%s).", folder, sender.uri, error)
+        logger.warning(
+            "Records of earlier commands wait in %s: %s does not answer (%s).", folder, sender.shown, redacted(error)
+        )
         return
     thread = threading.Thread(target=sender.send_left_over, name="segadapt-tracking", daemon=True)
     thread.start()
     thread.join(timeout_s)
     if thread.is_alive():
         sender.given_up.set()
-        logger.warning("%s did not take all within %g s; the rest waits in %s.", sender.uri, timeout_s, folder)
+        logger.warning("%s did not take all within %g s; the rest waits in %s.", sender.shown, timeout_s, folder)
 
 
 class _Sender:
@@ -264,7 +267,8 @@ class _Sender:
     def __init__(self, storage: Storage, uri: str | None) -> None:
         self._storage = storage
         self._local = uri is None
-        self.uri = tracking_uri(storage, uri)
+        self._uri = tracking_uri(storage, uri)
+        self.shown = redacted(self._uri)
         self._folder = waiting_folder(storage, uri)
         self._runs: _Runs | None = None
         self.given_up = threading.Event()
@@ -280,7 +284,7 @@ class _Sender:
             if self._local:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 _make_database(self._storage.mlflow_database)
-            runs = _Runs(client(self.uri), self._storage.mlflow_artifacts if self._local else None)
+            runs = _Runs(client(self._uri), self._storage.mlflow_artifacts if self._local else None)
             runs.check()
             self._runs = runs
 
@@ -311,7 +315,7 @@ class _Sender:
         waiting = box.waiting
         self._send(box)
         if waiting and not box.waiting:
-            logger.warning("Sent %d records that an earlier command had left for %s.", waiting, self.uri)
+            logger.warning("Sent %d records that an earlier command had left for %s.", waiting, self.shown)
 
     def _send(self, box: Outbox) -> None:
         for entry in box:
@@ -331,7 +335,7 @@ class _Sender:
                 if not _is_transient(error) or refusals == _REFUSALS:
                     self._set_aside(box, entry, error)
                     return True
-                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self.uri, error, pause)
+                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self.shown, redacted(error), pause)
             else:
                 box.delivered(entry)
                 return True
@@ -341,7 +345,7 @@ class _Sender:
         return False
 
     def _set_aside(self, box: Outbox, entry: Entry, error: Exception) -> None:
-        where = box.refuse(entry, f"{type(error).__name__}: {error}")
+        where = box.refuse(entry, redacted(f"{type(error).__name__}: {error}"))
         key = entry.arguments.get("key", "")
         logger.error("Tracking refused a record (%s %s): %s It is kept in %s.", entry.operation, key, error, where)
 
@@ -353,7 +357,7 @@ class _Sender:
                 self.connect()
             except Exception as error:
                 pause = next(pauses)
-                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self.uri, error, pause)
+                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self.shown, redacted(error), pause)
                 if self.given_up.wait(pause):
                     return False
         return True

@@ -23,9 +23,13 @@ Call = Callable[..., "CompletedProcess[str]"]
 
 @pytest.mark.slow
 def test_a_search_keeps_its_study_in_postgresql_and_goes_on_there(
-    segadapt: Call, postgres_url: str, tmp_path: Path
+    segadapt: Call, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--study-uri", postgres_url]
+    secrets = {"AWS_SECRET_ACCESS_KEY": "hunter2-aws", "MLFLOW_TRACKING_PASSWORD": "hunter2-mlflow"}
+    secrets |= {"PGPASSWORD": "hunter2-pg", "RAY_AUTH_TOKEN": "hunter2-" + "0" * 56}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    words = ["--study-uri", postgres_url.replace("postgres@", "postgres:hunter2-study@")]
     done = segadapt("search", "sdca", "--trials", "2", *words, *TINY_WORDS)
     assert done.returncode == 0, done.stderr
     more = segadapt("search", "--extend", "sdca-streets", "--trials", "1", *words)
@@ -36,9 +40,15 @@ def test_a_search_keeps_its_study_in_postgresql_and_goes_on_there(
     assert not (tmp_path / "runs" / "optuna.db").exists(), "one record of the study"
     status = api.status("sdca-streets", storage=str(tmp_path / "runs"), study_uri=postgres_url)
     assert status.rungs[0].reached >= 2
-    kept = [path for path in (tmp_path / "runs" / "ray").rglob("*") if path.is_file()]
-    assert kept
-    assert not [path for path in kept if postgres_url.encode() in path.read_bytes()], "an address may hold a password"
+    report = segadapt("report", "sdca-streets", *words)
+    assert report.returncode == 0, report.stderr
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"mlflow.db", "sdca-streets.html", "record.json"} <= {path.name for path in kept}
+    assert not [path for path, content in kept.items() if b"hunter2" in content], "a secret is in a file"
+    assert not [path for path, content in kept.items() if postgres_url.encode() in content]
+    assert "hunter2" not in "".join(f"{command.stdout}{command.stderr}" for command in (done, more, report))
+    told = [(trial.params, trial.user_attrs, trial.system_attrs) for trial in study.trials]
+    assert "hunter2" not in f"{told}{study.user_attrs}"
 
 
 @pytest.mark.parametrize("driver", ["postgresql+psycopg", "nonsense"])

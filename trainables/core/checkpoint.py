@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ def load_state(folder: Path) -> dict[str, Any]:
     """Load the state of a checkpoint folder to the CPU.
 
     Raises:
-        CorruptCheckpointError: If a file is missing or differs from its recorded hash.
+        CorruptCheckpointError: If a file is missing, differs from its recorded hash or holds more than tensors and
+            plain values.
     """
     try:
         expected = json.loads((folder / MANIFEST).read_text())["sha256"][STATE]
@@ -70,5 +72,11 @@ def load_state(folder: Path) -> dict[str, Any]:
             f"The hash of {folder / STATE} must be {expected}, but is {actual}: it was changed or cut short. "
             "Continue from another checkpoint."
         )
-    state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CorruptCheckpointError(
+            f"A checkpoint must hold tensors and plain values, but {folder / STATE} holds code, which was not run. "
+            "Somebody else made it: do not use it."
+        ) from error
     return state

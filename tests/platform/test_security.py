@@ -1,0 +1,225 @@
+"""Who gets in, what is shown, and what is run: the promises of docs/security.md."""
+
+import ast
+import hashlib
+import json
+import logging
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from segadapt.platform import api, cli, tracking
+from segadapt.platform.cluster import connect
+from segadapt.platform.errors import UsageError
+from segadapt.platform.evaluating import load_deployed
+from segadapt.platform.experiments import Options
+from segadapt.platform.redaction import redacted
+from segadapt.platform.storage import Storage
+from segadapt.platform.tracking import RunInfo, Tracker
+from segadapt.trainables.core.checkpoint import MANIFEST, STATE, CorruptCheckpointError, load_state, save_state
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_a_ray_that_is_started_here_listens_on_loopback_and_knows_its_own_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with connect(None, dashboard=True):
+        assert ray.get(ray.remote(lambda: os.environ["RAY_AUTH_MODE"]).remote()) == "token"
+        token = os.environ["RAY_AUTH_TOKEN"]
+        assert len(token) == 64
+        me = psutil.Process()
+        listening = {
+            (connection.laddr.ip.removeprefix("::ffff:"), process.name())
+            for process in (me, *me.children(recursive=True))
+            for connection in process.net_connections(kind="inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert {name for _, name in listening} >= {"gcs_server", "raylet"}
+        assert {address for address, _ in listening} == {"127.0.0.1"}, listening
+        dashboard = ray._private.worker._global_node.webui_url
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"http://{dashboard}/api/jobs/", timeout=20)
+        assert refused.value.code == 401
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        written = [path for path in session.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+        assert written == [], "the token is in no file"
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+class _Attack:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    checkpoint, mark = tmp_path / "checkpoint", tmp_path / "attacked"
+    checkpoint.mkdir()
+    save_state(checkpoint, {"state": {}})
+    for name in ("config.json", "evaluation.json"):
+        (checkpoint / name).write_text("{}")
+    (checkpoint / STATE).write_bytes(pickle.dumps(_Attack(mark)))
+    with pytest.raises(CorruptCheckpointError, match="was changed or cut short"):
+        load_state(checkpoint)
+    digest = hashlib.sha256((checkpoint / STATE).read_bytes()).hexdigest()
+    (checkpoint / MANIFEST).write_text(json.dumps({"sha256": {STATE: digest}}))  # an attacker can do that, too
+    with pytest.raises(CorruptCheckpointError, match="holds code, which was not run"):
+        load_state(checkpoint)
+    with pytest.raises(UsageError, match="holds code, which was not run"):
+        load_deployed(checkpoint, {}, "cpu")  # type: ignore[arg-type]
+    assert not mark.exists()
+    pickle.loads((checkpoint / STATE).read_bytes())
+    assert mark.exists(), "plain unpickling would have run it"
+
+
+def test_nothing_unpickles_but_through_the_checks() -> None:
+    """`torch.load` and `numpy.load` name what they allow; pickle itself is not used."""
+    paths = [path for folder in ("platform", "trainables", "search_spaces") for path in (ROOT / folder).rglob("*.py")]
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    calls = [(ast.unparse(node.func), {word.arg: word.value for word in node.keywords}) for node in nodes]
+    assert not [
+        call for call in calls if call[0] in ("pickle.load", "pickle.loads", "cloudpickle.loads", "joblib.load")
+    ]
+    torch_loads = [words for name, words in calls if name == "torch.load"]
+    assert torch_loads
+    assert all(ast.unparse(words["weights_only"]) == "True" for words in torch_loads)
+    assert all(ast.unparse(words["allow_pickle"]) == "False" for name, words in calls if name == "np.load")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "a/b", "..", ".hidden", "a\0b", "", "x" * 101])
+def test_names_that_leave_the_storage_folder_are_refused(name: str, tmp_path: Path) -> None:
+    storage, options = str(tmp_path / "runs"), Options(storage=str(tmp_path / "runs"))
+    with pytest.raises(UsageError, match="A name must be 1 to 100"):
+        api.plan_search(["sdca"], {}, name=name, storage=storage)
+    for call in (
+        lambda: api.resume(name, options),
+        lambda: api.extend(name, options, trials=1),
+        lambda: api.plan_search([], {}, fork=name, storage=storage),
+        lambda: api.plan_search(["sdca"], {}, warm_start=[name], storage=storage),
+    ):
+        with pytest.raises(UsageError, match="A name must be 1 to 100"):
+            call()
+    assert [path.name for path in tmp_path.rglob("*") if path.name != "runs"] == []
+
+
+def test_logins_are_taken_out_of_what_is_shown() -> None:
+    assert redacted("http://me:secret@host:5000/x failed; postgresql+psycopg://a:b@/db") == (
+        "http://host:5000/x failed; postgresql+psycopg:///db"
+    )
+    assert redacted("mail me@host, 1://2") == "mail me@host, 1://2"
+
+
+def test_a_password_in_the_servers_address_is_neither_shown_nor_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = "http://me:hunter2@127.0.0.1:1"
+    with caplog.at_level(logging.DEBUG):
+        tracker = Tracker(Storage(tmp_path), uri)
+        tracker.start(RunInfo("a", "a", "a", {}, {"lr": 1}))
+        time.sleep(0.2)
+        tracker.close(timeout_s=2)
+        tracking.send_waiting(Storage(tmp_path), uri, timeout_s=1)
+    assert "did not take" in caplog.text
+    assert "hunter2" not in caplog.text
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert kept
+    assert not [path for path in kept if b"hunter2" in path.read_bytes() or "hunter2" in path.name]
+    done = CliRunner().invoke(cli.app, ["search", "sdca", "--tracking-uri", uri, "--storage", str(tmp_path)])
+    assert isinstance(done.exception, UsageError)
+    assert "hunter2" not in done.output + str(done.exception)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start the MLflow server that docs/security.md tells to start for several people; returns its address."""
+    folder = tmp_path_factory.mktemp("guarded")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (folder / "auth.ini").write_text(
+        "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
+        f"database_uri = sqlite:///{folder}/auth.db\nadmin_username = admin\nadmin_password = password-of-a-test\n"
+    )
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--app-name", "basic-auth", "--allowed-hosts", f"127.0.0.1:{port},mlflow.example.com"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    environment = {
+        **os.environ,
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret-of-a-test",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 180
+        while _status(f"http://127.0.0.1:{port}/health") is None:
+            assert server.poll() is None, (folder / "log").read_text()[-2000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def _status(url: str, host: str | None = None) -> int | None:
+    """Return the status of a page; None if nobody answers."""
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Host": host} if host else {}), timeout=20
+        ) as page:
+            return int(page.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+@pytest.mark.slow
+def test_a_shared_mlflow_asks_for_a_login_and_for_its_own_name(
+    guarded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = f"{guarded}/api/2.0/mlflow/experiments/search?max_results=1"
+    assert _status(search) == 401
+    assert _status(search, host="evil.example.com") == 403, (
+        "as a page in a browser could ask, whose name was bent to here"
+    )
+    assert _status(search, host="mlflow.example.com") == 401
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "password-of-a-test")
+    tracker = Tracker(Storage(tmp_path), guarded)
+    tracker.start(RunInfo("mine", "mine", "mine", {}, {"lr": 1}))
+    tracker.end("mine", "FINISHED")
+    tracker.close(timeout_s=120)
+    client = tracking.client(guarded)
+    runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"password-of-a-test" in path.read_bytes()]
