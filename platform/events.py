@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from ray.tune.experiment import Trial
 
 from segadapt.platform.checkpoints import best_checkpoint
 from segadapt.platform.environment import environment, git_tags
-from segadapt.platform.ledger import GpuHours, Ledger
+from segadapt.platform.ledger import Ledger, Limits
 from segadapt.platform.notes import NOTE_TAG, datasets, trial_note
 from segadapt.platform.objective import GOALS
 from segadapt.platform.progress import Progress
@@ -72,9 +71,8 @@ class Events(tune.Callback):
         self._started: set[str] = set()
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
-        self._deadline: float | None = None
         self._ledger: Ledger | None = None
-        self._gpu_hours: GpuHours | None = None
+        self._limits: Limits | None = None
         self._swept = False
         self._open: dict[str, Any] = {}
         self._paused: set[str] = set()
@@ -88,8 +86,7 @@ class Events(tune.Callback):
         tracker: Tracker,
         progress: Progress,
         ledger: Ledger,
-        time_budget_s: float | None,
-        gpu_hours: GpuHours | None,
+        limits: Limits,
         close_lost: Callable[[Collection[str]], None] | None,
     ) -> None:
         """Connect to this session's tracker, screen, accounts and end, which are not saved.
@@ -98,20 +95,18 @@ class Events(tune.Callback):
             tracker: Receives runs and metrics.
             progress: Receives what is shown.
             ledger: Receives what trials cost.
-            time_budget_s: After which unfinished trials are out of time.
-            gpu_hours: The limit that may end the search.
+            limits: That may end the search.
             close_lost: Told all trials that are known, so that the study can close the others.
         """
         self._close_lost = close_lost
         self._tracker = tracker
         self._progress = progress
         self._ledger = ledger
-        self._gpu_hours = gpu_hours
-        self._deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+        self._limits = limits
         self._environment = environment()
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("_tracker", "_progress", "_close_lost", "_ledger", "_gpu_hours")
+        gone = ("_tracker", "_progress", "_close_lost", "_ledger", "_limits")
         return {**self.__dict__, **dict.fromkeys(gone)}
 
     def get_state(self) -> dict[str, Any]:
@@ -270,11 +265,8 @@ class Events(tune.Callback):
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Close the runs of trials that the end of a budget or an interruption left unfinished."""
-        state = "interrupted"
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            state = "out of time"
-        elif self._gpu_hours is not None and self._gpu_hours.stop_all():
-            state = "out of GPU hours"
+        assert self._limits is not None
+        state = self._limits.reached() or "interrupted"
         for trial in trials:
             if trial.trial_id not in self._ended:
                 if state == "interrupted":

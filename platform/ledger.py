@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ray import tune
 
@@ -106,29 +106,60 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-class GpuHours(tune.Stopper):
-    """Ends a search, running trials included, when it has spent its GPU hours.
+class GpuHours:
+    """A limit on the GPU hours of a search.
 
     Args:
         limit: GPU hours of all trials and shared stages, over all sessions.
+        ledger: This session's accounts.
+        stages: GPU hours that shared stages took.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, ledger: Ledger, stages: float) -> None:
         self._limit = limit
-        self._ledger: Ledger | None = None
-        self._stages = 0.0
+        self._ledger = ledger
+        self._stages = stages
 
-    def attach(self, ledger: Ledger, stages: float) -> None:
-        """Connect to this session's accounts; `stages` are the GPU hours that shared stages took."""
-        self._ledger, self._stages = ledger, stages
+    def spent(self) -> bool:
+        """Return whether all is spent."""
+        return self._stages + self._ledger.gpu_hours() >= self._limit
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ledger": None}
+
+class Limits(tune.Stopper):
+    """Ends a search, running trials included, when this session's time or the search's GPU hours are spent.
+
+    Tune saves its stopper with a search and goes on with the saved one: an earlier session's, whose time is spent and
+    whose accounts are closed. Whoever reads this one back is given the running session's instead.
+
+    Args:
+        time_budget_s: From now on; None is without end.
+        gpu_hours: None is without limit.
+    """
+
+    session: ClassVar["Limits | None"] = None
+    """Those of the experiment that this process runs."""
+
+    def __init__(self, time_budget_s: float | None, gpu_hours: GpuHours | None) -> None:
+        self._deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+        self._gpu_hours = gpu_hours
+
+    def __reduce__(self) -> tuple[Callable[[], "Limits"], tuple[()]]:
+        return _limits_of_session, ()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No trial is stopped by itself."""
         return False
 
     def stop_all(self) -> bool:
-        """Return whether all is spent."""
-        return self._ledger is not None and self._stages + self._ledger.gpu_hours() >= self._limit
+        """Return whether the search ends."""
+        return self.reached() is not None
+
+    def reached(self) -> str | None:
+        """Return the state of trials that a limit leaves unfinished; None if there is no such limit yet."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return "out of time"
+        return "out of GPU hours" if self._gpu_hours is not None and self._gpu_hours.spent() else None
+
+
+def _limits_of_session() -> Limits:
+    return Limits.session or Limits(None, None)
