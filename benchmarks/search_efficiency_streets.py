@@ -2,8 +2,8 @@
 
     python benchmarks/search_efficiency_streets.py [--seeds 0 1 2] [--minutes 60] [--json PATH]
 
-For each seed, three searches of PLCA, two trials at a time, with the images and batches of the surrogate's trainings
-(`surrogate/collect.py`), about half as many steps, and as many evaluations:
+For each seed, three searches of PLCA, two trials at a time, as small as they go: trainings as for the surrogate
+(`surrogate/collect.py`) on smaller images and with about half the steps, but as many evaluations:
 
 - random: `segadapt search --sampler random --scheduler none`, 16 trials besides the published setting. Target mIoU of
   the best of the 16 after its last step is what the others look for; the published setting is left out of it.
@@ -47,7 +47,13 @@ from surrogate.collect import METHOD
 from surrogate.collect import SETTINGS as SURROGATE_SETTINGS
 
 METRIC = "target_val/miou"
-SETTINGS = {**SURROGATE_SETTINGS, "trainer.steps": 64, "trainer.eval_every": 8}
+SETTINGS = {
+    **SURROGATE_SETTINGS,
+    "trainer.steps": 64,
+    "trainer.eval_every": 8,
+    "data.streets.height": 32,
+    "data.streets.width": 64,
+}
 RANDOM_TRIALS = 16
 RANDOM_SEED = 1000
 """Added to the seed for random search."""
@@ -55,6 +61,8 @@ FULL = SETTINGS["trainer.steps"]
 GRACE = SETTINGS["trainer.eval_every"]
 MOST_TRIALS = 300
 CONCURRENT = 2
+INTERRUPTED = 130
+"""Exit status of a search that was ended by SIGINT."""
 ARMS = 3
 
 
@@ -181,7 +189,7 @@ def run_segadapt(
             if target is not None and has_ended(storage, name, target):
                 process.send_signal(signal.SIGINT)
                 process.wait()
-    if target is None and process.returncode:
+    if process.returncode not in (0, INTERRUPTED):
         raise SystemExit(f"The search failed:\n{(folder / f'{name}.log').read_text()}")
     return reports_of(storage, name)
 
@@ -256,6 +264,20 @@ def medians(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def record_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what is written; medians are of the seeds whose searches have all ended."""
+    setting = {
+        "method": METHOD,
+        **SETTINGS,
+        "random_trials": RANDOM_TRIALS,
+        "given_up_after_steps": RANDOM_TRIALS * FULL,
+        "concurrent": CONCURRENT,
+    }
+    whole = {seed: row for seed, row in rows.items() if len(row) == ARMS}
+    found = medians(whole) if whole else None
+    return {"setting": setting, "environment": machine(), "median_steps": found, "seeds": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -265,13 +287,6 @@ def main() -> None:
     deadline = time.monotonic() + 60 * options.minutes
     known = json.loads(options.json.read_text())["seeds"] if options.json and options.json.is_file() else {}
     rows: dict[str, dict[str, Any]] = {seed: row for seed, row in known.items() if len(row) == ARMS}
-    setting = {
-        "method": METHOD,
-        **SETTINGS,
-        "random_trials": RANDOM_TRIALS,
-        "given_up_after_steps": RANDOM_TRIALS * FULL,
-        "concurrent": CONCURRENT,
-    }
     for seed in map(str, options.seeds):
         if seed in rows or time.monotonic() > deadline:
             continue
@@ -280,10 +295,7 @@ def main() -> None:
             rows[seed][arm] = row
             print(f"seed {seed} {arm:9} {text(row)}", flush=True)
             if options.json:
-                whole = {seed: row for seed, row in rows.items() if len(row) == ARMS}
-                found = medians(whole) if whole else None
-                record = {"setting": setting, "environment": machine(), "median_steps": found, "seeds": rows}
-                options.json.write_text(json.dumps(record, indent=1) + "\n")
+                options.json.write_text(json.dumps(record_of(rows), indent=1) + "\n")
 
 
 if __name__ == "__main__":

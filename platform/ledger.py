@@ -132,7 +132,7 @@ class Limits(tune.Stopper):
     whose accounts are closed. Whoever reads this one back is given the running session's instead.
 
     Args:
-        time_budget_s: From now on; None is without end.
+        time_budget_s: From when Tune first asks; None is without end.
         gpu_hours: None is without limit.
     """
 
@@ -140,7 +140,8 @@ class Limits(tune.Stopper):
     """Those of the experiment that this process runs."""
 
     def __init__(self, time_budget_s: float | None, gpu_hours: GpuHours | None) -> None:
-        self._deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+        self._time_budget_s = time_budget_s
+        self._deadline: float | None = None
         self._gpu_hours = gpu_hours
 
     def __reduce__(self) -> tuple[Callable[[], "Limits"], tuple[()]]:
@@ -152,6 +153,8 @@ class Limits(tune.Stopper):
 
     def stop_all(self) -> bool:
         """Return whether the search ends."""
+        if self._deadline is None and self._time_budget_s is not None:
+            self._deadline = time.monotonic() + self._time_budget_s
         return self.reached() is not None
 
     def reached(self) -> str | None:
