@@ -15,7 +15,7 @@ from ray.tune.experiment import Trial
 from segadapt.platform.checkpoints import best_checkpoint
 from segadapt.platform.environment import environment, git_tags
 from segadapt.platform.keeping import Keeper
-from segadapt.platform.ledger import GpuHours, Ledger
+from segadapt.platform.ledger import Ledger, Limits
 from segadapt.platform.notes import NOTE_TAG, datasets, trial_note
 from segadapt.platform.objective import GOALS
 from segadapt.platform.progress import Progress
@@ -76,9 +76,8 @@ class Events(tune.Callback):
         self._started: set[str] = set()
         self._tracker: Tracker | None = None
         self._progress: Progress | None = None
-        self._deadline: float | None = None
         self._ledger: Ledger | None = None
-        self._gpu_hours: GpuHours | None = None
+        self._limits: Limits | None = None
         self._swept = False
         self._open: dict[str, Any] = {}
         self._numbers: dict[str, int] = {}
@@ -96,8 +95,7 @@ class Events(tune.Callback):
         tracker: Tracker,
         progress: Progress,
         ledger: Ledger,
-        time_budget_s: float | None,
-        gpu_hours: GpuHours | None,
+        limits: Limits,
         close_lost: Callable[[Collection[str]], None] | None,
         keeper: Keeper | None,
     ) -> None:
@@ -107,8 +105,7 @@ class Events(tune.Callback):
             tracker: Receives runs and metrics.
             progress: Receives what is shown.
             ledger: Receives what trials cost.
-            time_budget_s: After which unfinished trials are out of time.
-            gpu_hours: The limit that may end the search.
+            limits: That may end the search.
             close_lost: Told all trials that are known, so that the study can close the others.
             keeper: Removes checkpoints; None keeps those of all trials.
         """
@@ -117,13 +114,12 @@ class Events(tune.Callback):
         self._tracker = tracker
         self._progress = progress
         self._ledger = ledger
-        self._gpu_hours = gpu_hours
-        self._deadline = None if time_budget_s is None else time.monotonic() + time_budget_s
+        self._limits = limits
         self._heard = {}
         self._environment = environment()
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("_tracker", "_progress", "_close_lost", "_ledger", "_gpu_hours", "_keeper")
+        gone = ("_tracker", "_progress", "_close_lost", "_ledger", "_limits", "_keeper")
         return {**self.__dict__, **dict.fromkeys(gone)}
 
     def get_state(self) -> dict[str, Any]:
@@ -325,11 +321,8 @@ class Events(tune.Callback):
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Close the runs of trials that the end of a budget or an interruption left unfinished."""
-        state = "interrupted"
-        if self._deadline is not None and time.monotonic() >= self._deadline:
-            state = "out of time"
-        elif self._gpu_hours is not None and self._gpu_hours.stop_all():
-            state = "out of GPU hours"
+        assert self._limits is not None
+        state = self._limits.reached() or "interrupted"
         for trial in trials:
             if trial.trial_id not in self._ended:
                 if state == "interrupted":

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, TypeAdapter
 from ray import tune
@@ -123,29 +123,63 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
     return {trial_id: {**dict.fromkeys(_UNITS, 0.0), **spent} for trial_id, spent in found.items()}
 
 
-class GpuHours(tune.Stopper):
-    """Ends a search, running trials included, when it has spent its GPU hours.
+class GpuHours:
+    """A limit on the GPU hours of a search.
 
     Args:
         limit: GPU hours of all trials and shared stages, over all sessions.
+        ledger: This session's accounts.
+        stages: GPU hours that shared stages took.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, ledger: Ledger, stages: float) -> None:
         self._limit = limit
-        self._ledger: Ledger | None = None
-        self._stages = 0.0
+        self._ledger = ledger
+        self._stages = stages
 
-    def attach(self, ledger: Ledger, stages: float) -> None:
-        """Connect to this session's accounts; `stages` are the GPU hours that shared stages took."""
-        self._ledger, self._stages = ledger, stages
+    def spent(self) -> bool:
+        """Return whether all is spent."""
+        return self._stages + self._ledger.gpu_hours() >= self._limit
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ledger": None}
+
+class Limits(tune.Stopper):
+    """Ends a search, running trials included, when this session's time or the search's GPU hours are spent.
+
+    Tune saves its stopper with a search and goes on with the saved one: an earlier session's, whose time is spent and
+    whose accounts are closed. Whoever reads this one back is given the running session's instead.
+
+    Args:
+        time_budget_s: From when Tune first asks; None is without end.
+        gpu_hours: None is without limit.
+    """
+
+    session: ClassVar["Limits | None"] = None
+    """Those of the experiment that this process runs."""
+
+    def __init__(self, time_budget_s: float | None, gpu_hours: GpuHours | None) -> None:
+        self._time_budget_s = time_budget_s
+        self._deadline: float | None = None
+        self._gpu_hours = gpu_hours
+
+    def __reduce__(self) -> tuple[Callable[[], "Limits"], tuple[()]]:
+        return _limits_of_session, ()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """No trial is stopped by itself."""
         return False
 
     def stop_all(self) -> bool:
-        """Return whether all is spent."""
-        return self._ledger is not None and self._stages + self._ledger.gpu_hours() >= self._limit
+        """Return whether the search ends."""
+        if self._deadline is None and self._time_budget_s is not None:
+            self._deadline = time.monotonic() + self._time_budget_s
+        return self.reached() is not None
+
+    def reached(self) -> str | None:
+        """Return the state of trials that a limit leaves unfinished; None if there is no such limit yet."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return "out of time"
+        return "out of GPU hours" if self._gpu_hours is not None and self._gpu_hours.spent() else None
+
+
+def _limits_of_session() -> Limits:
+    return Limits.session or Limits(None, None)

@@ -9,7 +9,7 @@ from typing import Any
 from segadapt.platform.config import Values
 from segadapt.platform.events import Events, Labels
 from segadapt.platform.keeping import Keeper
-from segadapt.platform.ledger import GpuHours, Ledger, spent_hours
+from segadapt.platform.ledger import GpuHours, Ledger, Limits, spent_hours
 from segadapt.platform.lineage import Inheritance
 from segadapt.platform.optuna_search import Given, Proposals, StudySearch
 from segadapt.platform.progress import Progress
@@ -99,6 +99,8 @@ def run_experiment(
     trainable = _trainable(spec)
     searcher = open_study(spec, plan) if isinstance(plan, SearchPlan) else None
     config = _tune_config(spec, plan, searcher)
+    ledger = Ledger(spec.folder, spec.resources)
+    limits = Limits.session = _limits(spec, plan, ledger)
     begun = (spec.folder / "tuner.pkl").is_file()
     if begun:
         tuner = tune.Tuner.restore(
@@ -118,7 +120,7 @@ def run_experiment(
                 storage_path=str(spec.storage.experiments),
                 verbose=0,
                 callbacks=[Events(spec, labels)],
-                stop=_limit(plan),
+                stop=limits,
                 failure_config=tune.FailureConfig(max_failures=spec.tolerance.max_failures),
                 checkpoint_config=tune.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
@@ -127,11 +129,8 @@ def run_experiment(
         )
     progress = Progress(title, spec.objective.leading, plan.trials if plan else 1, steps)
     events = _events(tuner)
-    ledger, gpu_hours = Ledger(spec.folder, spec.resources), _gpu_hours(tuner)
-    if gpu_hours is not None:
-        gpu_hours.attach(ledger, spent_hours(spec.storage, spec.experiment, "gpu", stages_only=True))
     close_lost = partial(_close_lost, searcher) if searcher is not None else None
-    events.attach(tracker, progress, ledger, config.time_budget_s, gpu_hours, close_lost, keeper)
+    events.attach(tracker, progress, ledger, limits, close_lost, keeper)
     try:
         results = tuner.fit()
     finally:
@@ -166,14 +165,14 @@ def _events(tuner: Any) -> Events:
     return found
 
 
-def _limit(plan: "SearchPlan | ListPlan | None") -> GpuHours | None:
-    hours = plan.max_gpu_hours if isinstance(plan, SearchPlan) else None
-    return None if hours is None else GpuHours(hours)
-
-
-def _gpu_hours(tuner: Any) -> GpuHours | None:
-    found: GpuHours | None = tuner._local_tuner.get_run_config().stop
-    return found
+def _limits(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", ledger: Ledger) -> Limits:
+    if not isinstance(plan, SearchPlan):
+        return Limits(None, None)
+    hours = None
+    if plan.max_gpu_hours is not None:
+        stages = spent_hours(spec.storage, spec.experiment, "gpu", stages_only=True)
+        hours = GpuHours(plan.max_gpu_hours, ledger, stages)
+    return Limits(plan.time_budget_s, hours)
 
 
 def _trainable(spec: TrialSpec) -> Any:
@@ -224,7 +223,6 @@ def _tune_config(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", searcher
                 concurrent=plan.concurrent,
             )
             config.num_samples = plan.trials
-            config.time_budget_s = plan.time_budget_s
         case ListPlan():
             config.search_alg = Proposals(Given(plan.values, plan.concurrent), len(plan.values))
             config.num_samples = len(plan.values)

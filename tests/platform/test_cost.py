@@ -151,24 +151,23 @@ def test_hours_are_counted_while_trials_run_and_over_sessions(tmp_path: Path) ->
     stages.stop("warm-up")
 
     first = ledger("s", Resources(workers=2, gpus=0.5, cpus=4))
-    limit = GpuHours(3.0)
-    limit.attach(first, spent_hours(storage, "s", "gpu", stages_only=True))
+    limit = GpuHours(3.0, first, spent_hours(storage, "s", "gpu", stages_only=True))
     first.start("a")
     now[0] += 3600
     first.start("b")
     first.stop("a")
     now[0] += 1800
     assert (first.trial_hours("a"), first.trial_hours("b"), first.gpu_hours()) == (1.0, 0.5, 1.5)
-    assert not limit.stop_all()
+    assert not limit.spent()
     first.keep()  # killed here
     now[0] += 99999
 
     second = ledger("s", Resources(workers=1, gpus=1.0, cpus=4))
-    limit.attach(second, spent_hours(storage, "s", "gpu", stages_only=True))
+    limit = GpuHours(3.0, second, spent_hours(storage, "s", "gpu", stages_only=True))
     second.start("b")
     now[0] += 1800
     assert (second.trial_hours("b"), second.gpu_hours()) == (1.0, 2.0)
-    assert limit.stop_all(), "with the hour of the shared stages"
+    assert limit.spent(), "with the hour of the shared stages"
     second.stop("b")
     assert spent_hours(storage, "s", "gpu") == 3.0
     assert spent_hours(storage, "s", "cpu") == 4.0 + 8.0 + 4.0 + 2.0

@@ -520,12 +520,13 @@ def test_a_warm_up_that_fails_ends_its_runs_as_failed_and_can_be_tried_again(tmp
     assert "NonFiniteLossError" in again.stderr
 
 
-def test_a_time_budget_ends_a_search_with_what_it_has(tmp_path: Path) -> None:
+def test_a_time_budget_ends_a_search_with_what_it_has_and_resuming_gives_it_again(tmp_path: Path) -> None:
     steps = [word for word in TINY_WORDS if not word.startswith("trainer.steps")]
     done = command(tmp_path, "search", "sdca", "--trials", "500", "--time-budget", "15", *steps, "trainer.steps=40")
     assert done.returncode == 0, done.stderr
     runs = tracked(tmp_path, "sdca-streets")
-    assert 1 <= sum(bool(re.fullmatch(r"sdca-\d+", name)) for name in runs) < 100
+    trials = {name for name in runs if re.fullmatch(r"sdca-\d+", name)}
+    assert 1 <= len(trials) < 100
     ended = {run.data.tags["segadapt.state"]: run.info.status for name, run in runs.items() if "-0" in name}
     assert set(ended) <= {"finished", "stopped early", "out of time"}
     assert ended.get("out of time", "KILLED") == "KILLED"
@@ -533,6 +534,12 @@ def test_a_time_budget_ends_a_search_with_what_it_has(tmp_path: Path) -> None:
     assert "segadapt finish best" in done.stdout
     with sqlite3.connect(tmp_path / "runs" / "optuna.db") as study:
         assert ("RUNNING",) not in study.execute("select state from trials").fetchall()
+
+    resumed = command(tmp_path, "search", "--resume", "sdca-streets")
+    assert resumed.returncode == 0, resumed.stderr
+    ended = {name: run.data.tags.get("segadapt.state") for name, run in tracked(tmp_path, "sdca-streets").items()}
+    later = {ended[name] for name in ended if re.fullmatch(r"sdca-\d+", name) and name not in trials}
+    assert later & {"finished", "stopped early"}, "an evaluation takes longer than what was left of the first budget"
 
 
 @pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
