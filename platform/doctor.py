@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -32,14 +31,13 @@ from segadapt.platform.agreement import Drivers
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import BEGUN
 from segadapt.platform.findings import Finding
+from segadapt.platform.redaction import redacted
 from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.study import open_study_storage
 
 _PACKAGES = ("ray", "torch", "torchvision", "optuna", "mlflow")
 _OLD_S = 3600.0
 """What is in work changes more often than this."""
-_ANSWER_S = 60.0
-"""A cluster's nodes answer within this time, or are said not to."""
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse.sshfs", "9p", "afs")
 _OWN_LOCKS = ("nolock", "noflock", "localflock", "local_lock=all", "local_lock=flock")
 """Mount options under which nodes do not see each other's locks."""
@@ -324,11 +322,11 @@ def _tracking(what: Examination) -> Iterator[Finding]:
         if problem is not None:
             yield problem
             return
-    shown = _without_password(tracking.tracking_uri(what.storage, what.tracking_uri))
+    shown = redacted(tracking.tracking_uri(what.storage, what.tracking_uri))
     try:
         tracking.client(tracking.tracking_uri(what.storage, what.tracking_uri)).search_experiments(max_results=1)
     except Exception as error:  # whatever the client raises for what does not answer
-        reason = _first_line(error, what.tracking_uri)
+        reason = _first_line(error)
         advice = "Start the server, or correct --tracking-uri; records wait on disk meanwhile"
         yield _fault("tracking", f"{shown} does not answer: {reason}", "Runs cannot be seen or compared", advice)
         return
@@ -411,11 +409,11 @@ def _study(what: Examination) -> Iterator[Finding]:
     except UsageError as error:
         yield _fault("study", str(error), "Searches cannot begin or go on", "")
     except Exception as error:  # of another version, or no database of Optuna's
-        reason = _first_line(error, what.study_uri)
-        text = f"{_without_password(url)} cannot be used: {reason}"
+        reason = _first_line(error)
+        text = f"{redacted(url)} cannot be used: {reason}"
         yield _fault("study", text, "Searches cannot begin or go on", "Use the Optuna that made it, or a backup")
     else:
-        yield Finding("study", "ok", f"{_without_password(url)} answers, {names} studies")
+        yield Finding("study", "ok", f"{redacted(url)} answers, {names} studies")
 
 
 def _studies(url: str) -> int:
@@ -425,16 +423,9 @@ def _studies(url: str) -> int:
     return len(optuna.get_all_study_names(open_study_storage(url)))
 
 
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return uri if parts.password is None else uri.replace(f":{parts.password}@", ":***@")
-
-
-def _first_line(error: Exception, uri: str | None) -> str:
-    """Return the first line of a message, without the password that an address holds."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    password = urlsplit(uri or "").password
-    return line.replace(password, "***") if password else line
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message, without logins."""
+    return redacted(str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Cluster.
@@ -454,62 +445,30 @@ def _cluster(what: Examination) -> Iterator[Finding]:
             yield _fault("cluster", f"Nothing listens at {address}: {error}", "No search can join it", advice)
             return
     try:
-        yield from _nodes(address)
+        yield from _nodes(what, address)
     except Exception as error:  # whatever Ray raises for a cluster that refuses or does not answer
-        reason = _first_line(error, None)
+        reason = _first_line(error)
         meaning = "The cluster asks for a token that this machine lacks, runs another Ray, or is ending"
         advice = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on the head; compare `ray --version`"
         yield _fault("cluster", f"{address} refuses: {reason}", meaning, advice)
 
 
-def _nodes(address: str) -> Iterator[Finding]:
-    """Join the cluster, and compare what its nodes have installed."""
+def _nodes(what: Examination, address: str) -> Iterator[Finding]:
+    """Join the cluster, and have its nodes look at what they have installed and see."""
     from segadapt.platform.cluster import connect
+    from segadapt.platform.preflight import node_problems
 
     with connect(address, dashboard=False) as capacity:
-        import ray
-        from ray.exceptions import RayError
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         authenticated = "with a token" if os.environ.get("RAY_AUTH_MODE") == "token" else "without a token"
         yield Finding("cluster", "ok", f"{address} answers, {authenticated}: {capacity}")
-        own = {name: _version(name) for name in ("segadapt", "ray", "torch")}
-        ask = ray.remote(num_cpus=0)(_asking())
-        for node in ray.nodes():  # type: ignore[no-untyped-call]
-            if not node["Alive"]:
-                continue
-            name = f"Node {node['NodeManagerAddress']}"
-            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            try:
-                found = ray.get(ask.options(scheduling_strategy=where).remote(list(own)), timeout=_ANSWER_S)
-            except (RayError, TimeoutError) as error:
-                reason = _first_line(error, None)
-                yield _fault("cluster", f"{name} runs nothing: {reason}", "Trials there fail", "Look at its Ray logs")
-                continue
-            other = [f"{key} {found[key] or 'missing'} ({own[key]} here)" for key in own if found[key] != own[key]]
-            if other:
-                text = f"{name} has {', '.join(other)}"
-                advice = "Install the same versions on all nodes"
-                yield _fault("cluster", text, "Trials there fail, or compute something else", advice)
-            else:
-                yield Finding("cluster", "ok", f"{name} has {', '.join(f'{key} {own[key]}' for key in own)}")
-
-
-def _asking() -> Callable[[list[str]], dict[str, str | None]]:
-    """Return a function that a node without segadapt can run too: it travels by value."""
-
-    def versions(packages: list[str]) -> dict[str, str | None]:
-        import importlib.metadata
-
-        def version(package: str) -> str | None:
-            try:
-                return importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                return None
-
-        return {package: version(package) for package in packages}
-
-    return versions
+        if not what.storage.root.is_dir():
+            return
+        problems = node_problems(what.storage.root)
+        for problem in problems:
+            advice = "Install the same wheel on all nodes, and mount the storage folder there"
+            yield _fault("cluster", problem, "A search refuses to begin on such a cluster", advice)
+        if not problems:
+            yield Finding("cluster", "ok", "All nodes have the same versions as this machine, and write to the storage")
 
 
 # Experiments.

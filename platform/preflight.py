@@ -58,6 +58,18 @@ def check_nodes(storage: Path, paths: Sequence[str], timeout_s: float = _TIMEOUT
     Raises:
         UsageError: If a node differs or cannot; names it and says in what.
     """
+    problems = node_problems(storage, paths, timeout_s)
+    if problems:
+        listed = "\n  ".join(problems)
+        raise UsageError(
+            "All nodes of the cluster must have the same segadapt, Ray, torch and Python as this process, and see data "
+            f"and storage, but:\n  {listed}\n"
+            "Install the same wheel everywhere and mount the same folders, or take the node out of the cluster."
+        )
+
+
+def node_problems(storage: Path, paths: Sequence[str] = (), timeout_s: float = _TIMEOUT_S) -> list[str]:
+    """Return in what nodes differ from this process or cannot run trials, sorted by their names; see `check_nodes`."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -80,13 +92,7 @@ def check_nodes(storage: Path, paths: Sequence[str], timeout_s: float = _TIMEOUT
         for answer in ready:
             node = asked[answer]
             problems += [f"{nodes[node]} {problem}" for problem in _problems(own, answer, probe / node)]
-    if problems:
-        listed = "\n  ".join(sorted(problems))
-        raise UsageError(
-            "All nodes of the cluster must have the same segadapt, Ray, torch and Python as this process, and see data "
-            f"and storage, but:\n  {listed}\n"
-            "Install the same wheel everywhere and mount the same folders, or take the node out of the cluster."
-        )
+    return sorted(problems)
 
 
 def _name(node: Mapping[str, Any]) -> str:
