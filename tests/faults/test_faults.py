@@ -197,7 +197,8 @@ def test_a_search_survives_kills_hangs_and_preemptions_of_its_trials(
     undisturbed: Path, recoveries: Recoveries, tmp_path: Path
 ) -> None:
     def signalled(name: str, number: signal.Signals) -> Callable[[], None]:
-        (process,) = processes(trial_id(tmp_path, "sdca-streets", name))
+        key = trial_id(tmp_path, "sdca-streets", name)
+        process = wait_for(lambda: processes(key, ".train"), f"the process of {name}")[0]  # others wait to be reused
 
         def inflict() -> None:
             os.kill(process, number)
