@@ -4,6 +4,7 @@ Each test prints how long it took from the fault to the next result. docs/faults
 """
 
 import contextlib
+import functools
 import os
 import re
 import resource
@@ -196,8 +197,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_search_survives_kills_hangs_and_preemptions_of_its_trials(
     undisturbed: Path, recoveries: Recoveries, tmp_path: Path
 ) -> None:
+    @functools.cache
+    def key_of(name: str) -> str:
+        return trial_id(tmp_path, "sdca-streets", name)  # takes a while, in which a trial goes on
+
     def signalled(name: str, number: signal.Signals) -> Callable[[], None]:
-        key = trial_id(tmp_path, "sdca-streets", name)
+        key = key_of(name)
         process = wait_for(lambda: processes(key, ".train"), f"the process of {name}")[0]  # others wait to be reused
 
         def inflict() -> None:
@@ -209,9 +214,11 @@ def test_a_search_survives_kills_hangs_and_preemptions_of_its_trials(
     with driving(tmp_path, *SEARCH, "--max-failures", "1", "--trial-timeout", "45", *WORDS) as driver:
 
         def begin(fault: str, name: str, number: signal.Signals) -> Callable[[], int]:
+            key_of(name)
             driver.wait_for(f"{name} step {EVERY}/")
             return recoveries.begin(fault, driver, name, signalled(name, number))
 
+        key_of("sdca-002")  # runs beside the first
         killed = begin("trial killed", "sdca-001", signal.SIGKILL)
         hung = begin("trial hangs, time-out 45 s", "sdca-002", signal.SIGSTOP)
         assert killed() >= EVERY, "from its checkpoint"
