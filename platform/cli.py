@@ -245,7 +245,9 @@ def search(
             "--sampler": sampler,
         }
         given |= {"--scheduler": scheduler, "--seed": seed, "--name": name, "--config": config}
-        given |= {"--trials": trials if extend is None else None, "--extend": extend if resume is not None else None}
+        given |= {"--concurrent": concurrent, "--max-gpu-hours": max_gpu_hours}
+        if resume is not None:
+            given |= {"--trials": trials, "--time-budget": time_budget, "--extend": extend}
         extra = [*(words or []), *(name for name, value in given.items() if value)]
         if extra:
             raise UsageError(

@@ -56,6 +56,8 @@ Call = Callable[..., CompletedProcess[str]]
         (("search", "--fork", "absent"), "There must be an experiment 'absent'"),
         (("search", "sdca", "--warm-start", "absent"), "There must be an experiment 'absent'"),
         (("search", "sdca", "--resume", "x", "--seed", "1"), "--resume takes methods and settings from the search 'x'"),
+        (("search", "--resume", "x", "--time-budget", "9"), "--resume takes methods and settings from the search 'x'"),
+        (("search", "--extend", "x", "--concurrent", "2"), "--extend takes methods and settings from the search 'x'"),
         (("search", "--extend", "x", "method.temperature=1"), "Leave them out; --fork begins a new search"),
         (("search", "sdca", "--sampler", "grid"), "--sampler must be one of auto, tpe, gp, cmaes, random, qmc"),
         (("search", "sdca", "clst", "--sampler", "gp"), "--sampler gp must have one method"),
