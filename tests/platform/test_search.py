@@ -176,11 +176,13 @@ def test_a_finish_may_keep_the_losses_of_its_trial(searched: Searched) -> None:
     words = ("--keep-losses", "trainer.steps=2", "method.kept_settings.output_gain=0.0")
     done = command(folder, "finish", "sdca-001", "--search", "sdca-streets", *words)
     assert done.returncode == 0, done.stderr
-    run, trial = (tracked(folder, "sdca-streets")[name] for name in ("finish-sdca-001", "sdca-001"))
+    trial = tracked(folder, "sdca-streets")["sdca-001"]
+    client, kept = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db"), "params.`method.kept_method` = 'sdca'"
+    (run,) = client.search_runs([trial.info.experiment_id], kept)  # others may be named after the same trial
     losses = {name for name in run.data.metrics if name.startswith("loss/")}
     assert {"loss/feature_source", "loss/feature_target", "loss/target_cross_entropy"} <= losses
     assert "loss/output_target" not in losses
-    assert run.data.params["method.kept_method"] == "sdca"
+    assert run.info.run_name == "finish-sdca-001"
     assert run.data.params["method.kept_settings.temperature"] == trial.data.params["method.temperature"]
 
 
