@@ -197,7 +197,7 @@ class Tracker:
         def keep(files: Path) -> None:
             figure = make()
             if file.endswith(".html"):
-                figure.write_html(files / file, include_plotlyjs="cdn", auto_open=False)
+                figure.write_html(files / file, auto_open=False)  # with its script: clusters may have no internet
             else:
                 figure.savefig(files / file)
 

@@ -55,7 +55,7 @@ def draw(study: Any, objective: str, folder: Path) -> set[str]:
         path = folder / name.rpartition("/")[2]
         figure = make()
         if path.suffix == ".html":
-            figure.write_html(path, include_plotlyjs="cdn", auto_open=False)
+            figure.write_html(path, include_plotlyjs=False, auto_open=False)
         else:
             figure.savefig(path)
         assert path.stat().st_size > 1000

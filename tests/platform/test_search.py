@@ -98,6 +98,8 @@ def test_every_trial_is_a_child_run_with_its_configuration_and_pictures(searched
     assert parent.info.status == "FINISHED"
     plots = {entry.path for entry in client.list_artifacts(parent.info.run_id, "plots")}
     assert {"plots/optimization_history.html", "plots/optimization_history.png"} <= plots
+    for page in (folder / "runs" / "mlartifacts").rglob("optimization_history.html"):
+        assert not re.search(r"""src=["']?https?:""", page.read_text()), "it loads nothing from the network"
 
 
 def test_the_study_knows_stopped_trials_as_pruned(searched: Searched) -> None:
