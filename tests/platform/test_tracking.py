@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import process_group_is_gone
+from conftest import TINY_WORDS, process_group_is_gone
 from PIL import Image
 
 from segadapt.platform import tracking
@@ -498,3 +498,27 @@ def test_a_kill_while_mlflows_database_is_made_breaks_nothing(tmp_path: Path) ->
     runs = client.search_runs([experiment.experiment_id])
     assert {run.data.tags[KEY_TAG] for run in runs} == {"killed", "second", "third"}
     assert not list(tmp_path.glob(".mlflow.db*"))
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_while_its_server_is_away(server: Server, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("segadapt")), "search", "sdca", "--name", "away", "--trials", "2"]
+    command += ["--scheduler", "none", "--tracking-uri", server.uri, *TINY_WORDS]
+    said = tmp_path / "said.txt"
+    with said.open("w") as output:
+        search = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: "search away" in said.read_text(), "the trials", timeout_s=180)
+        with server.away():
+            wait_for(lambda: "trying again" in said.read_text(), "an attempt at the absent server", timeout_s=180)
+            wait_for(lambda: "sdca-001 step 4/" in said.read_text(), "a result meanwhile", timeout_s=180)
+        assert search.wait(timeout=300) == 0, said.read_text()
+    finally:
+        search.kill()
+        search.wait()
+    arrived = Arrived(server.uri, "away")
+    runs = arrived.runs()
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    trials = [key for key, run in runs.items() if run.data.tags["segadapt.kind"] == "trial"]
+    assert [arrived.steps(key, "target_val/miou") for key in trials] == [[2, 4, 6, 8]] * 2
+    assert waiting(tmp_path) == []
