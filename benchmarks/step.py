@@ -204,12 +204,12 @@ class MeasuredTrainer(Trainer):
             self.started = self.clock.now()
         super()._set_learning_rate(*arguments)
 
-    def _evaluate_and_report(self, *arguments: Any) -> None:
+    def _evaluate_and_report(self, stage: Stage, *arguments: Any) -> None:
         self.ended = self.clock.now()
         if self.inner is not None:
             self.inner.mark("end")
         if self.evaluates:
-            super()._evaluate_and_report(*arguments)
+            super()._evaluate_and_report(replace(stage, pseudo_labels=False), *arguments)  # nor were labels written
             self.evaluation_s = self.clock.now() - self.ended
 
     def _batches(self, stage: Stage, folder: Path) -> BatchSource:
