@@ -206,3 +206,11 @@ def test_the_benchmark_of_the_step_runs_at_a_reduced_size_of_the_papers(tmp_path
     assert min(forms[form]["images_per_s"] for form in ("trainer", "bare", "literal")) > 0
     assert set(forms["trainer"]["parts_s"]) == {"data", "forward", "losses", "backward", "optimiser"}
     assert forms["trainer"]["peak_mb"] < forms["literal"]["peak_mb"]
+
+
+def test_the_benchmark_measures_a_step_on_pseudo_labels(tmp_path: Path) -> None:
+    script, found = BENCHMARKS / "step.py", tmp_path / "found.json"
+    words = ["--methods", "bicl", "--forms", "trainer", "--steps", "1", "--rounds", "1", "--json", str(found)]
+    subprocess.run([sys.executable, str(script), *words], check=True, capture_output=True, timeout=300)
+    (row,) = json.loads(found.read_text())["results"]
+    assert row["forms"]["trainer"]["evaluation_s"] > 0
