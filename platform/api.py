@@ -628,6 +628,7 @@ def evaluate(
     if save_predictions is not None:
         submission = evaluating.Submission(Path(save_predictions), deployed.names)
 
+    inference = dataclasses.replace(inference, window=deployed.config.trainer.eval_window)
     confusion = evaluating.evaluate_target(deployed, images, inference, device, submission).confusion
     found = score(confusion, deployed.names, chosen)
     variant = evaluating.variant(protocol, inference, aggregation, settings)

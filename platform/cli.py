@@ -478,7 +478,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="What differs from the run: data.*, augmentation.target_size, trainer.eval_batch_size.",
+            help="What differs from the run: data.*, augmentation.target_size, trainer.eval_window.",
         ),
     ] = None,
     protocol: Annotated[

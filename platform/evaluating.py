@@ -29,7 +29,7 @@ PROTOCOLS = ("auto", *(f"cityscapes-{size}" for size in SUBSETS))
 AGGREGATION = "method.inference_aggregation"
 """Setting of methods whose network can aggregate when it predicts."""
 
-_SETTINGS = ("data.", "augmentation.target_size", "augmentation.interpolation", "trainer.eval_batch_size")
+_SETTINGS = ("data.", "augmentation.target_size", "augmentation.interpolation", "trainer.eval_")
 """What may differ from the run."""
 
 _LEAST_THREADS = 2

@@ -85,6 +85,22 @@ def test_scales_flip_and_predictions_are_stated_and_tracked_apart(
     assert counts.tolist() == result["confusion"]
 
 
+def test_an_image_may_be_shown_in_windows(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for window in ("[32,64]", "[16,24]"):
+        words = ["source_only", f"trainer.eval_window={window}", "--search", "tiny", "--json"]
+        command_line(monkeypatch, trained, *words)
+        found[window] = json.loads(capsys.readouterr().out)
+    whole, windows = found.values()
+    assert whole["how"] == "single scale, no flip, windows of 32x64, no aggregation"
+    _, run = tracked(trained)
+    miou = whole["metrics"]["target_val/miou"]
+    assert miou == pytest.approx(run.data.metrics["best/target_val/miou"], abs=1e-3)
+    assert miou != windows["metrics"]["target_val/miou"] == run.data.metrics[f"{windows['tracked']}/target_val/miou"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -117,6 +117,42 @@ def test_scales_average_probabilities_not_votes_or_logits() -> None:
     assert expected.argmax() == 0, "two of three votes are for class 1"
 
 
+class Seen(nn.Module):
+    """Remembers the sizes it was shown; answers with the image itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[tuple[int, ...]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.sizes.append(tuple(images.shape[-2:]))
+        return images
+
+
+def test_windows_of_a_pixelwise_network_add_up_to_the_whole_image() -> None:
+    seen = Seen()
+    network, images = FunctionSegmenter(seen), some_images(height=11, width=7)
+    whole = views(network, images, Inference(flip=True))
+    slid = views(network, images, Inference(flip=True, window=(4, 32)))
+    assert seen.sizes[2:] == [(4, 7)] * 10, "five windows of at most the image's width, overlapping, and mirrored"
+    for one, other in zip(whole, slid, strict=True):
+        torch.testing.assert_close(other, one)
+
+
+def test_a_window_that_holds_the_image_shows_it_whole() -> None:
+    torch.manual_seed(0)
+    network, images = FunctionSegmenter(nn.Conv2d(3, 3, 3, stride=2, padding=1)), some_images()
+    expected = network.upsample(network(network.normalise(images)).logits, (6, 8))
+    torch.testing.assert_close(views(network, images, Inference(window=(64, 64)))[0], expected)
+
+
+def test_overlapping_windows_average_logits_by_how_many_saw_a_pixel() -> None:
+    network, images = FunctionSegmenter(LeftIsRoad()), some_images(count=1, width=8)
+    (logits,) = views(network, images, Inference(window=(6, 6)))  # of columns 0 to 5 and 2 to 7, three are road in each
+    assert logits[0, 0, 0].tolist() == [2, 2, 2, 1, 1, 0, 0, 0]
+    assert logits[0, 1, 0].tolist() == [0, 0, 0, 0.5, 0.5, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("scales", "message"),
     [((), "at least one scale"), ((1.0, 1.0), "must differ"), ((0.0,), r"lie in \[0.1, 10\]"), ((math.nan,), "lie in")],
@@ -129,6 +165,7 @@ def test_wrong_scales_are_refused(scales: tuple[float, ...], message: str) -> No
 def test_the_options_are_stated() -> None:
     assert str(Inference()) == "single scale, no flip"
     assert str(Inference(scales=(0.75, 1.0), flip=True)) == "scales 0.75 1, flip"
+    assert str(Inference(window=(512, 1024))) == "single scale, no flip, windows of 512x1024"
 
 
 def test_a_subset_drops_true_pixels_of_other_classes_and_keeps_predictions_of_them_as_misses() -> None:

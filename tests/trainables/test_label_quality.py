@@ -113,6 +113,20 @@ def test_changed_target_labels_change_the_accuracy_and_not_what_is_kept(tmp_path
     assert true_found[names[1]] != false_found[names[1]]
 
 
+def test_windows_act_on_the_score_and_not_on_the_quality_of_labels_or_the_training(tmp_path: Path) -> None:
+    found = []
+    for window in (None, (24, 40)):
+        folder = tmp_path / str(window is None)
+        config = toy_config("bicl", method__rounds=1, network__name="compact", trainer__eval_window=window)
+        trainer, reports = toy_trainer(config, folder)
+        trainer.run()
+        found.append(reports.metrics[-1])
+    whole, windows = found
+    for name in ("pseudo_labels/kept", "pseudo_labels/accuracy", "loss/total"):
+        assert whole[name] == windows[name]
+    assert whole["target_val/miou"] != windows["target_val/miou"]
+
+
 class _Turned:
     """Evaluation images whose true labels are another class."""
 

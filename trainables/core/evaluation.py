@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, ClassList, EvaluationData, LabelledImages
 from segadapt.trainables.core.data.loading import one_pass, worker_share
 from segadapt.trainables.core.data.sampling import in_threads
+from segadapt.trainables.core.data.transforms import Size
 from segadapt.trainables.core.label_quality import LabelQuality, LabelQualityCounter, LabelRule
 from segadapt.trainables.core.metrics import ConfusionMatrix, intersection_over_union
 from segadapt.trainables.core.networks import Segmenter
@@ -29,16 +31,20 @@ class Inference:
     """Sizes at which the image is shown, as factors of its own size per side."""
     flip: bool = False
     """Whether each size is also shown mirrored left to right."""
+    window: Size | None = None
+    """Height and width of the overlapping windows in which an image is shown; None: whole."""
 
     def __post_init__(self) -> None:
         check(len(self.scales) > 0, "at least one scale must be given", self.scales)
         check(len(set(self.scales)) == len(self.scales), "scales must differ from each other", self.scales)
         for scale in self.scales:
             check(0.1 <= scale <= 10, "a scale must lie in [0.1, 10]", scale)
+        check(self.window is None or min(self.window) >= 1, "a window must have at least one pixel", self.window)
 
     def __str__(self) -> str:
         scales = "single scale" if self.scales == (1.0,) else f"scales {' '.join(f'{s:g}' for s in self.scales)}"
-        return f"{scales}, {'flip' if self.flip else 'no flip'}"
+        window = f", windows of {self.window[0]}x{self.window[1]}" if self.window else ""
+        return f"{scales}, {'flip' if self.flip else 'no flip'}{window}"
 
 
 ONCE = Inference()
@@ -133,17 +139,42 @@ def views(segmenter: Segmenter, images: Tensor, inference: Inference = ONCE) -> 
     Images are resized bilinearly, with antialiasing where they shrink; mirrored answers are mirrored back.
 
     Returns:
-        Logits at feature resolution, (B, C, h, w) float32 each; h and w differ between scales.
+        Logits at feature resolution, (B, C, h, w) float32 each; h and w differ between scales. With windows they have
+        the resolution of the images that were shown.
     """
     normalised = segmenter.normalise(images)
     answers = []
     for scale in inference.scales:
         size = [max(1, round(side * scale)) for side in images.shape[-2:]]
         shown = normalised if scale == 1 else F.interpolate(normalised, size=size, mode="bilinear", antialias=True)
-        answers.append(segmenter(shown).logits.float())
+        answers.append(_logits(segmenter, shown, inference.window))
         if inference.flip:
-            answers.append(segmenter(shown.flip(-1)).logits.float().flip(-1))
+            answers.append(_logits(segmenter, shown.flip(-1), inference.window).flip(-1))
     return answers
+
+
+def _logits(segmenter: Segmenter, shown: Tensor, window: Size | None) -> Tensor:
+    """Return logits of normalised images (B, 3, H, W); in windows (B, C, H, W), averaged where windows overlap.
+
+    Neighbouring windows overlap by at least a third, and the last ones end with the image.
+    """
+    if window is None:
+        return cast(Tensor, segmenter(shown).logits.float())
+    height, width = (min(side, most) for side, most in zip(shown.shape[-2:], window, strict=True))
+    total = shown.new_zeros((len(shown), segmenter.num_classes, *shown.shape[-2:]), dtype=torch.float32)
+    times = total.new_zeros(shown.shape[-2:])
+    for top in _starts(shown.shape[-2], height):
+        for left in _starts(shown.shape[-1], width):
+            part = (..., slice(top, top + height), slice(left, left + width))
+            total[part] += segmenter.upsample(segmenter(shown[part]).logits.float(), (height, width))
+            times[part] += 1
+    return total.div_(times)
+
+
+def _starts(length: int, window: int) -> list[int]:
+    """Return where windows of a side begin so that they cover `length` pixels."""
+    stride = max(1, 2 * window // 3)
+    return [*range(0, length - window, stride), length - window]
 
 
 def mean_probabilities(segmenter: Segmenter, answers: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -181,8 +212,8 @@ def evaluate_domain(
 ) -> DomainEvaluation:
     """Count predictions against labels at label size over the whole set, shared out over the workers.
 
-    Memory does not grow with the set: beside what is read ahead, it holds one batch at the size the network sees and
-    one image's logits at label size. Labels may differ in size.
+    Memory does not grow with the set: beside what is read ahead, it holds one batch at the size the network sees (with
+    windows, its logits too) and one image's logits at label size. Labels may differ in size.
 
     Args:
         segmenter: In evaluation mode.
@@ -222,13 +253,16 @@ def evaluate(
     batch_size: int,
     *,
     threads: int = 0,
+    inference: Inference = ONCE,
     rule: LabelRule | None = None,
 ) -> Evaluation:
     """Evaluate both domains, and on the target the pseudo labels of `rule`; the network is left in its mode."""
     training = segmenter.training
     segmenter.eval()
     source, target = (
-        evaluate_domain(segmenter, images, data.classes, device, batch_size, threads=threads, rule=used)
+        evaluate_domain(
+            segmenter, images, data.classes, device, batch_size, threads=threads, inference=inference, rule=used
+        )
         for images, used in ((data.source, None), (data.target, rule))
     )
     segmenter.train(training)

@@ -30,8 +30,9 @@ from segadapt.trainables.core.data.loading import (
     one_pass,
 )
 from segadapt.trainables.core.data.sampling import derived_seed
-from segadapt.trainables.core.data.transforms import AugmentationConfig
-from segadapt.trainables.core.evaluation import Evaluation, evaluate, save_gallery
+from segadapt.trainables.core.data.transforms import AugmentationConfig, Size
+from segadapt.trainables.core.evaluation import Evaluation, Inference, evaluate, save_gallery
+from segadapt.trainables.core.label_rules import by_network
 from segadapt.trainables.core.memory import (
     InfeasibleError,
     SmallerMicroBatchError,
@@ -103,6 +104,8 @@ class TrainerConfig:
     """Steps between evaluations; every evaluation leaves a checkpoint."""
     eval_batch_size: int = 8
     """Images per evaluation batch and worker."""
+    eval_window: Size | None = None
+    """Height and width of overlapping windows in which evaluations show an image; null: whole, as the papers do."""
     loader_threads: int | None = None
     """Threads that read and augment ahead; 0 does so between steps; null: the worker's CPUs beside a GPU, else 0."""
     evaluate_start: bool = False
@@ -121,6 +124,11 @@ class TrainerConfig:
             self.loader_threads is None or self.loader_threads >= 0,
             "trainer.loader_threads must be null or not negative",
             self.loader_threads,
+        )
+        check(
+            self.eval_window is None or min(self.eval_window) >= 1,
+            "trainer.eval_window must be null or two sides of at least 1",
+            self.eval_window,
         )
 
 
@@ -583,7 +591,12 @@ class Trainer:
         batch_size, threads = self.settings.trainer.eval_batch_size, self._loader_threads
         provenance = read_provenance(self.folder / stage.name) if stage.pseudo_labels else None
         rule = self.method.label_rule(stage, provenance)
-        evaluation = evaluate(self.method.deployed, shown, self.device, batch_size, threads=threads, rule=rule)
+        inference = Inference(window=self.settings.trainer.eval_window)
+        if rule is not None and inference.window is not None:
+            rule = by_network(rule, self.method.deployed)  # labels are made of whole images
+        evaluation = evaluate(
+            self.method.deployed, shown, self.device, batch_size, threads=threads, inference=inference, rule=rule
+        )
         evaluated = time.perf_counter()
         scores = label_free_scores(
             self.method.deployed, ScoredImages(shown.target), self.device, batch_size, threads=threads
