@@ -189,10 +189,11 @@ class MeasuredTrainer(Trainer):
     pseudo_labels: Callable[[str], Tensor]
     inner: "Inner | None" = None
     evaluates = False
+    clock_type = Clock
 
     def take(self, steps: int) -> float:
         """Take so many steps of the only stage; returns their seconds."""
-        self.clock = Clock(self.device)
+        self.clock = self.clock_type(self.device)
         self.started: float | None = None
         self.steps = {stage.name: steps for stage in self.plan}
         self.run()

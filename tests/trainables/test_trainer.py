@@ -168,28 +168,19 @@ def test_training_data_holds_no_target_label() -> None:
 def test_two_workers_equal_one_on_the_joined_batch(words: list[str], tmp_path: Path) -> None:
     name, *finish = words
     script = Path(__file__).with_name("two_workers.py")
-    outputs = {}
-    for workers in (1, 2):
-        processes = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    str(script),
-                    name,
-                    str(workers),
-                    str(rank),
-                    str(tmp_path / f"workers_{workers}"),
-                    *finish,
-                ],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(workers)
-        ]
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-        outputs[workers] = load_state(tmp_path / f"workers_{workers}" / "last")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), name, str(workers), str(rank), str(tmp_path / f"workers_{workers}"), *finish],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for workers in (1, 2)
+        for rank in range(workers)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    outputs = {workers: load_state(tmp_path / f"workers_{workers}" / "last") for workers in (1, 2)}
     one, two = outputs[1]["state"], outputs[2]["state"]
     assert one.keys() == two.keys()
     for key in one:

@@ -484,7 +484,10 @@ class Trainer:
         if distributed.world_size() == 1:
             return self.method
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(self.method, device_ids=devices, broadcast_buffers=False)
+        # Gradients lie in the buckets that are exchanged: no copy there and back, and no second one in memory.
+        return DistributedDataParallel(
+            self.method, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     @staticmethod
     def _synchronised(train_step: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
