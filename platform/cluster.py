@@ -39,6 +39,12 @@ _LAUNCHED = "~/ray_bootstrap_config.yaml"
 
 _LOOPBACK = "127.0.0.1"
 
+_PRELOADED = "ray.tune,segadapt.platform.trial,torch._dynamo"
+"""What the processes that Ray keeps ready import while it starts; any optimiser of torch needs the last one."""
+
+_MOST_PRELOADED = 8
+"""CPUs beyond which they do not: Ray keeps as many processes as there are CPUs, of which trials may need few."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -107,7 +113,7 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
     Args:
         address: Of a running cluster, as seen from one of its machines: `auto` or HOST:PORT. None takes RAY_ADDRESS,
             which Ray sets in its jobs, or else starts a local one that ends with this command.
-        dashboard: Run the dashboard process (on 127.0.0.1): Ray Train's clean-up needs it.
+        dashboard: With a local one, run Ray's dashboard (on 127.0.0.1); no trial needs it.
         verbose: Show what the workers print.
 
     Raises:
@@ -144,7 +150,8 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
                     "code on it. docs/security.md tells how to close it.",
                     address,
                 )
-            yield _capacity(joined=address is not None)
+            with contextlib.nullcontext() if address else _plain_processes():
+                yield _capacity(joined=address is not None)
         finally:
             ray.shutdown()
 
@@ -227,8 +234,7 @@ def _read_again() -> None:
 def _on_loopback() -> Iterator[None]:
     """Have the Ray that is started meanwhile listen on 127.0.0.1 alone, on a port that its processes are told.
 
-    Ray Train's clean-up after stopped trials looks for "the" Ray of the machine: where several run, as two searches of
-    two users, it would find none, keep the devices of stopped trials and leave the next ones waiting.
+    Its processes look for "the" Ray of the machine; where several run, as two users' searches, they would find none.
     """
     from ray._private import ray_constants
 
@@ -236,6 +242,8 @@ def _on_loopback() -> Iterator[None]:
         probe.bind((_LOOPBACK, 0))
         port = str(probe.getsockname()[1])
     told = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{_LOOPBACK}:{port}"}
+    if (os.cpu_count() or 1) <= _MOST_PRELOADED:
+        told["RAY_preload_python_modules"] = _PRELOADED
     told[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # on all systems: Ray then takes 127.0.0.1 as its address
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False  # here it was read at import
@@ -244,6 +252,19 @@ def _on_loopback() -> Iterator[None]:
             yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def _plain_processes() -> Iterator[None]:
+    """Have Tune set no variables for trials, which inherit them here: with any, no process that is ready would do."""
+    from ray.tune.execution import class_cache
+
+    before = class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE
+    class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = {}, set()
+    try:
+        yield
+    finally:
+        class_cache.DEFAULT_ENV_VARS, class_cache.ENV_VARS_TO_PROPAGATE = before
 
 
 @contextlib.contextmanager
