@@ -39,12 +39,6 @@ _LAUNCHED = "~/ray_bootstrap_config.yaml"
 
 _LOOPBACK = "127.0.0.1"
 
-_PRELOADED = "ray.tune,segadapt.platform.trial,torch._dynamo"
-"""What the processes that Ray keeps ready import while it starts; any optimiser of torch needs the last one."""
-
-_MOST_PRELOADED = 8
-"""CPUs beyond which they do not: Ray keeps as many processes as there are CPUs, of which trials may need few."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -242,8 +236,6 @@ def _on_loopback() -> Iterator[None]:
         probe.bind((_LOOPBACK, 0))
         port = str(probe.getsockname()[1])
     told = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{_LOOPBACK}:{port}"}
-    if (os.cpu_count() or 1) <= _MOST_PRELOADED:
-        told["RAY_preload_python_modules"] = _PRELOADED
     told[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # on all systems: Ray then takes 127.0.0.1 as its address
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False  # here it was read at import
