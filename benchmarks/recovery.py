@@ -6,8 +6,8 @@ The plain stack is Ray Tune with Ray Train's `TorchTrainer` in its function, eac
 each 0.5 s, the train run named after the trial so that it goes on from its checkpoint, and `Tuner.restore` after the
 driver was killed; segadapt's side is a search, with `--resume`. Both train SDCA on streets of 32x64, with an evaluation
 and a checkpoint every 15 steps, on a cluster of raylets on this machine: a head without CPUs and three nodes of one.
-They take turns. Killed, with SIGKILL, one after another: a worker; the trial's process; Ray Train's controller, where it
-is a process; the driver, which is started again at once; the node of a worker.
+They take turns. Killed, with SIGKILL, one after another: a worker; the trial's process; Ray Train's controller, where
+it is a process; the driver, which is started again at once; the node of a worker.
 
 `seconds` run from the kill to the next result at a later step than any before, `redone` are evaluated steps that were
 reached a second time. What was trained since the last checkpoint is lost everywhere.
@@ -252,6 +252,7 @@ def main() -> None:
     if options.form:
         run_plain(options.folder, options.address, restore=options.restore)
         return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("terminated"))  # ends the cluster first
     results: dict[str, list[dict[str, Any]]] = {form: [] for form in FORMS}
     for _ in range(options.turns):
         for form in FORMS:
