@@ -21,6 +21,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,29 +135,32 @@ def run_plain(folder: Path, trials: int, reports: int, sampler: str, *, recorded
     (folder / "fitted").write_text(str(time.time()))
 
 
-def measure(form: str, trials: int, reports: int, sampler: str) -> dict[str, Any]:
-    """Run one search in this process and say what it took."""
+@contextmanager
+def plain_ray(*, dashboard: bool, address: str = "local") -> Iterator[None]:
+    """Start Ray, or join it, with what a benchmark needs on any machine; none of it acts on speed."""
+    for name, value in {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+    }.items():
+        os.environ[name] = value
     import ray
 
+    ray.init(address, log_to_driver=False, **({"include_dashboard": dashboard} if address == "local" else {}))
+    yield
+    ray.shutdown()
+
+
+def measure(form: str, trials: int, reports: int, sampler: str) -> dict[str, Any]:
+    """Run one search in this process and say what it took."""
     if form == "segadapt":
         from segadapt.platform.cluster import connect
-    else:  # what this benchmark needs on any machine; none of it acts on speed
-        from contextlib import contextmanager
+    else:
 
-        for name, value in {
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            "RAY_AIR_NEW_OUTPUT": "0",
-        }.items():
-            os.environ[name] = value
-
-        @contextmanager
         def connect(address: None, *, dashboard: bool) -> Any:
-            ray.init("local", include_dashboard=dashboard, log_to_driver=False)
-            yield
-            ray.shutdown()
+            return plain_ray(dashboard=dashboard)
 
     with tempfile.TemporaryDirectory() as name, connect(None, dashboard=False):
         folder = Path(name)

@@ -107,7 +107,7 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
     Args:
         address: Of a running cluster, as seen from one of its machines: `auto` or HOST:PORT. None takes RAY_ADDRESS,
             which Ray sets in its jobs, or else starts a local one that ends with this command.
-        dashboard: Run the dashboard process (on 127.0.0.1): Ray Train's clean-up needs it.
+        dashboard: With a local one, run Ray's dashboard (on 127.0.0.1); no trial needs it.
         verbose: Show what the workers print.
 
     Raises:
@@ -127,7 +127,7 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
     local: dict[str, Any] = {} if address else {"include_dashboard": dashboard, "dashboard_host": _LOOPBACK}
     with authenticated(local=address is None):
         try:
-            with contextlib.nullcontext() if address else _on_loopback():
+            with contextlib.nullcontext() if address else _on_loopback(dashboard=dashboard):
                 # "local", or Ray would join whatever cluster was started on this machine last
                 ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **local)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
@@ -144,7 +144,8 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
                     "code on it. docs/security.md tells how to close it.",
                     address,
                 )
-            yield _capacity(joined=address is not None)
+            with contextlib.nullcontext() if address else _plain_processes():
+                yield _capacity(joined=address is not None)
         finally:
             ray.shutdown()
 
@@ -224,26 +225,50 @@ def _read_again() -> None:
 
 
 @contextlib.contextmanager
-def _on_loopback() -> Iterator[None]:
+def _on_loopback(*, dashboard: bool) -> Iterator[None]:
     """Have the Ray that is started meanwhile listen on 127.0.0.1 alone, on a port that its processes are told.
 
-    Ray Train's clean-up after stopped trials looks for "the" Ray of the machine: where several run, as two searches of
-    two users, it would find none, keep the devices of stopped trials and leave the next ones waiting.
+    Without its dashboard and its autoscaler: Ray would start both and wait until the former answers, having told it to
+    offer nothing.
+
+    Its processes look for "the" Ray of the machine; where several run, as two users' searches, they would find none.
     """
-    from ray._private import ray_constants
+    from ray._private import node, ray_constants, services
 
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))
         port = str(probe.getsockname()[1])
     told = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{_LOOPBACK}:{port}"}
     told[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # on all systems: Ray then takes 127.0.0.1 as its address
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False  # here it was read at import
+    unused = (
+        (node.Node, "start_monitor", lambda node: None),
+        (services, "start_api_server", lambda *words, **options: (None, None)),  # as after a failure that it forgives
+    )
+    read_at_import = (ray_constants, "ENABLE_RAY_CLUSTER", False)
+    with _environment(told), _changed(read_at_import, *(() if dashboard else unused)):
+        yield
+
+
+@contextlib.contextmanager
+def _plain_processes() -> Iterator[None]:
+    """Have Tune set no variables for trials, which inherit them here: with any, no process that is ready would do."""
+    from ray.tune.execution import class_cache
+
+    with _changed((class_cache, "DEFAULT_ENV_VARS", {}), (class_cache, "ENV_VARS_TO_PROPAGATE", set())):
+        yield
+
+
+@contextlib.contextmanager
+def _changed(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Give attributes of Ray's modules and classes other values meanwhile."""
+    before = [getattr(owner, name) for owner, name, _ in attributes]
+    for owner, name, value in attributes:
+        setattr(owner, name, value)
     try:
-        with _environment(told):
-            yield
+        yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        for (owner, name, _), value in zip(attributes, before, strict=True):
+            setattr(owner, name, value)
 
 
 @contextlib.contextmanager

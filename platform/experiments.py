@@ -1,5 +1,6 @@
 """An experiment from its record to its end: shared stages, trials, tracking, plots. The one path of all training."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -262,37 +263,35 @@ def run(record: Record, options: Options) -> Outcome:
     Raises:
         UsageError: If it cannot run as asked; nothing was started then.
     """
-    import torch
-
     from segadapt.platform.tracking import Tracker
 
     clock = _Clock()
     storage = open_storage(options.storage)
     if record.kind == "search":
         open_study_storage(storage.study_url(options.study_uri))  # answers, or nothing is begun
-    needs_dashboard = options.launcher == "train" or options.workers > 1 or torch.cuda.is_available()
-    tracker = Tracker(storage, options.tracking_uri)  # connects while Ray starts
-    try:
-        with connect(options.address, dashboard=needs_dashboard, verbose=options.debug) as capacity:
-            resources, concurrent = resources_of(options, capacity, record.trials, record.concurrent)
-            check_gpu_hours(record, resources)
-            if capacity.joined:
-                check_nodes(storage.root, data_paths(record.configs().values()))
-            _save(record, storage)
-            spec = TrialSpec(
-                storage=storage,
-                experiment=record.name,
-                fixed={name: found.fixed for name, found in record.candidates.items()},
-                resources=resources,
-                objective=Objective.parse(record.objective),
-                start=Path(record.start) if record.start else None,
-                tolerance=options.tolerance,
-                code=stages.code_versions(record.candidates),
-            )
-            clock.lap("start")
-            failed, interrupted = _Session(record, spec, tracker, options, capacity, concurrent).run(clock)
-    finally:
-        tracker.close()
+    with (
+        contextlib.ExitStack() as ending,
+        connect(options.address, dashboard=False, verbose=options.debug) as capacity,
+    ):
+        tracker = Tracker(storage, options.tracking_uri)  # not before: what it imports would slow Ray's start down
+        ending.callback(tracker.close)
+        resources, concurrent = resources_of(options, capacity, record.trials, record.concurrent)
+        check_gpu_hours(record, resources)
+        if capacity.joined:
+            check_nodes(storage.root, data_paths(record.configs().values()))
+        _save(record, storage)
+        spec = TrialSpec(
+            storage=storage,
+            experiment=record.name,
+            fixed={name: found.fixed for name, found in record.candidates.items()},
+            resources=resources,
+            objective=Objective.parse(record.objective),
+            start=Path(record.start) if record.start else None,
+            tolerance=options.tolerance,
+            code=stages.code_versions(record.candidates),
+        )
+        clock.lap("start")
+        failed, interrupted = _Session(record, spec, tracker, options, capacity, concurrent).run(clock)
     clock.lap("tracking")
     return Outcome(failed, interrupted, clock.seconds)
 

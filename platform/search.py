@@ -180,10 +180,10 @@ def _trainable(spec: TrialSpec) -> Any:
 
     resources = spec.resources
     if resources.uses_train:
-        # The driver of a nested run holds no CPU, or concurrent drivers would starve the workers they wait for.
-        return tune.with_resources(
-            tune.with_parameters(run_with_ray_train, spec=spec), {"node:__internal_head__": 0.001}
-        )
+        worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        bundles = [{"node:__internal_head__": 0.001}, *[worker] * resources.workers]  # the trial's process takes no CPU
+        function = tune.with_parameters(run_with_ray_train, spec=spec)
+        return tune.with_resources(function, tune.PlacementGroupFactory(bundles))
     needs = {"cpu": resources.cpus} | ({"gpu": resources.gpus} if resources.gpus else {})
     return tune.with_resources(_preemptible(tune.with_parameters(run_in_process, spec=spec)), needs)
 
@@ -207,7 +207,7 @@ def _tune_config(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", searcher
         metric=spec.objective.keeps,
         mode="max",
         num_samples=1,
-        reuse_actors=plan is not None and not spec.resources.uses_train,
+        reuse_actors=plan is not None,
         trial_dirname_creator=_folder_name,
     )
     match plan:

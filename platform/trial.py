@@ -271,13 +271,12 @@ def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
 
 
 def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
-    """Tune's function for a trial whose workers are Ray Train's; this process only waits for them."""
+    """Tune's function for a trial whose workers are Ray Train's; this process starts and watches them."""
     import ray.train
     from ray import tune
-    from ray.train.torch import TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
 
     from segadapt.platform.preemptible import PreemptibleTorchConfig
+    from segadapt.platform.workers import ReportToTune, TrialTrainer
 
     trial_id = tune.get_context().get_trial_id()
     if _had_ended(spec, trial_id):
@@ -286,7 +285,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
 
     def fit(max_failures: int) -> Any:
-        return TorchTrainer(
+        return TrialTrainer(
             train_worker,
             torch_config=PreemptibleTorchConfig(),
             train_loop_config={"spec": spec, "trial_id": trial_id, "values": values},
@@ -296,7 +295,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
             run_config=ray.train.RunConfig(
                 name=trial_id,  # the same name makes every kind of restart go on from the last checkpoint
                 storage_path=str(spec.folder / TRAIN_FOLDER),
-                callbacks=[TuneReportCallback()],  # type: ignore[list-item,no-untyped-call]
+                callbacks=[ReportToTune()],  # type: ignore[list-item]
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
                 ),

@@ -294,9 +294,18 @@ def test_workers_and_nodes_that_die_are_replaced(
             nodes.remove(node)
             cluster.remove_node(node, allow_graceful=False)  # type: ignore[no-untyped-call]
 
+        def started() -> list[str]:
+            """What the trial's processes are, by the class of their actor."""
+            raylets = [node.all_processes["raylet"][0].process.pid for node in (cluster.head_node, *nodes)]
+            titles = [
+                Path(f"/proc/{pid}/cmdline").read_text() for raylet in raylets for pid in children(raylet, "ray::")
+            ]
+            return sorted(match.group(1) for title in titles if (match := re.match(r"ray::(?!IDLE)(\w+)", title)))
+
         words = ["train", "source_only", "--workers-per-trial", "2", "--address", cluster.address]
         with driving(tmp_path, *words, *tiny(1, warmup=210)) as driver:
             driver.wait_for("source_only step 15/")
+            assert started() == ["ImplicitFunc", "RayTrainWorker", "RayTrainWorker", "SynchronizationActor"]
             assert recoveries.measure("worker killed", driver, "source_only", inflict_on_a_worker(signal.SIGKILL)) >= 15
             recoveries.measure("worker asked to end", driver, "source_only", inflict_on_a_worker(signal.SIGTERM))
             recoveries.measure("node killed", driver, "source_only", lose_a_node)

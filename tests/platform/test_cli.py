@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -116,6 +118,22 @@ def test_debug_shows_the_traceback(segadapt: Call) -> None:
     assert "Traceback" in segadapt("search", "nonesuch", "--debug").stderr
 
 
+def test_help_and_a_trials_process_import_no_more_than_they_need() -> None:
+    code = """
+import sys
+
+from segadapt.platform.cli import app
+
+app(["--help"], standalone_mode=False)
+print("in help:", *{"torch", "ray", "mlflow", "optuna", "numpy", "pydantic"} & set(sys.modules))
+import segadapt.platform.trial
+
+print("in a trial:", *{"torchvision", "ray", "mlflow", "optuna", "matplotlib", "torch._dynamo"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["in help:", "in a trial:"]
+
+
 def test_dry_run_prints_configuration_and_space_and_touches_nothing(segadapt: Call, tmp_path: Path) -> None:
     tiny = [word for word in TINY_WORDS if not word.startswith("trainer.steps")]
     done = segadapt("search", "sdca", "--dry-run", "trainer.steps=33", "method.temperature=5.0", *tiny)
@@ -145,9 +163,6 @@ def test_list_and_describe_tell_what_there_is(segadapt: Call) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root writes anywhere")
 def test_a_storage_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     locked = tmp_path / "locked"
     locked.mkdir()
     locked.chmod(0o555)
