@@ -22,7 +22,7 @@ NARROW = torch.bfloat16
 kernels.BLOCK = 16
 kernels.GROUP = 2
 kernels.DEPTH = {torch.float32: 16, NARROW: 16}
-few = settings(max_examples=12, deadline=None, derandomize=True)
+few = settings(max_examples=6, deadline=None, derandomize=True)
 sides = st.integers(1, 40)
 
 
@@ -77,7 +77,7 @@ def check_parts(rows: int, columns: int, depth: int, dtype: torch.dtype, seed: i
 
 @few
 @given(
-    grids=st.tuples(*[st.integers(1, 6)] * 4),
+    grids=st.tuples(*[st.integers(1, 5)] * 4),
     channels=st.integers(3, 40),
     labelled=st.sampled_from([0.0, 0.6, 1.0]),
     knobs=st.tuples(st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.3, 1.0])),
@@ -108,10 +108,10 @@ def check_association(
 
 def check_bfloat16_features() -> None:
     draw = torch.Generator().manual_seed(0)
-    target = torch.randn(1, 64, 5, 7, generator=draw)
-    source = target.flip(3) + 0.1 * torch.randn(1, 64, 5, 7, generator=draw)  # each pixel's partner is beyond doubt
+    target = torch.randn(1, 64, 4, 5, generator=draw)
+    source = target.flip(3) + 0.1 * torch.randn(1, 64, 4, 5, generator=draw)  # each pixel's partner is beyond doubt
     maps = [values.to(NARROW).requires_grad_() for values in (source, target)]
-    labels = torch.zeros(1, 5, 7, dtype=torch.int64)
+    labels = torch.zeros(1, 4, 5, dtype=torch.int64)
     losses = [cycle_association.feature_association(*maps, labels, kernels=form) for form in ("triton", "reference")]
     close(*losses, 1e-3)
     for ours, theirs in zip(*(torch.autograd.grad(loss, maps) for loss in losses), strict=True):
@@ -120,9 +120,6 @@ def check_bfloat16_features() -> None:
 
 
 if __name__ == "__main__":
-    import time
-
-    for check in (check_parts, check_association, check_bfloat16_features):
-        start = time.perf_counter()
-        check()
-        print(check.__name__, f"{time.perf_counter() - start:.1f} s")
+    check_parts()
+    check_association()
+    check_bfloat16_features()

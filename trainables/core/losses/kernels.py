@@ -20,7 +20,7 @@ BLOCK = 128
 """Rows and columns of a tile."""
 DEPTH = {torch.float32: 32, torch.bfloat16: 64}
 """Terms of a product that are loaded at a time, by type: 128 bytes."""
-OPTIONS = {"num_warps": 8, "num_stages": 3}
+OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 PRECISION = "tf32x3"
 GROUP = 8
 """Tiles of so many row blocks follow each other, so that their rows are still in the cache."""
