@@ -22,7 +22,7 @@ from segadapt.trainables.core.losses.cycle_association import (
     output_association,
     overconfidence_regulariser,
 )
-from segadapt.trainables.core.losses.pixel_similarity import PROBABILITY_FLOOR, precise
+from segadapt.trainables.core.losses.pixel_similarity import PROBABILITY_FLOOR, Kernels, precise
 from segadapt.trainables.core.losses.segmentation import lovasz_softmax, segmentation_cross_entropy
 from segadapt.trainables.core.losses.spatial_aggregation import aggregate_features, aggregate_probabilities
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, WarmupConfig
@@ -123,6 +123,8 @@ class PLCA(Method):
         """Bilinear down-scaling of the maps that are associated, per side; cost falls with its 4th power. Paper: 1."""
         grid_share: float = 1.0
         """Share of rows and of columns, drawn at random, of the maps that are associated. Paper: 1."""
+        kernels: Kernels = "reference"
+        """What computes the associations: PyTorch, or fused "triton" kernels on CUDA, which no GPU has run yet."""
         inference_aggregation: float = 0.0
         """The same when the network is deployed. Paper: 0.5 in the final test, 0 in tests while training."""
 
@@ -202,6 +204,7 @@ class PLCA(Method):
                 labels,
                 aggregation_weight=config.aggregation_weight,
                 temperature_factor=config.temperature_factor,
+                kernels=config.kernels,
             )
             terms["feature_association"] = config.feature_association_weight * association
         if config.output_level and config.output_association_weight > 0:
@@ -212,6 +215,7 @@ class PLCA(Method):
                 aggregation_weight=config.aggregation_weight,
                 temperature_factor=config.temperature_factor,
                 floor=config.probability_floor,
+                kernels=config.kernels,
             )
             terms["output_association"] = config.output_association_weight * association
         return terms

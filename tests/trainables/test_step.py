@@ -1,27 +1,31 @@
 """What a training step may cost, in counts that no machine changes: waits for the device, operations, tensor memory."""
 
+import copy
 import importlib.util
 import json
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from toy import toy_config, toy_trainer
 
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.labels import count_values
+from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter, recompute_blocks
-from segadapt.trainables.core.trainer import Trainer
+from segadapt.trainables.core.trainer import Trainer, TrainerSettings
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BATCH = 4
@@ -87,6 +91,30 @@ class _Conversions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _NarrowResults(TorchDispatchMode):
+    """Operations that give bfloat16, in modules of a method and outside of them."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.inside: Counter[Any] = Counter()
+        self.outside: Counter[Any] = Counter()
+        self._depth = 0
+        for module in method.modules():
+            if module is not method:
+                module.register_forward_pre_hook(lambda *_: self._move(1))
+                module.register_forward_hook(lambda *_: self._move(-1))
+
+    def _move(self, depth: int) -> None:
+        self._depth += depth
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = tree_leaves(result)
+        if not func.is_view and any(isinstance(leaf, Tensor) and leaf.dtype == torch.bfloat16 for leaf in leaves):
+            (self.inside if self._depth else self.outside)[func.overloadpacket] += 1
+        return result
+
+
 def waits(step: Callable[[], object]) -> Counter[str]:
     """Return the reads of values in a step, by operation."""
     counts: Counter[str] = Counter()
@@ -129,11 +157,17 @@ class LastStage:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+def with_precision(trainer: Trainer, precision: Literal["bf16", "fp32"]) -> TrainerSettings:
+    return replace(trainer.settings, trainer=replace(trainer.settings.trainer, precision=precision))
+
+
 @pytest.fixture(scope="module", params=WAITS)
 def last_stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LastStage:
-    config = toy_config(request.param, trainer__steps=4, trainer__eval_every=4, warmup__steps=1)
-    trainer, _ = toy_trainer(config, tmp_path_factory.mktemp(request.param))
+    # Trained in bfloat16 from start to end, and counted in float32.
+    narrow = {"trainer__precision": "bf16", "trainer__steps": 4, "trainer__eval_every": 4, "warmup__steps": 1}
+    trainer, _ = toy_trainer(toy_config(request.param, **narrow), tmp_path_factory.mktemp(request.param))
     trainer.run()
+    trainer.settings = with_precision(trainer, "fp32")
     stage = trainer.plan[-1]
     trainer.method.train()
     batch = trainer._on_device(trainer._batches(stage, trainer.folder / stage.name).batch(0))
@@ -145,6 +179,28 @@ def last_stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def test_a_step_reads_no_more_values_than_its_bound(last_stage: LastStage) -> None:
     found = waits(last_stage.step)
     assert found.total() <= WAITS[last_stage.trainer.method.name], found
+
+
+def test_losses_compute_in_float32_what_the_network_gives_in_bfloat16(
+    last_stage: LastStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = last_stage.trainer
+    found, terms = {}, {}
+    for precision in ("fp32", "bf16"):
+        monkeypatch.setattr(trainer, "settings", with_precision(trainer, precision))
+        method = copy.deepcopy(trainer.method)
+        torch.manual_seed(0)
+        with _NarrowResults(method) as found[precision]:
+            terms[precision] = trainer._terms(method, last_stage.batch, 0)
+    assert not found["fp32"].outside
+    assert not found["fp32"].inside
+    assert found["bf16"].inside  # otherwise nothing is shown
+    # BiCL's sum of branches is its head.
+    allowed = {aten.stack, aten.sum, aten.cat} if trainer.method.name == "bicl" else set()
+    assert set(found["bf16"].outside) <= allowed, found["bf16"].outside
+    for name, term in terms["bf16"].items():
+        assert term.dtype == torch.float32, name
+        assert term.item() == pytest.approx(terms["fp32"][name].item(), rel=2e-2, abs=2e-3), name
 
 
 def test_a_step_passes_each_image_through_the_network_once(last_stage: LastStage) -> None:

@@ -141,8 +141,9 @@ class Segmenter(nn.Module):
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
     def upsample(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return `logits`, (B, C, h, w), interpolated bilinearly to (B, C, *size)."""
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=self.align_corners)
+        """Return `logits`, (B, C, h, w), interpolated bilinearly to (B, C, *size), in float32 or wider."""
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.interpolate(precise, size=size, mode="bilinear", align_corners=self.align_corners)
 
 
 class Backbone(nn.Module):

@@ -15,8 +15,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.distributed import global_mean
 from segadapt.trainables.core.losses.pixel_similarity import (
+    KERNEL_ENTRIES,
     PROBABILITY_FLOOR,
     Comparison,
+    Kernels,
     chunk_buffer,
     chunk_rows,
     fresh_rows,
@@ -24,6 +26,7 @@ from segadapt.trainables.core.losses.pixel_similarity import (
     image_rows,
     inverse_norms,
     is_worth_keeping,
+    kernel_operands,
     most_similar,
     parts,
     precise,
@@ -31,7 +34,7 @@ from segadapt.trainables.core.losses.pixel_similarity import (
     standardise_,
     write_rows,
 )
-from segadapt.trainables.core.losses.spatial_aggregation import Aggregation, check_weight
+from segadapt.trainables.core.losses.spatial_aggregation import Aggregation, FusedAggregation, check_weight
 
 Similarity = Literal["cosine", "divergence"]
 """Cosine of features, or negative Kullback-Leibler divergence of class probabilities."""
@@ -55,6 +58,7 @@ def feature_association(
     *,
     aggregation_weight: float = 0.5,
     temperature_factor: float = 1.0,
+    kernels: Kernels = "reference",
 ) -> Tensor:
     """Raise the hop probabilities of cycles that return to their class, on features compared by cosine.
 
@@ -78,13 +82,15 @@ def feature_association(
         labels: Source class indices at feature resolution, (N, h, w), int64. IGNORE_INDEX (255) starts no cycle.
         aggregation_weight: Share α of the aggregate in the target features, in [0, 1]; 0 skips the aggregation.
         temperature_factor: Multiplies the deviations; > 0, no unit. Smaller is sharper.
+        kernels: "triton" works in fused kernels, with no matrix of pixel pairs larger than 2^24 entries. They multiply
+            features that come as bfloat16 in that type, others nearly exactly, and sum in float32.
 
     Returns:
         Scalar in nats, averaged over the valid cycles of the whole batch, all data-parallel workers included: local
         sum over global count, see `global_mean`. Zero, with zero gradient, when no cycle is valid.
 
     Raises:
-        ValueError: If sizes do not fit together or a setting is out of range.
+        ValueError: If sizes do not fit together, a setting is out of range or the kernels cannot run here.
 
     Source:
         Kang et al., Pixel-Level Cycle Association: A New Perspective for Domain Adaptive Semantic Segmentation (PLCA),
@@ -93,7 +99,8 @@ def feature_association(
         deviation is below the rounding of its entries ranks nothing: it counts as uniform and has no gradient, there
         the gradient is multiplied by 1e10. A feature shorter than 1e-12 counts as zero and has no gradient.
     """
-    return _association(source, target, labels, aggregation_weight, Comparison(None, temperature_factor))
+    comparison = Comparison(None, temperature_factor)
+    return _association(source, target, labels, aggregation_weight, comparison, kernels)
 
 
 def output_association(
@@ -104,6 +111,7 @@ def output_association(
     aggregation_weight: float = 0.5,
     temperature_factor: float = 1.0,
     floor: float = PROBABILITY_FLOOR,
+    kernels: Kernels = "reference",
 ) -> Tensor:
     """Raise the hop probabilities of cycles that return to their class, on class probabilities.
 
@@ -119,18 +127,20 @@ def output_association(
         aggregation_weight: Share α of the aggregate in the target probabilities, in [0, 1]; 0 skips the aggregation.
         temperature_factor: Multiplies the deviations; > 0, no unit. Smaller is sharper.
         floor: ε, added to probabilities before the logarithm; > 0.
+        kernels: As in `feature_association`; probabilities are float32.
 
     Returns:
         Scalar in nats, averaged and zero as in `feature_association`.
 
     Raises:
-        ValueError: If sizes do not fit together or a setting is out of range.
+        ValueError: If sizes do not fit together, a setting is out of range or the kernels cannot run here.
 
     Source:
         As `feature_association`.
     """
     source, target = (_full_precision(logits).softmax(dim=1) for logits in (source_logits, target_logits))
-    return _association(source, target, labels, aggregation_weight, Comparison(floor, temperature_factor))
+    comparison = Comparison(floor, temperature_factor)
+    return _association(source, target, labels, aggregation_weight, comparison, kernels)
 
 
 @torch.no_grad()
@@ -192,7 +202,9 @@ def overconfidence_regulariser(logits: Tensor, *, level: float = 10.0) -> Tensor
     return global_mean(terms.sum(dtype=torch.float64), count).to(terms.dtype)
 
 
-def _association(source: Tensor, target: Tensor, labels: Tensor, weight: float, comparison: Comparison) -> Tensor:
+def _association(
+    source: Tensor, target: Tensor, labels: Tensor, weight: float, comparison: Comparison, kernels: Kernels
+) -> Tensor:
     if source.shape[:2] != target.shape[:2] or labels.shape != (source.shape[0], *source.shape[2:]):
         raise ValueError(
             "Source and target must share N and their channels, and labels must have the source's grid, but got "
@@ -200,7 +212,8 @@ def _association(source: Tensor, target: Tensor, labels: Tensor, weight: float, 
         )
     check_weight(weight)
     needs_gradient = torch.is_grad_enabled() and (source.requires_grad or target.requires_grad)
-    total, count = _AssociationSum.apply(source, target, labels, weight, comparison, needs_gradient)
+    operand = kernel_operands(kernels, (source, target))
+    total, count = _AssociationSum.apply(source, target, labels, weight, comparison, operand, needs_gradient)
     return global_mean(total, count).to(precise(source.dtype))
 
 
@@ -215,6 +228,7 @@ class _AssociationSum(torch.autograd.Function):
         labels: Tensor,
         weight: float,
         comparison: Comparison,
+        operand: torch.dtype | None,
         needs_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), dtype=torch.float64, device=source.device)
@@ -223,10 +237,15 @@ class _AssociationSum(torch.autograd.Function):
         with torch.autocast(source.device.type, enabled=False):
             for image, own_labels in enumerate(labels.flatten(1)):
                 source_rows = fresh_rows(image_rows(source[image]))
-                aggregation = Aggregation(image_rows(target[image]), weight, comparison)
+                target_rows = image_rows(target[image])
+                aggregation = (
+                    Aggregation(target_rows, weight, comparison)
+                    if operand is None
+                    else FusedAggregation(target_rows, weight, comparison, operand)
+                )
                 mixed = aggregation.forward(keep=needs_gradient)
                 image_total, image_count, slopes = _associate(
-                    source_rows, mixed, own_labels, comparison, needs_gradient
+                    source_rows, mixed, own_labels, comparison, operand, needs_gradient
                 )
                 total += image_total
                 count += image_count
@@ -252,7 +271,7 @@ class _AssociationSum(torch.autograd.Function):
                 else:
                     write_rows(image, rows * grad_total.to(rows.dtype))
             results.append(result)
-        return *results, None, None, None, None
+        return *results, None, None, None, None, None
 
 
 class _Hop(NamedTuple):
@@ -263,55 +282,117 @@ class _Hop(NamedTuple):
     weight: Tensor  # (n, 1)
 
 
-class _ChunkedPair:
-    """Two images compared in chunks of rows: for similarities that are cheap to form anew, or too many to keep."""
+class _Direction:
+    """One way between two images, in chunks of rows: for similarities that are cheap to form anew, or too many to keep.
 
-    def __init__(self, source: Tensor, target: Tensor, comparison: Comparison) -> None:
+    Args:
+        query: Of the image that hops, (L, D).
+        key: Of the other, (M, D).
+        factor: Multiplies the deviations.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, factor: float) -> None:
+        self.query, self.key, self.factor = query, key, factor
+
+    def best(self, pixels: Tensor) -> Tensor:
+        """Return the most similar pixel of each of some pixels."""
+        return most_similar(self.query[pixels], self.key)
+
+    def loss(self, hop: _Hop, by_query: Tensor, by_key: Tensor, *, needs_gradient: bool) -> Tensor:
+        """Return the loss sum of a hop, float64, and write its gradients to `by_query` and `by_key`, zero before."""
+        total = torch.zeros((), dtype=torch.float64, device=self.query.device)
+        buffer = chunk_buffer(self.query, len(self.key))
+        for part in parts(len(hop.chooser), chunk_rows(self.query, len(self.key))):
+            chooser, chosen, weight = hop.chooser[part], hop.chosen[part], hop.weight[part]
+            rows = self.query[chooser]
+            ratios = products(rows, self.key, buffer)
+            inverse, sums = _over_chosen_(ratios, chosen, self.factor)
+            total += (sums.log() * weight).sum(dtype=torch.float64)
+            if needs_gradient:
+                ratios.scatter_add_(1, chosen[:, None], -sums)
+                slope = weight * inverse / sums
+                by_query[chooser] = (ratios @ self.key).mul_(slope)
+                by_key.addmm_(ratios.T, rows * slope)
+        return total
+
+
+class _FusedDirection(_Direction):
+    """The same by fused kernels: similarities are formed twice, and nothing but statistics of their rows is kept.
+
+    Args:
+        query: Of the image that hops, (L, D), in the type in which the kernels multiply.
+        key: Of the other, (M, D), likewise.
+        factor: Multiplies the deviations.
+    """
+
+    def best(self, pixels: Tensor) -> Tensor:
+        """Return the most similar pixel of each of some pixels, which are those that may hop later on."""
+        from segadapt.trainables.core.losses import kernels
+
+        found = kernels.row_statistics(self.query[pixels], self.key, self.factor)
+        self.top, self.inverse = (found.top.new_zeros(len(self.query)) for _ in range(2))
+        self.top[pixels], self.inverse[pixels] = found.top, found.inverse
+        return found.best
+
+    def loss(self, hop: _Hop, by_query: Tensor, by_key: Tensor, *, needs_gradient: bool) -> Tensor:
+        """Return the loss sum of a hop, float64, and write its gradients to `by_query` and `by_key`, zero before."""
+        from segadapt.trainables.core.losses import kernels
+
+        total = torch.zeros((), dtype=torch.float64, device=self.query.device)
+        size = min(len(hop.chooser), max(1, KERNEL_ENTRIES // len(self.key)))
+        buffer = self.key.new_empty(size if needs_gradient else 0, len(self.key))
+        for part in parts(len(hop.chooser), size):
+            chooser, chosen, weight = hop.chooser[part], hop.chosen[part], hop.weight[part]
+            rows, inverse = self.query[chooser], self.inverse[chooser]
+            ratios = buffer[: len(rows)] if needs_gradient else None
+            sums = kernels.exponentials(rows, self.key, self.top[chooser], inverse, ratios)[:, None]
+            total += (sums.log() * weight).sum(dtype=torch.float64)
+            if ratios is not None:
+                pull = weight * inverse[:, None]
+                slope = pull / sums
+                push = kernels.multiply_(torch.empty_like(rows, dtype=slope.dtype), ratios, self.key).mul_(slope)
+                by_query[chooser] = push.addcmul_(self.key[chosen], pull, value=-1.0)
+                kernels.multiply_(by_key, ratios.T, (rows * slope).to(rows.dtype), add=True)
+                by_key.index_put_((chosen,), rows * -pull, accumulate=True)  # deterministic on GPUs as well
+        return total
+
+
+class _ChunkedPair:
+    """Two images compared in chunks of rows, by kernels where `operand` says in which type they multiply."""
+
+    def __init__(
+        self, source: Tensor, target: Tensor, comparison: Comparison, operand: torch.dtype | None = None
+    ) -> None:
         self.source, self.target, self.comparison = source, target, comparison
-        self.source_query, self.source_key = comparison.query_and_key(source)
-        self.target_query, self.target_key = comparison.query_and_key(target)
+        queries, keys = zip(*(comparison.query_and_key(rows) for rows in (source, target)), strict=True)
+        pairs = [(queries[0], keys[1]), (queries[1], keys[0])]
+        if operand is None:
+            self.out, self.back = (_Direction(query, key, comparison.factor) for query, key in pairs)
+        else:
+            self.out, self.back = (
+                _FusedDirection(query.to(operand), key.to(operand), comparison.factor) for query, key in pairs
+            )
 
     def best_targets(self, pixels: Tensor) -> Tensor:
         """Return the most similar target pixel of some source pixels."""
-        return most_similar(self.source_query[pixels], self.target_key)
+        return self.out.best(pixels)
 
     def best_sources(self, pixels: Tensor) -> Tensor:
         """Return the most similar source pixel of some target pixels."""
-        return most_similar(self.target_query[pixels], self.source_key)
+        return self.back.best(pixels)
 
     def loss(self, out: _Hop, back: _Hop, *, needs_gradient: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Return the loss sum of both hops, float64, and its gradient by source and target rows."""
-        source_query, source_key, target_query, target_key = (
-            torch.zeros_like(matrix)
-            for matrix in (self.source_query, self.source_key, self.target_query, self.target_key)
-        )
-        total = self._hop_loss(self.source_query, self.target_key, out, source_query, target_key, needs_gradient)
-        total += self._hop_loss(self.target_query, self.source_key, back, target_query, source_key, needs_gradient)
+        source_query, source_key = (torch.zeros_like(self.source) for _ in range(2))
+        target_query, target_key = (torch.zeros_like(self.target) for _ in range(2))
+        total = self.out.loss(out, source_query, target_key, needs_gradient=needs_gradient)
+        total += self.back.loss(back, target_query, source_key, needs_gradient=needs_gradient)
         if not needs_gradient:
             return total, None
         return total, (
             self.comparison.gradient_by_rows(self.source, source_query, source_key),
             self.comparison.gradient_by_rows(self.target, target_query, target_key),
         )
-
-    def _hop_loss(
-        self, query: Tensor, key: Tensor, hop: _Hop, by_query: Tensor, by_key: Tensor, needs_gradient: bool
-    ) -> Tensor:
-        """Return the loss sum of one hop and write its gradients to `by_query` and `by_key`, zero before."""
-        total = torch.zeros((), dtype=torch.float64, device=query.device)
-        buffer = chunk_buffer(query, len(key))
-        for part in parts(len(hop.chooser), chunk_rows(query, len(key))):
-            chooser, chosen, weight = hop.chooser[part], hop.chosen[part], hop.weight[part]
-            rows = query[chooser]
-            ratios = products(rows, key, buffer)
-            inverse, sums = _over_chosen_(ratios, chosen, self.comparison.factor)
-            total += (sums.log() * weight).sum(dtype=torch.float64)
-            if needs_gradient:
-                ratios.scatter_add_(1, chosen[:, None], -sums)
-                slope = weight * inverse / sums
-                by_query[chooser] = (ratios @ key).mul_(slope)
-                by_key.addmm_(ratios.T, rows * slope)
-        return total
 
 
 class _WholePair:
@@ -400,7 +481,12 @@ class _WholePair:
 
 
 def _associate(
-    source: Tensor, target: Tensor, labels: Tensor, comparison: Comparison, needs_gradient: bool
+    source: Tensor,
+    target: Tensor,
+    labels: Tensor,
+    comparison: Comparison,
+    operand: torch.dtype | None,
+    needs_gradient: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Return the loss sum of one image pair, its number of valid cycles and the gradients by source and target rows.
 
@@ -411,10 +497,11 @@ def _associate(
         target: (L2, D), already aggregated; may be overwritten.
         labels: (L1,).
         comparison: How pixels are compared.
+        operand: Type in which kernels multiply; None without kernels.
         needs_gradient: Whether gradients are wanted; they are None as well where no cycle is valid.
     """
-    whole = comparison.floor is None and is_worth_keeping(source, len(target))
-    pair = (_WholePair if whole else _ChunkedPair)(source, target, comparison)
+    whole = operand is None and comparison.floor is None and is_worth_keeping(source, len(target))
+    pair = _WholePair(source, target, comparison) if whole else _ChunkedPair(source, target, comparison, operand)
     labelled = (labels != IGNORE_INDEX).nonzero().flatten()
     middle = pair.best_targets(labelled)
     reached, position = torch.unique(middle, return_inverse=True)

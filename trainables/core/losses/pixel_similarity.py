@@ -7,9 +7,13 @@ What spatial aggregation and cycle association share. A similarity is the produc
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Kernels = Literal["reference", "triton"]
+"""What works on pairs of pixels: PyTorch, or fused kernels of the module `kernels`, on CUDA devices alone."""
 
 SMALLEST_NORM = 1e-12
 PROBABILITY_FLOOR = 1e-10
@@ -20,6 +24,7 @@ LARGEST_MATRIX_BYTES = 2**31
 GPU_ENTRIES = 2**26
 COSTLY_ENTRIES = 2**21
 CACHED_ENTRIES = 2**20
+KERNEL_ENTRIES = 2**24
 SYMMETRIC_BLOCK = 1024
 
 
@@ -80,10 +85,15 @@ def standardise_(scores: Tensor, factor: float) -> Tensor:
     mean = scores.mean(dim=-1, keepdim=True)
     scores.sub_(mean)
     deviation = torch.linalg.vector_norm(scores, dim=-1, keepdim=True) / max(scores.shape[-1] - 1, 1) ** 0.5
-    spread = deviation > torch.finfo(scores.dtype).eps * mean.abs()
-    inverse = torch.where(spread, 1.0 / (factor * deviation + SPREAD_FLOOR), 0.0)
+    inverse = inverse_deviations(deviation, mean, factor)
     scores.mul_(inverse)
     return inverse
+
+
+def inverse_deviations(deviation: Tensor, mean: Tensor, factor: float) -> Tensor:
+    """Return what multiplies rows of similarities of that deviation and mean: 0 where it is below their rounding."""
+    spread = deviation > torch.finfo(deviation.dtype).eps * mean.abs()
+    return torch.where(spread, 1.0 / (factor * deviation + SPREAD_FLOOR), 0.0)
 
 
 def most_similar(query: Tensor, key: Tensor) -> Tensor:
@@ -144,6 +154,32 @@ def parts(length: int, size: int) -> Iterator[slice]:
     """Yield slices of at most `size` that cover `length`."""
     for start in range(0, length, size):
         yield slice(start, start + size)
+
+
+def kernel_operands(kernels: Kernels, maps: tuple[Tensor, ...]) -> torch.dtype | None:
+    """Return the type in which kernels multiply rows of such maps: bfloat16 where that is what came, else float32.
+
+    Returns:
+        None for the reference, which needs none.
+
+    Raises:
+        ValueError: If the kernels cannot run here.
+    """
+    if kernels == "reference":
+        return None
+    try:
+        from triton import knobs
+    except ImportError as error:
+        raise ValueError(
+            "`kernels` of 'triton' need the package triton, which is not installed. Choose 'reference'."
+        ) from error
+    first = maps[0]
+    if not (first.is_cuda or knobs.runtime.interpret) or first.dtype == torch.float64:
+        raise ValueError(
+            "`kernels` of 'triton' need float32 or narrower tensors on a CUDA device, but got "
+            f"{first.dtype} on {first.device.type}. Choose 'reference'."
+        )
+    return torch.bfloat16 if all(values.dtype == torch.bfloat16 for values in maps) else torch.float32
 
 
 def image_rows(image: Tensor) -> Tensor:

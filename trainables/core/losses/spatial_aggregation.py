@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from segadapt.trainables.core.losses.pixel_similarity import (
+    KERNEL_ENTRIES,
     PROBABILITY_FLOOR,
     Comparison,
     add_transpose_,
@@ -17,6 +18,7 @@ from segadapt.trainables.core.losses.pixel_similarity import (
     image_rows,
     inverse_norms,
     is_worth_keeping,
+    parts,
     precise,
     products,
     products_of_all_pairs,
@@ -203,6 +205,67 @@ class Aggregation:
             by_scores = products(extended_slope, extended_rows, second_buffer).mul_(weights)
             by_query[part] = by_scores @ key
             by_key.addmm_(by_scores.T, query[part])
+        return by_value.add_(self.comparison.gradient_by_rows(self.rows, by_query, by_key))
+
+
+class FusedAggregation(Aggregation):
+    """The same by fused kernels: weights are formed anew, in chunks of rows, and what makes them is not written.
+
+    Args:
+        rows: (L, D) float32.
+        weight: Share of the average.
+        comparison: How pixels are compared.
+        operand: Type in which rows are multiplied; sums are float32.
+    """
+
+    def __init__(self, rows: Tensor, weight: float, comparison: Comparison, operand: torch.dtype) -> None:
+        super().__init__(rows.contiguous(), weight, comparison)
+        self.is_whole = False
+        self.operand = operand
+        self._statistics: tuple[Tensor, Tensor] | None = None
+
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return query, key and values, (L, D) each, and room for a chunk's weights."""
+        query, key = self.comparison.query_and_key(self.rows)
+        size = max(1, KERNEL_ENTRIES // len(key))
+        buffer = torch.empty(min(size, len(key)), len(key), dtype=self.operand, device=key.device)
+        return query.to(self.operand), key.to(self.operand), self.rows.to(self.operand), buffer
+
+    def _chunked_average(self) -> Tensor:
+        from segadapt.trainables.core.losses import kernels
+
+        query, key, values, buffer = self._operands()
+        if self.comparison.floor is None:
+            top, inverse = kernels.row_statistics(query, key, self.comparison.factor)[1:]
+        else:  # no score is far below zero, see `_chunk_weights`
+            top, inverse = query.new_zeros(len(query)), query.new_ones(len(query))
+        self._statistics = top, inverse
+        average = torch.empty_like(self.rows)
+        for part in parts(len(query), len(buffer)):
+            weights = buffer[: len(query[part])]
+            sums = kernels.exponentials(query[part], key, top[part], inverse[part], weights)
+            kernels.multiply_(average[part], weights, values).div_(sums[:, None])
+        return average
+
+    def _backward_chunked(self, gradient: Tensor) -> Tensor:
+        from segadapt.trainables.core.losses import kernels
+
+        assert self._average is not None
+        assert self._statistics is not None
+        top, inverse = self._statistics
+        query, key, values, buffer = self._operands()
+        by_value, by_query, by_key = (torch.zeros_like(self.rows) for _ in range(3))
+        for part in parts(len(query), len(buffer)):
+            weights = buffer[: len(query[part])]
+            sums = kernels.exponentials(query[part], key, top[part], inverse[part], weights)
+            slope = gradient[part] * (self.weight / sums)[:, None]
+            kernels.multiply_(by_value, weights.T, slope.to(self.operand), add=True)
+            slope *= inverse[part, None]
+            along = (slope * self._average[part]).sum(dim=1)
+            by_scores = kernels.scale_(weights, slope.to(self.operand), values.T, along)
+            kernels.multiply_(by_query[part], by_scores, key)
+            kernels.multiply_(by_key, by_scores.T, query[part], add=True)
+        by_value.add_(gradient, alpha=1.0 - self.weight)
         return by_value.add_(self.comparison.gradient_by_rows(self.rows, by_query, by_key))
 
 
