@@ -38,7 +38,7 @@ EVERY = 15
 LONG = {**SETTINGS, "trainer.steps": 100000, "trainer.eval_every": EVERY}
 FAILURES = 9
 FORMS = ("plain", "segadapt")
-PATIENCE_S = 600.0
+PATIENCE_S = 900.0
 
 
 def run_plain(folder: Path, address: str, *, restore: bool) -> None:
@@ -258,19 +258,25 @@ def main() -> None:
         for form in FORMS:
             with tempfile.TemporaryDirectory() as name:
                 results[form].append(measure(form, Path(name)))
-    ratios = {}
-    for fault in results["plain"][0]:
-        own = "trial" if fault == "controller" else fault  # where segadapt's controller is
-        pairs = zip(results["segadapt"], results["plain"], strict=True)
-        ratios[fault] = spread([ours[own]["seconds"] / plain[fault]["seconds"] for ours, plain in pairs])
+        found = summary(results)
+        if options.json:  # after each turn: a later one may fail on a busy machine
+            record = {"environment": machine(), "results": results, **found}
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def summary(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return the median seconds of each fault, and segadapt's ratio to the plain stack, turn by turn."""
     medians = {
         form: {fault: statistics.median(row[fault]["seconds"] for row in rows) for fault in rows[0]}
         for form, rows in results.items()
     }
-    record = {"environment": machine(), "results": results, "medians": medians, "ratios": ratios}
-    print(json.dumps({"medians": medians, "ratios": ratios}, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    ratios = {}
+    for fault in medians["plain"]:
+        own = "trial" if fault == "controller" else fault  # where segadapt's controller is
+        pairs = zip(results["segadapt"], results["plain"], strict=True)
+        ratios[fault] = spread([ours[own]["seconds"] / plain[fault]["seconds"] for ours, plain in pairs])
+    return {"medians": medians, "ratios": ratios}
 
 
 if __name__ == "__main__":

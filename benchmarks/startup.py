@@ -409,10 +409,10 @@ def main() -> None:
             results[part].setdefault(form, []).append({"load": load, **row})
             shown = {key: round(value, 2) for key, value in row.items() if key != "trials"}
             print(part, form, f"load {load:.1f}", shown, flush=True)
-    record = {"settings": SETTINGS, "environment": machine(), "results": results, "summary": summary(results)}
-    print(json.dumps(record["summary"], indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        if options.json:  # after each turn: a later one may fail on a busy machine
+            record = {"settings": SETTINGS, "environment": machine(), "results": results, "summary": summary(results)}
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(summary(results), indent=1))
 
 
 def run_form(options: argparse.Namespace) -> None:
