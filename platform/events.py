@@ -31,6 +31,7 @@ from segadapt.platform.tracking import (
     Tracker,
 )
 from segadapt.platform.trial import INFEASIBLE, TrialSpec
+from segadapt.platform.tune_state import StateKeeper
 from segadapt.trainables.core.preemption import noted_preemptions
 from segadapt.trainables.core.pseudo_labels import PROVENANCE
 
@@ -87,6 +88,7 @@ class Events(tune.Callback):
         self._described: set[str] = set()
         self._close_lost: Callable[[Collection[str]], None] | None = None
         self._keeper: Keeper | None = None
+        self._states: StateKeeper | None = None
         self.interrupted: set[str] = set()
         """Trials that this session was stopped in the middle of; they can go on."""
 
@@ -110,6 +112,7 @@ class Events(tune.Callback):
             keeper: Removes checkpoints; None keeps those of all trials.
         """
         self._keeper = keeper
+        self._states = StateKeeper(self._spec.folder)
         self._close_lost = close_lost
         self._tracker = tracker
         self._progress = progress
@@ -119,7 +122,7 @@ class Events(tune.Callback):
         self._environment = environment()
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("_tracker", "_progress", "_close_lost", "_ledger", "_limits", "_keeper")
+        gone = ("_tracker", "_progress", "_close_lost", "_ledger", "_limits", "_keeper", "_states")
         return {**self.__dict__, **dict.fromkeys(gone)}
 
     def get_state(self) -> dict[str, Any]:
@@ -155,7 +158,10 @@ class Events(tune.Callback):
         """Before anything else: close runs of trials that a killed driver started but had not yet saved."""
         assert self._tracker is not None
         assert self._ledger is not None
+        assert self._states is not None
         self._ledger.keep()
+        if trials:
+            self._states.keep(Path(trials[0].storage.experiment_driver_staging_path))
         if not self._swept:
             self._swept = True
             known = [self.key(trial.trial_id) for trial in trials]
