@@ -529,8 +529,12 @@ def _tune_states(storage: Storage, name: str) -> Iterator[Finding]:
         if files:
             text = f"What Tune saved in {folder} is cut short: {', '.join(files)}"
             meaning = "A command was killed as it saved, or the disk was full"
-            repair = partial(tune_state.mend, folder)
+            repair = partial(_mend, folder)
             yield Finding(name, "fault", text, meaning, "--fix puts the state before it back, as --resume does", repair)
+
+
+def _mend(folder: Path) -> None:
+    tune_state.mend(folder)
 
 
 def _driven(name: str) -> Finding:

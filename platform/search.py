@@ -131,7 +131,7 @@ def run_experiment(
     progress = Progress(title, spec.objective.leading, plan.trials if plan else 1, steps)
     events = _events(tuner)
     close_lost = partial(_close_lost, searcher) if searcher is not None else None
-    events.attach(tracker, progress, ledger, limits, close_lost, keeper)
+    events.attach(spec, tracker, progress, ledger, limits, close_lost, keeper)
     try:
         results = tuner.fit()
     finally:

@@ -62,14 +62,15 @@ class StateKeeper:
         self._kept: int | None = None
         self._next = 0.0
 
-    def keep(self, staging: Path) -> None:
+    def keep(self, staging: Path, *, at_once: bool = False) -> None:
         """Archive Tune's files, if it has written them since; call between two of its writes.
 
         Args:
             staging: Tune's own folder, where it writes them before it copies them.
+            at_once: Not only every few seconds.
         """
         began = time.monotonic()
-        if began < self._next:
+        if began < self._next and not at_once:
             return
         files = _newest(_files(staging))
         written = max((file.path.stat().st_mtime_ns for file in files), default=None)
