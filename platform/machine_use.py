@@ -27,7 +27,8 @@ class MachineUse:
     def __enter__(self) -> Self:
         """Begin to look at the GPU."""
         if self._gpu:
-            threading.Thread(target=self._watch, name="segadapt-gpu", daemon=True).start()
+            device = torch.cuda.current_device()  # of this thread: another one begins with the first device
+            threading.Thread(target=self._watch, args=(device,), name="segadapt-gpu", daemon=True).start()
         return self
 
     def __exit__(
@@ -59,10 +60,10 @@ class MachineUse:
         times = self._process.cpu_times()
         return times.user + times.system
 
-    def _watch(self) -> None:
+    def _watch(self, device: int) -> None:
         """Ask the driver of the GPU, which makes nothing wait for what runs there."""
         while not self._closed.wait(_EVERY_S):
             try:
-                self._busy.append(float(torch.cuda.utilization()))
+                self._busy.append(float(torch.cuda.utilization(device)))
             except Exception:  # whatever NVML raises where it may not look, as in some containers
                 return

@@ -14,6 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from segadapt.platform.checkpoints import REMOVED, TRAIN_FOLDER
 from segadapt.platform.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ _NAME = re.compile(
 _TEXTS = ("experiment_state", "searcher-state")
 """Kinds that are JSON; the others are pickles, which are looked at but never loaded here."""
 _ALWAYS = {"experiment_state", "callback-states"}
+
+_REACHED = ("*/checkpoint_*", f"{TRAIN_FOLDER}/*/checkpoint_*", f"{REMOVED}/*.json")
+"""What trials leave that have got anywhere."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ def mend(folder: Path) -> str | None:
     if not found and _files(folder):
         return None
     names = ", ".join(found) or "experiment_state"
-    if any(folder.glob("*/checkpoint_*")) or any(folder.glob("train/*/checkpoint_*")):
+    if any(any(folder.glob(pattern)) for pattern in _REACHED):
         raise UsageError(
             f"Tune's state of an experiment must be whole to go on, but {names} in {folder} is cut short or missing, "
             f"and there is no whole {ARCHIVE}. Put back a copy of these files, or begin anew under another name (a "

@@ -494,7 +494,7 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_was(scheduler: str, t
         logged = list(api.trial_log(name, "sdca-streets", storage=str(tmp_path / "runs")))
         starts = [entry["fields"]["resumed_from"] for entry in logged if entry["event"] == "start"]
         assert starts[0] is None
-        assert "checkpoint_000099" in starts[1]
+        assert "/checkpoint_" in starts[1]
         reached = {entry["step"] for entry in logged if entry["event"] == "evaluation"}
         assert reached == set(steps_of(tmp_path, runs[name])), "nothing of either session is lost"
     with sqlite3.connect(tmp_path / "runs" / "optuna.db") as study:

@@ -257,16 +257,18 @@ class Trainer:
         """Prepare and train one stage; `done` steps precede it in the trial, `state` resumes in the middle of it."""
         config, steps = self.settings.trainer, self.steps[stage.name]
         folder = self.folder / stage.name
-        note("stage_begun", f"Stage '{stage.name}' of {steps} steps begins.", stage=stage.name, step=done, steps=steps)
         self._select_trained(stage)
         optimizer = self._optimizer(stage)
         if state is not None:
             self.method.load_state_dict(state["state"])
             optimizer.load_state_dict(state["optimizer"])
             start = state["step"]
-            note("resumed", f"It goes on after its step {start}.", stage=stage.name, step=done + start)
+            message = f"Stage '{stage.name}' goes on after {start} of {steps} steps."
+            note("resumed", message, stage=stage.name, step=done + start, steps=steps)
         else:
             start = 0
+            message = f"Stage '{stage.name}' of {steps} steps begins."
+            note("stage_begun", message, stage=stage.name, step=done, steps=steps)
             self._seed(stage, 0)
             self.method.eval()
             with torch.no_grad():
