@@ -31,7 +31,7 @@ from segadapt.platform.redaction import redacted
 from segadapt.platform.reranking import Reranked, rerank, verdict
 from segadapt.platform.samplers import check_sampler
 from segadapt.platform.selection import TARGET, Choice, compare
-from segadapt.platform.storage import Storage, open_storage
+from segadapt.platform.storage import Storage, check_name, open_storage
 from segadapt.platform.study import SCHEDULERS, open_study_storage
 from segadapt.platform.trial import CONFIG, trial_artifacts
 from segadapt.platform.trial_log import entries as log_entries
@@ -1154,8 +1154,8 @@ def trial_log(
         raise UsageError(f"TRIAL must be `best` or a run of {search_name!r}, but got {run_name!r}. Those are: {known}.")
     newest = max(chosen, key=lambda entry: entry.info.start_time)  # shared stages may have been begun twice
     tags, opened = newest.data.tags, Storage(Path(storage).expanduser().absolute())
-    trial = trial_artifacts(opened.experiment(tags["segadapt.experiment"]), tags["segadapt.trial_id"])
-    folder = log_folder(trial)
+    check_name(tags["segadapt.trial_id"])  # whoever may write to MLflow chose it
+    folder = log_folder(trial_artifacts(opened.experiment(tags["segadapt.experiment"]), tags["segadapt.trial_id"]))
     if not folder.is_dir():
         raise UsageError(
             f"The log of {newest.info.run_name} must lie in {folder}, but does not. Name the search's own --storage. "
