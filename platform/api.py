@@ -31,9 +31,12 @@ from segadapt.platform.redaction import redacted
 from segadapt.platform.reranking import Reranked, rerank, verdict
 from segadapt.platform.samplers import check_sampler
 from segadapt.platform.selection import TARGET, Choice, compare
-from segadapt.platform.storage import Storage, open_storage
+from segadapt.platform.storage import Storage, check_name, open_storage
 from segadapt.platform.study import SCHEDULERS, open_study_storage
-from segadapt.platform.trial import CONFIG
+from segadapt.platform.trial import CONFIG, trial_artifacts
+from segadapt.platform.trial_log import entries as log_entries
+from segadapt.platform.trial_log import follow as follow_log
+from segadapt.platform.trial_log import log_folder
 from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core.evaluation import Inference, score
 from segadapt.trainables.core.networks import build_segmenter
@@ -1125,6 +1128,41 @@ def logs(job: str, *, address: str, follow: bool = False) -> Iterator[str]:
     from segadapt.platform import jobs
 
     return jobs.logs(job, address, follow=follow)
+
+
+def trial_log(
+    run_name: str, search_name: str, *, follow: bool = False, storage: str = "runs", tracking_uri: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Return the entries of a trial's log by time, and with `follow` those to come until the trial ends.
+
+    Args:
+        run_name: `best`, or a run of the search by name or id: a trial, a shared stage, a finish.
+        search_name: The search or single run.
+        follow: Wait for more.
+        storage: The storage folder.
+        tracking_uri: MLflow server that holds the search; None for the storage folder's own.
+
+    Raises:
+        UsageError: If there is no such run, or it left no log here.
+    """
+    found = _entries(_client(storage, tracking_uri), search_name)
+    if run_name == "best":
+        run_name = _pick(runs(search_name, storage=storage, tracking_uri=tracking_uri), run_name).run_id
+    logged = [entry for entry in found if "segadapt.trial_id" in entry.data.tags]
+    chosen = [entry for entry in logged if run_name in (entry.info.run_name, entry.info.run_id)]
+    if not chosen:
+        known = ", ".join(sorted({entry.info.run_name for entry in logged})) or "none"
+        raise UsageError(f"TRIAL must be `best` or a run of {search_name!r}, but got {run_name!r}. Those are: {known}.")
+    newest = max(chosen, key=lambda entry: entry.info.start_time)  # shared stages may have been begun twice
+    tags, opened = newest.data.tags, Storage(Path(storage).expanduser().absolute())
+    check_name(tags["segadapt.trial_id"])  # whoever may write to MLflow chose it
+    folder = log_folder(trial_artifacts(opened.experiment(tags["segadapt.experiment"]), tags["segadapt.trial_id"]))
+    if not folder.is_dir():
+        raise UsageError(
+            f"The log of {newest.info.run_name} must lie in {folder}, but does not. Name the search's own --storage. "
+            f"Once the trial has ended, its run in MLflow ({newest.info.run_id}) has it too, among the artifacts: logs."
+        )
+    return follow_log(folder) if follow else iter(log_entries(folder))
 
 
 def stop(job: str, *, address: str) -> bool:

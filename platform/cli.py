@@ -642,17 +642,41 @@ def jobs(
 
 @app.command()
 def logs(
-    job: JobName,
+    name: Annotated[
+        str,
+        typer.Argument(metavar="JOB|TRIAL", help="As `segadapt jobs` shows it; with --search a run's name or `best`."),
+    ],
+    search_name: Annotated[
+        str | None, typer.Option("--search", metavar="SEARCH", help="Show the log of this search's trial instead.")
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Until it ends; Ctrl-C leaves it running.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a trial: a line of JSON per entry.")] = False,
     address: JobsAddress = _JOBS,
+    storage: Storage = "runs",
+    tracking_uri: TrackingUri = None,
 ) -> None:
-    """Show what a job printed. With --follow, exit status 1 if it failed or was stopped."""
-    from segadapt.platform import api
+    """Show what a job printed, or with --search what a trial noted: start, stages, scores, checkpoints, faults, end.
 
-    if follow:
-        _follow(job, address)
-    for text in api.logs(job, address=address):
-        print(text, end="")
+    Of a job, with --follow, exit status 1 if it failed or was stopped.
+
+    Example: segadapt logs sdca-003 --search sdca-streets
+    """
+    from segadapt.platform import api
+    from segadapt.platform.errors import UsageError
+    from segadapt.platform.trial_log import as_text
+
+    if search_name is not None:
+        found = api.trial_log(name, search_name, follow=follow, storage=storage, tracking_uri=tracking_uri)
+        for entry in found:
+            print(json.dumps(entry) if as_json else as_text(entry), flush=follow)
+        return
+    try:
+        if follow:
+            _follow(name, address)
+        for text in api.logs(name, address=address):
+            print(text, end="")
+    except UsageError as error:
+        raise UsageError(f"{error}\nThe log of a trial: segadapt logs {name} --search SEARCH") from error
 
 
 @app.command()

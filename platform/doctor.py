@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from segadapt.platform import agreement, cache, outbox, tracking
+from segadapt.platform import agreement, cache, outbox, tracking, tune_state
 from segadapt.platform.agreement import Drivers
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import BEGUN
@@ -492,8 +492,8 @@ def _experiments(what: Examination) -> Iterator[Finding]:
         try:
             yield from _experiment(what, name, client, studies)
         except (ValueError, TypeError, KeyError, UsageError) as error:  # of a state or record that is not as it must be
-            advice = "Delete that file if an older one lies beside it; --resume takes the newest that there is"
-            yield _fault(name, str(error), "It was cut short, or is another version's: it cannot go on", advice)
+            advice = "Put back a copy, or use the version that wrote it"
+            yield _fault(name, str(error), "It was changed, or is another version's: it cannot go on", advice)
 
 
 def _experiment(what: Examination, name: str, client: Any, studies: Any | None) -> Iterator[Finding]:
@@ -503,6 +503,10 @@ def _experiment(what: Examination, name: str, client: Any, studies: Any | None) 
     if Drivers.of(what.storage).drive(name):
         yield _driven(name)
         return
+    for finding in _tune_states(what.storage, name):
+        yield (finding := finding.mended() if what.fix else finding)
+        if not finding.repaired:
+            return  # what trials there are, nobody knows
     known, faults = books(), 0
     for check in agreement.CHECKS:
         found = list(check(known))
@@ -516,6 +520,21 @@ def _experiment(what: Examination, name: str, client: Any, studies: Any | None) 
             known = books()
     if not faults and (known.runs or known.trials):
         yield Finding(name, "ok", f"Ray, Optuna and MLflow agree on {len(known.trials)} trials")
+
+
+def _tune_states(storage: Storage, name: str) -> Iterator[Finding]:
+    """Find what a kill left of the state files that Tune copies into the folders of an experiment."""
+    for folder in sorted(path for path in storage.experiments.glob(f"{name}*") if path.is_dir()):
+        files = tune_state.damaged(folder) if agreement.experiment_of(storage, folder.name) == name else []
+        if files:
+            text = f"What Tune saved in {folder} is cut short: {', '.join(files)}"
+            meaning = "A command was killed as it saved, or the disk was full"
+            repair = partial(_mend, folder)
+            yield Finding(name, "fault", text, meaning, "--fix puts the state before it back, as --resume does", repair)
+
+
+def _mend(folder: Path) -> None:
+    tune_state.mend(folder)
 
 
 def _driven(name: str) -> Finding:

@@ -1,6 +1,7 @@
 """Tune's events on their way to tracking and to the screen. Lives in the driver."""
 
 import json
+import logging
 import math
 import time
 from collections import Counter
@@ -31,8 +32,12 @@ from segadapt.platform.tracking import (
     Tracker,
 )
 from segadapt.platform.trial import INFEASIBLE, TrialSpec
+from segadapt.platform.trial_log import ENDED, FOLDER, STARTED, log_folder, note_by_driver
+from segadapt.platform.tune_state import StateKeeper
 from segadapt.trainables.core.preemption import noted_preemptions
 from segadapt.trainables.core.pseudo_labels import PROVENANCE
+
+logger = logging.getLogger(__name__)
 
 _STATUS: dict[str, Status] = {
     "failed": "FAILED",
@@ -43,7 +48,17 @@ _STATUS: dict[str, Status] = {
 }
 """How the run of a trial in this state ends in MLflow; FINISHED otherwise."""
 
-METRIC_PREFIXES = ("target_val/", "source_val/", "score/", "pseudo_labels/", "loss/", "time/", "memory/", "lr")
+METRIC_PREFIXES = (
+    "target_val/",
+    "source_val/",
+    "score/",
+    "pseudo_labels/",
+    "loss/",
+    "time/",
+    "memory/",
+    "system/",
+    "lr",
+)
 """Reported numbers that are tracked; Tune adds bookkeeping of its own."""
 
 
@@ -87,11 +102,13 @@ class Events(tune.Callback):
         self._described: set[str] = set()
         self._close_lost: Callable[[Collection[str]], None] | None = None
         self._keeper: Keeper | None = None
+        self._states: StateKeeper | None = None
         self.interrupted: set[str] = set()
         """Trials that this session was stopped in the middle of; they can go on."""
 
     def attach(
         self,
+        spec: TrialSpec,
         tracker: Tracker,
         progress: Progress,
         ledger: Ledger,
@@ -99,9 +116,10 @@ class Events(tune.Callback):
         close_lost: Callable[[Collection[str]], None] | None,
         keeper: Keeper | None,
     ) -> None:
-        """Connect to this session's tracker, screen, accounts and end, which are not saved.
+        """Connect to this session's folder, tracker, screen, accounts and end, which are not saved.
 
         Args:
+            spec: What trials share now: the storage folder may have been moved.
             tracker: Receives runs and metrics.
             progress: Receives what is shown.
             ledger: Receives what trials cost.
@@ -109,7 +127,9 @@ class Events(tune.Callback):
             close_lost: Told all trials that are known, so that the study can close the others.
             keeper: Removes checkpoints; None keeps those of all trials.
         """
+        self._spec = spec
         self._keeper = keeper
+        self._states = StateKeeper(self._spec.folder)
         self._close_lost = close_lost
         self._tracker = tracker
         self._progress = progress
@@ -119,7 +139,7 @@ class Events(tune.Callback):
         self._environment = environment()
 
     def __getstate__(self) -> dict[str, Any]:
-        gone = ("_tracker", "_progress", "_close_lost", "_ledger", "_limits", "_keeper")
+        gone = ("_tracker", "_progress", "_close_lost", "_ledger", "_limits", "_keeper", "_states")
         return {**self.__dict__, **dict.fromkeys(gone)}
 
     def get_state(self) -> dict[str, Any]:
@@ -155,7 +175,10 @@ class Events(tune.Callback):
         """Before anything else: close runs of trials that a killed driver started but had not yet saved."""
         assert self._tracker is not None
         assert self._ledger is not None
+        assert self._states is not None
         self._ledger.keep()
+        if trials:
+            self._states.keep(Path(trials[0].storage.experiment_driver_staging_path))
         if not self._swept:
             self._swept = True
             known = [self.key(trial.trial_id) for trial in trials]
@@ -187,6 +210,7 @@ class Events(tune.Callback):
                 self._ledger.stop(trial_id)
                 self._progress.started(trial_id, self.name(trial_id), _step(trial))  # maybe in an earlier session
                 self._progress.paused(trial_id)
+                self._note(trial_id, "paused", "The scheduler has it wait at a rung.")
             else:
                 self._paused.remove(trial_id)
             self._tracker.set_tags(self.key(trial_id), {STATE_TAG: "paused" if waits else "running"})
@@ -201,6 +225,7 @@ class Events(tune.Callback):
                 self._heard.pop(trial_id, None)
             elif now - self._heard.setdefault(trial_id, now) > timeout_s:
                 self._failures[trial_id] = f"hung: nothing was reported for {timeout_s:g} s (--trial-timeout)"
+                self._note(trial_id, "hung", f"Killed, since it {self._failures[trial_id]}.", level="WARNING")
                 self._heard[trial_id] = now
                 ray.kill(trial.temporary_state.ray_actor)
 
@@ -215,6 +240,7 @@ class Events(tune.Callback):
         self._ledger.start(trial_id)
         number = self.number(trials, trial_id)
         if trial_id in self._started:
+            self._note(trial_id, STARTED, f"{self.name(trial_id)} is started again.", name=self.name(trial_id))
             return
         self._started.add(trial_id)
         self._ended.discard(trial_id)  # a single run that failed may be tried again
@@ -244,6 +270,7 @@ class Events(tune.Callback):
         self._tracker.log_json(run.key, config.as_dict(), "config.yaml")
         self._tracker.log_json(run.key, self._environment, "environment.json")
         self._progress.started(trial_id, name, _step(trial))
+        self._note(trial_id, STARTED, f"{name} is started.", name=name, experiment=self._spec.experiment)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -308,6 +335,10 @@ class Events(tune.Callback):
         trial_id = trial.trial_id
         self._ledger.stop(trial_id)
         self._restarts[trial_id] += 1
+        reason = self._failures.get(trial_id, "its process or node died")
+        number, most = self._restarts[trial_id], self._spec.tolerance.max_failures
+        message = f"Restart {number} from the last checkpoint: {reason}."
+        self._note(trial_id, "restart", message, level="WARNING", restarts=number, max_failures=most)
         self._tracker.set_tags(self.key(trial_id), {"segadapt.restarts": str(self._restarts[trial_id])})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -322,6 +353,7 @@ class Events(tune.Callback):
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Close the runs of trials that the end of a budget or an interruption left unfinished."""
         assert self._limits is not None
+        assert self._states is not None
         state = self._limits.reached() or "interrupted"
         for trial in trials:
             if trial.trial_id not in self._ended:
@@ -329,6 +361,8 @@ class Events(tune.Callback):
                     self.interrupted.add(trial.trial_id)
                 if trial.trial_id in self._started:
                     self._end(trial.trial_id, state)
+        if trials:  # Tune has saved for the last time
+            self._states.keep(Path(trials[0].storage.experiment_driver_staging_path), at_once=True)
         if self._keeper is not None:
             self._collect()
             self._keeper.sweep()
@@ -364,10 +398,28 @@ class Events(tune.Callback):
         step = best.metrics["step"] if best is not None else None
         tags[NOTE_TAG] = trial_note(state, goals, step, tags.get(FAILURE_TAG))
         self._tracker.set_tags(key, tags)
+        self._note_end(trial_id, state, tags)
         self._tracker.end(key, _STATUS.get(state, "FINISHED"))
         self._progress.ended(trial_id, state)
         if self._keeper is not None:
             self._collect()
+
+    def _note_end(self, trial_id: str, state: str, tags: Mapping[str, str]) -> None:
+        """Finish the log of a trial, and keep it with its run as it is now."""
+        assert self._tracker is not None
+        reason = tags.get(FAILURE_TAG)
+        message = f"{self.name(trial_id)}: {state}" + (f": {reason}" if reason else ".")
+        best = tags.get("segadapt.best_step")
+        level = "ERROR" if reason else "INFO"
+        self._note(trial_id, ENDED, message, level=level, state=state, best_step=int(best) if best else None)
+        # What is appended to these files after it, by a session that goes on, may be sent as well.
+        self._tracker.log_file(self.key(trial_id), log_folder(self._spec.artifacts(trial_id)), FOLDER)
+
+    def _note(self, trial_id: str, event: str, message: str, *, level: str = "INFO", **fields: Any) -> None:
+        try:
+            note_by_driver(self._spec.artifacts(trial_id), trial_id, event, message, level=level, **fields)
+        except OSError as error:
+            logger.warning("The log of %s could not be written: %s", self.name(trial_id), error)
 
     def _collect(self) -> None:
         """Remove the checkpoints of ended trials that are not among the best."""

@@ -30,6 +30,7 @@ from segadapt.platform.samplers import SamplerName
 from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.study import SchedulerName, open_study_storage
 from segadapt.platform.trial import Launcher, Resources, Tolerance, TrialSpec
+from segadapt.platform.tune_state import TUNER, mend
 from segadapt.trainables.core.trainer import stage_steps
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ class Record:
     from_key: str | None = None
     """Of a finish: key of the run it continues."""
     from_name: str | None = None
+    number: int = 1
+    """Of a finish: which of those of its trial, as it is numbered when it begins."""
 
     @property
     def methods(self) -> str:
@@ -279,7 +282,7 @@ def run(record: Record, options: Options) -> Outcome:
         check_gpu_hours(record, resources)
         if capacity.joined:
             check_nodes(storage.root, data_paths(record.configs().values()))
-        _save(record, storage)
+        record = _save(record, storage)
         spec = TrialSpec(
             storage=storage,
             experiment=record.name,
@@ -296,8 +299,11 @@ def run(record: Record, options: Options) -> Outcome:
     return Outcome(failed, interrupted, clock.seconds)
 
 
-def _save(record: Record, storage: Storage) -> None:
-    """Write the record. From then on, what a finish starts from is not removed; until then it may have been."""
+def _save(record: Record, storage: Storage) -> Record:
+    """Write the record and return it; a finish has its number now.
+
+    From then on, what a finish starts from is not removed; until then it may have been.
+    """
     with locked(storage):
         is_new = not (storage.experiment(record.name) / RECORD).is_file()
         if record.start is not None and is_new and not Path(record.start).is_dir():
@@ -305,7 +311,20 @@ def _save(record: Record, storage: Storage) -> None:
                 f"The checkpoint of {record.from_name} must be there, but was removed just now (--keep-top). "
                 "Finish another run."
             )
+        if record.kind == "finish":
+            record = dataclasses.replace(record, number=_finish_number(record, storage))
         record.save(storage)
+    return record
+
+
+def _finish_number(record: Record, storage: Storage) -> int:
+    """Return the number of a finish among those of its trial: the one it has, or the next."""
+    others = {}
+    for path in storage.experiments.glob(f"{record.search}.finish-*/{RECORD}"):
+        content = json.loads(path.read_text())
+        if content.get("from_name") == record.from_name:
+            others[path.parent.name] = content.get("number", 1)
+    return int(others.get(record.name, max(others.values(), default=0) + 1))
 
 
 def finished_trials(storage: Storage, search: str) -> set[str]:
@@ -351,6 +370,7 @@ class _Session:
         """Run what is to do; returns the number of failed trials and whether some did not end."""
         for note in self._data_notes():
             self.options.say(note)
+        self._mend(self.spec.folder)
         if self.record.kind == "finish":  # hangs under the trial that it continues, and starts from its checkpoint
             results = self._run_trials()
             clock.lap("trials")
@@ -374,6 +394,10 @@ class _Session:
         finally:
             self._close_parent(state)
         return _failed(results), missing
+
+    def _mend(self, folder: Path) -> None:
+        if done := mend(folder):
+            self.options.say(done)
 
     def _run_trials(self) -> "list[TrialResult]":
         from segadapt.platform.events import Labels
@@ -406,11 +430,12 @@ class _Session:
                 time_budget_s=record.time_budget_s,
                 max_gpu_hours=record.max_gpu_hours,
             )
-        names = {"search": [], "train": [record.methods], "finish": [f"finish-{record.from_name}"]}[record.kind]
+        finish = f"finish-{record.from_name}" + (f"-{record.number}" if record.number > 1 else "")
+        names = {"search": [], "train": [record.methods], "finish": [finish]}[record.kind]
         if record.kind == "finish" and record.seeds > 1:
             first = next(iter(configs)).seed
             values = [{"seed": seed} for seed in range(first, first + record.seeds)]
-            names = [f"finish-{record.from_name}.seed-{found['seed']}" for found in values]
+            names = [f"{finish}.seed-{found['seed']}" for found in values]
             plan = ListPlan(values, self.concurrent)
         labels = Labels(
             experiment=record.search or record.name,
@@ -442,7 +467,7 @@ class _Session:
         """Return what a search that is new takes over from earlier ones, and say so."""
         from segadapt.platform.search import load_study
 
-        if (self.spec.folder / "tuner.pkl").is_file():
+        if (self.spec.folder / TUNER).is_file():
             return []
         found = []
         for name in self.record.warm_start:
@@ -535,6 +560,7 @@ class _Session:
         plan = ListPlan([{**result.values, "seed": seed} for result, seed in runs], self.concurrent)
         steps = max(stages.own_steps(config) for config in record.configs().values())
         title = f"rerank {record.name}"
+        self._mend(spec.folder)
         again = run_experiment(spec, labels, steps, self.tracker, title, plan, self._keeper(spec.experiment))
         values: dict[str, dict[int, float]] = {}
         for (result, seed), run in zip(runs, again, strict=False):  # trials are in the order of the list
@@ -655,6 +681,7 @@ class _Session:
         begun, content = spec.folder / BEGUN, json.dumps([key.hash for key in keys])
         if spec.folder.exists() and not (begun.exists() and begun.read_text() == content):
             shutil.rmtree(spec.folder)  # it was finished and pruned since, or the code was edited
+        self._mend(spec.folder)
         spec.folder.mkdir(exist_ok=True)
         begun.write_text(content)
         missing = tuple(key.stage for key in keys[done:])

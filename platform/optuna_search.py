@@ -85,8 +85,8 @@ class StudySearch(OptunaSearch):
         return {**self.__dict__, "_ot_study": None, "_storage": None, "_ot_trials": {}}
 
     def save(self, checkpoint_path: str) -> None:
-        """Write nothing that the study does not hold."""
-        Path(checkpoint_path).touch()
+        """Write nothing that the study does not hold, and no empty file, which would look cut short."""
+        Path(checkpoint_path).write_text("null")
 
     def restore(self, checkpoint_path: str) -> None:
         """Read nothing; the study is the memory."""

@@ -18,6 +18,7 @@ from segadapt.platform.samplers import SamplerName, make_sampler
 from segadapt.platform.study import LOST, TRIAL_ID, SchedulerName, Spaces, open_study_storage, values_by_step
 from segadapt.platform.tracking import Tracker
 from segadapt.platform.trial import TrialSpec, run_in_process, run_with_ray_train
+from segadapt.platform.tune_state import TUNER
 from segadapt.trainables.core import preemption
 
 
@@ -101,7 +102,7 @@ def run_experiment(
     config = _tune_config(spec, plan, searcher)
     ledger = Ledger(spec.folder, spec.resources)
     limits = Limits.session = _limits(spec, plan, ledger)
-    begun = (spec.folder / "tuner.pkl").is_file()
+    begun = (spec.folder / TUNER).is_file()
     if begun:
         tuner = tune.Tuner.restore(
             str(spec.folder),
@@ -130,7 +131,7 @@ def run_experiment(
     progress = Progress(title, spec.objective.leading, plan.trials if plan else 1, steps)
     events = _events(tuner)
     close_lost = partial(_close_lost, searcher) if searcher is not None else None
-    events.attach(tracker, progress, ledger, limits, close_lost, keeper)
+    events.attach(spec, tracker, progress, ledger, limits, close_lost, keeper)
     try:
         results = tuner.fit()
     finally:
@@ -240,7 +241,7 @@ def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = open_study_storage(plan.study_url)
     names = optuna.get_all_study_names(storage)
-    begun = (spec.folder / "tuner.pkl").is_file()
+    begun = (spec.folder / TUNER).is_file()
     if spec.experiment in names and not begun:  # left by a driver killed before its first trial
         optuna.delete_study(study_name=spec.experiment, storage=storage)
     found = StudySearch(

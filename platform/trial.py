@@ -2,27 +2,35 @@
 
 import contextlib
 import json
+import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from segadapt.platform import stages
 from segadapt.platform.checkpoints import TRAIN_FOLDER, newest_checkpoint, read_metrics, removed_metrics
 from segadapt.platform.config import TrialConfig, Values, resolve
+from segadapt.platform.environment import machine
 from segadapt.platform.errors import UsageError
 from segadapt.platform.objective import Objective
 from segadapt.platform.patience import patiently
 from segadapt.platform.storage import Storage
+from segadapt.platform.trial_log import logged
 from segadapt.trainables import method_class
 from segadapt.trainables.core import preemption
 from segadapt.trainables.core.data.datasets import load_data
+from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.memory import InfeasibleError, noted_micro_batch
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.core.preemption import PreemptedError, noted_preemptions
 from segadapt.trainables.core.trainer import Report, Trainer, TrainerSettings
+
+if TYPE_CHECKING:
+    from segadapt.platform.machine_use import MachineUse
 
 Launcher = Literal["auto", "train", "inprocess"]
 
@@ -123,7 +131,12 @@ class TrialSpec:
 
     def artifacts(self, trial_id: str) -> Path:
         """Folder for what a trial's stages write."""
-        return self.folder / "artifacts" / trial_id
+        return trial_artifacts(self.folder, trial_id)
+
+
+def trial_artifacts(experiment: Path, trial_id: str) -> Path:
+    """Return the folder for what a trial's stages write, in that of its experiment."""
+    return experiment / "artifacts" / trial_id
 
 
 def build_method(config: TrialConfig, num_classes: int) -> Method:
@@ -148,10 +161,14 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
     """
     import torch
 
+    from segadapt.platform.machine_use import MachineUse
+
     torch.set_num_threads(max(1, int(spec.resources.cpus)))
     config = spec.config(values)
+    _note_start(spec, config, values, resume)
     data, evaluation = load_data(config.data)
-    report = _describing(report, config, data.fingerprint)
+    use = MachineUse()
+    report = _describing(report, config, data.fingerprint, use)
     method = build_method(config, len(data.classes))
     shared_config = spec.shared_config(config.method_name, config.seed)
     keys = stages.stage_keys(shared_config, data.fingerprint, spec.code)
@@ -185,12 +202,40 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
             trainer.start_from(start)
     else:
         report(read_metrics(resume), None)  # once more: the driver may have been killed before it heard
-    with preemption.training():
+    with preemption.training(), use:
         trainer.run(resume)
+    note("trained", "All stages are trained.")
 
 
-def _describing(report: Report, config: TrialConfig, fingerprint: str) -> Report:
-    """Return a `report` that adds the data's fingerprint, and the configuration to each checkpoint."""
+def _note_start(spec: TrialSpec, config: TrialConfig, values: Values, resume: Path | None) -> None:
+    """Log where the trial runs, with what, and from where on."""
+    import ray
+    import torch
+
+    found, resources = machine(), spec.resources
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    host = socket.gethostname()
+    begins = "begins" if resume is None else f"goes on from {resume.name}"
+    note(
+        "start",
+        f"{config.method_name} {begins} on {host} ({device}).",
+        host=host,
+        node=ray.get_runtime_context().get_node_id() if ray.is_initialized() else None,
+        pid=os.getpid(),
+        device=device,
+        workers=resources.workers,
+        method=config.method_name,
+        seed=config.seed,
+        values=dict(values),
+        resumed_from=str(resume) if resume is not None else None,
+        python=found["python"],
+        versions=found["packages"] | ({"cuda": torch.version.cuda} if cuda else {}),
+    )
+
+
+def _describing(report: Report, config: TrialConfig, fingerprint: str, use: "MachineUse") -> Report:
+    """Return a `report` that adds the data's fingerprint and the machine's use, and to checkpoints the settings."""
 
     def wrapped(metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
         def write_described(folder: Path) -> None:
@@ -198,7 +243,7 @@ def _describing(report: Report, config: TrialConfig, fingerprint: str) -> Report
             (folder / CONFIG).write_text(json.dumps(config.as_dict()))
             write(folder)
 
-        report({**metrics, "fingerprint": fingerprint}, write_described if write is not None else None)
+        report({**metrics, **use.take(), "fingerprint": fingerprint}, write_described if write is not None else None)
 
     return wrapped
 
@@ -265,7 +310,7 @@ def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
 
     if _had_ended(spec, trial_id):
         return
-    with _reporting_failure(tune.report):
+    with _reporting_failure(tune.report), logged(spec.artifacts(trial_id), "rank-0", trial_id, rank=0):
         # Not Tune's checkpoint: its state may be older than the last one, or name one that was replaced since.
         train(spec, trial_id, values, report, newest_checkpoint(spec.folder, trial_id))
 
@@ -303,7 +348,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
             ),
         ).fit()
 
-    with _reporting_failure(tune.report):
+    with _reporting_failure(tune.report), logged(spec.artifacts(trial_id), "train", trial_id):
         result = _again_if_not_at_fault(fit, spec.artifacts(trial_id), spec.tolerance.max_failures)
         if result.metrics:  # what Tune missed, if the trial had ended when the driver was killed
             tune.report(result.metrics)
@@ -347,5 +392,7 @@ def train_worker(loop: dict[str, Any]) -> None:
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     spec, trial_id = loop["spec"], loop["trial_id"]
-    # Not Ray Train's checkpoint, which may have been damaged; all workers find the same: nobody writes meanwhile.
-    train(spec, trial_id, loop["values"], report, newest_checkpoint(spec.folder, trial_id))
+    rank = ray.train.get_context().get_world_rank()
+    with logged(spec.artifacts(trial_id), f"rank-{rank}", trial_id, rank):
+        # Not Ray Train's checkpoint, which may have been damaged; all workers find the same: nobody writes meanwhile.
+        train(spec, trial_id, loop["values"], report, newest_checkpoint(spec.folder, trial_id))

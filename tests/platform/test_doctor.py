@@ -21,10 +21,11 @@ from test_search import COMMAND, wait_for
 from test_tracking import free_port
 from typer.testing import CliRunner
 
-from segadapt.platform import api, leases, tracking
+from segadapt.platform import api, leases, tracking, tune_state
 from segadapt.platform.checkpoints import delete, put_away
 from segadapt.platform.cli import app
 from segadapt.platform.doctor import file_system, keeps_locks_apart
+from segadapt.platform.errors import UsageError
 from segadapt.platform.findings import Finding
 from segadapt.platform.outbox import Outbox
 from segadapt.platform.storage import Storage
@@ -467,6 +468,36 @@ def test_a_disorder_is_named_repaired_and_gone(kind: str, case: Case) -> None:
     for _, _, holds in DISORDERS[kind]:
         holds(case)
     assert [entry.text for entry in doctor(case.root) if entry.level != "ok"] == []
+
+
+def test_what_a_kill_left_of_tunes_files_gives_way_to_what_was_saved_before(case: Case) -> None:
+    folder = case.root / "ray" / NAME
+    assert tune_state.mend(folder) is None
+    for kind in ("experiment_state", "callback-states", "search_gen_state", "searcher-state"):
+        (path,) = folder.glob(f"{kind}-*")
+        whole = path.read_bytes()
+        for size in (len(whole) // 2, 0):
+            os.truncate(path, size)
+            assert tune_state.damaged(folder) == [path.name]
+            assert f"({path.name}): going on from" in str(tune_state.mend(folder))
+            assert path.read_bytes() == whole
+    later = folder / "experiment_state-2999-01-01_00-00-00.json"
+    later.touch()  # a session that had hardly begun
+    (found,) = faults(doctor(case.root))
+    assert f"{later.name}" in found
+    assert [entry.text for entry in doctor(case.root, fix=True) if entry.repaired] == [found]
+    assert not later.exists()
+    assert [entry.text for entry in doctor(case.root) if entry.level != "ok"] == []
+    os.truncate(folder / tune_state.ARCHIVE, 1000)
+    assert tune_state.mend(folder) is None, "which nobody needs"
+    os.truncate(path, 0)
+    with pytest.raises(UsageError, match=f"must be whole to go on, but {path.name}"):
+        tune_state.mend(folder)
+    for checkpoint in folder.glob("*/checkpoint_*"):
+        shutil.rmtree(checkpoint)
+    assert "beginning anew" in str(tune_state.mend(folder))
+    assert not (folder / "tuner.pkl").exists()
+    assert tune_state.damaged(folder) == []
 
 
 def test_the_command_ends_with_1_until_all_is_repaired(case: Case) -> None:

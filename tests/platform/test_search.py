@@ -92,6 +92,9 @@ def test_every_trial_is_a_child_run_with_its_configuration_and_pictures(searched
         assert {"target_val/miou", "source_val/miou", "target_val/iou/road", "loss/feature_target"} <= set(
             run.data.metrics
         )
+        timed = {f"time/{name}" for name in ("step_median_ms", "step_p95_ms", "data_wait_share", "images_per_second")}
+        assert timed | {"system/process_cpu_percentage", "system/process_memory_megabytes"} <= set(run.data.metrics)
+        assert 0 < run.data.metrics["time/data_wait_share"] < 1
         artifacts = {entry.path for entry in client.list_artifacts(run.info.run_id)}
         assert {"config.yaml", "environment.json", "gallery.png", "confusion", "per_class_iou.json"} <= artifacts
         assert steps_of(folder, run) == sorted(set(steps_of(folder, run)))
@@ -100,6 +103,35 @@ def test_every_trial_is_a_child_run_with_its_configuration_and_pictures(searched
     assert {"plots/optimization_history.html", "plots/optimization_history.png"} <= plots
     for page in (folder / "runs" / "mlartifacts").rglob("optimization_history.html"):
         assert not re.search(r"""src=["']?https?:""", page.read_text()), "it loads nothing from the network"
+
+
+def test_every_run_keeps_its_log(searched: Searched) -> None:
+    folder, _ = searched
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    for name, run in tracked(folder, "sdca-streets").items():
+        if name == "sdca-streets":
+            continue
+        read = list(api.trial_log(name, "sdca-streets", storage=str(folder / "runs")))
+        events = [entry["event"] for entry in read]
+        assert events[:3] == ["started", "start", "stage_begun"]
+        assert events[-1] == "ended"
+        evaluated = [entry["step"] for entry in read if entry["event"] == "evaluation"]
+        assert sorted(set(evaluated)) == steps_of(folder, run)
+        assert events.count("checkpoint") == len(evaluated)
+        start = read[1]["fields"]
+        assert {"host", "node", "pid", "device", "versions", "resumed_from"} <= set(start)
+        assert start["values"].get("method.temperature") == float(run.data.params.get("method.temperature", "nan")) or (
+            name == "source_only"
+        )
+        kept = Path(client.download_artifacts(run.info.run_id, "logs", str(folder)))
+        lines = sorted(line for path in kept.glob("*.jsonl") for line in path.read_text().splitlines())
+        assert [json.loads(line)["event"] for line in sorted(lines)] == events, "what MLflow has is the same"
+        shutil.rmtree(kept)
+    shown = command(folder, "logs", "best", "--search", "sdca-streets").stdout.splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  driver +sdca-00\d is started\.", shown[0])
+    unknown = command(folder, "logs", "nonesuch", "--search", "sdca-streets")
+    assert unknown.returncode == 2
+    assert "Those are: sdca-001, sdca-002, sdca-003, source_only." in unknown.stderr
 
 
 def test_the_study_knows_stopped_trials_as_pruned(searched: Searched) -> None:
@@ -125,6 +157,12 @@ def test_a_second_search_takes_another_name_and_loads_the_warm_up(searched: Sear
     assert "sdca: stages computed earlier are loaded: source_only, statistics." in done.stdout
     assert "sdca-streets-2" in done.stdout
     assert "source_only" not in tracked(folder, "sdca-streets-2")
+
+
+def finish_name(folder: Path, trial: str) -> str:
+    """The name of the run that the next finish of a trial with other settings gets."""
+    number = len(list((folder / "runs" / "ray").glob(f"*.finish-{trial}-*"))) + 1
+    return f"finish-{trial}" + (f"-{number}" if number > 1 else "")
 
 
 def test_finish_self_trains_the_best_trial_and_links_to_it(searched: Searched) -> None:
@@ -160,10 +198,11 @@ def test_finish_self_trains_the_best_trial_and_links_to_it(searched: Searched) -
 def test_a_finish_on_several_seeds_shows_their_spread_and_names_the_best(searched: Searched) -> None:
     folder, _ = searched
     words = ("--seeds", "2", "trainer.steps=2", "method.restart=true", "method.rule=fixed", "seed=3")
+    name = finish_name(folder, "sdca-001")
     done = command(folder, "finish", "sdca-001", "--search", "sdca-streets", *words)
     assert done.returncode == 0, done.stderr
     runs = tracked(folder, "sdca-streets")
-    found = {name: runs[name].data for name in ("finish-sdca-001.seed-3", "finish-sdca-001.seed-4")}
+    found = {name: runs[name].data for name in (f"{name}.seed-3", f"{name}.seed-4")}
     assert [data.tags["segadapt.seed"] for data in found.values()] == ["3", "4"]
     best = max(found, key=lambda name: found[name].metrics["best/target_val/miou"])
     assert f"best: {best}" in done.stdout
@@ -176,16 +215,38 @@ def test_a_finish_on_several_seeds_shows_their_spread_and_names_the_best(searche
 def test_a_finish_may_keep_the_losses_of_its_trial(searched: Searched) -> None:
     folder, _ = searched
     words = ("--keep-losses", "trainer.steps=2", "method.kept_settings.output_gain=0.0")
+    name = finish_name(folder, "sdca-001")
     done = command(folder, "finish", "sdca-001", "--search", "sdca-streets", *words)
     assert done.returncode == 0, done.stderr
     trial = tracked(folder, "sdca-streets")["sdca-001"]
-    client, kept = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db"), "params.`method.kept_method` = 'sdca'"
-    (run,) = client.search_runs([trial.info.experiment_id], kept)  # others may be named after the same trial
+    run = tracked(folder, "sdca-streets")[name]
+    logged = api.trial_log(name, "sdca-streets", storage=str(folder / "runs"))
+    assert "pseudo_labels" in [entry["event"] for entry in logged]
     losses = {name for name in run.data.metrics if name.startswith("loss/")}
     assert {"loss/feature_source", "loss/feature_target", "loss/target_cross_entropy"} <= losses
     assert "loss/output_target" not in losses
-    assert run.info.run_name == "finish-sdca-001"
+    assert run.data.params["method.kept_method"] == "sdca"
     assert run.data.params["method.kept_settings.temperature"] == trial.data.params["method.temperature"]
+
+
+def test_every_finish_of_a_trial_has_a_name_of_its_own(tmp_path: Path) -> None:
+    from segadapt.platform.experiments import _save
+    from segadapt.platform.storage import open_storage
+
+    storage = open_storage(str(tmp_path / "runs"))
+
+    def number(digest: str, trial: str = "sdca-001") -> int:
+        candidates = {"self_training": Candidate(TINY)}
+        name = f"s.finish-{trial}-{digest}"
+        record = Record("finish", name, candidates, "target_val/miou", search="s", from_name=trial)
+        return _save(record, storage).number
+
+    assert [number("a"), number("b"), number("c")] == [1, 2, 3]
+    assert number("b") == 2, "the same settings go on in their own run"
+    assert Record.load(storage, "s.finish-sdca-001-b").number == 2
+    assert number("a", "sdca-002") == 1
+    shutil.rmtree(storage.experiment("s.finish-sdca-001-a"))
+    assert number("d") == 4
 
 
 @pytest.mark.slow
@@ -207,6 +268,8 @@ def test_a_finish_whose_driver_was_killed_leaves_the_bytes_of_an_undisturbed_one
     for _ in ("gone on", "undisturbed"):
         done = command(folder, *words)
         assert done.returncode == 0, done.stderr
+        runs = tracked(folder, "sdca-streets").values()
+        assert len({run.info.run_name for run in runs if run.data.tags["segadapt.key"].startswith(begun.name)}) == 1
         last = re.search(r"last checkpoint: (.+)", done.stdout)
         assert last is not None
         labels = sorted(begun.glob("artifacts/*/round_*/*"))
@@ -357,6 +420,10 @@ def test_a_trial_that_fails_is_recorded_with_its_reason_and_the_search_goes_on(t
         else:
             assert run.info.status == "FAILED"
             assert "NonFiniteLossError" in run.data.tags["segadapt.failure"]
+            logged = list(api.trial_log(run.info.run_name, "failing", storage=str(tmp_path / "runs")))
+            (error,) = [entry for entry in logged if entry["event"] == "error"]
+            assert "NonFiniteLossError" in error["fields"]["traceback"].splitlines()[-1]
+            assert (logged[-1]["event"], logged[-1]["fields"]["state"]) == ("ended", "failed")
     assert {run.info.status for run in trials.values()} == {"FINISHED", "FAILED"}
     assert f"failed={sum(run.info.status == 'FAILED' for run in trials.values())}" in done.stdout
     board = command(tmp_path, "runs", "failing").stdout
@@ -403,9 +470,13 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_was(scheduler: str, t
         newest.rename(newest.with_name("checkpoint_000099"))  # as if it had come after Tune's last save of its state
     assert "RUNNING" not in {run.info.status for run in tracked(tmp_path, "sdca-streets").values()}
     before = {name: steps_of(tmp_path, run) for name, run in tracked(tmp_path, "sdca-streets").items()}
+    for kind, size in (("experiment_state", 1000), ("callback-states", 0), ("search_gen_state", 20)):
+        (path,) = (tmp_path / "runs" / "ray" / "sdca-streets").glob(f"{kind}-*")
+        os.truncate(path, size)  # as if the kill had come while Tune copied them
     resumed = command(tmp_path, "search", "--resume", "sdca-streets")
     assert resumed.returncode == 0, resumed.stderr
     assert "refused" not in resumed.stderr, "every record found its run"
+    assert "A kill cut Tune's files short" in resumed.stdout
     for name in ended:
         assert f"{name} step" not in resumed.stdout, "finished trials are not run again"
         assert steps_of(tmp_path, tracked(tmp_path, "sdca-streets")[name]) == before[name]
@@ -419,6 +490,13 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_was(scheduler: str, t
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     for run in trials:
         assert steps_of(tmp_path, run) == list(range(4, steps_of(tmp_path, run)[-1] + 1, 4)), "every step once"
+    for name in running:
+        logged = list(api.trial_log(name, "sdca-streets", storage=str(tmp_path / "runs")))
+        starts = [entry["fields"]["resumed_from"] for entry in logged if entry["event"] == "start"]
+        assert starts[0] is None
+        assert "/checkpoint_" in starts[1]
+        reached = {entry["step"] for entry in logged if entry["event"] == "evaluation"}
+        assert reached == set(steps_of(tmp_path, runs[name])), "nothing of either session is lost"
     with sqlite3.connect(tmp_path / "runs" / "optuna.db") as study:
         states = [state for (state,) in study.execute("select state from trials")]
     assert "RUNNING" not in states
@@ -434,13 +512,13 @@ def test_a_search_whose_driver_was_killed_goes_on_where_it_was(scheduler: str, t
         assert run.data.metrics["target_val/miou"] == same.data.metrics["target_val/miou"], "nor does training"
 
 
-_TIMES = ("time/", "best/time/", "cost/")
+_TIMES = ("time/", "best/time/", "cost/", "system/")
 """Numbers that no two runs share."""
 
 
 @pytest.mark.slow
 def test_ray_train_and_the_trials_own_process_give_the_same_numbers(tmp_path: Path) -> None:
-    numbers = {}
+    numbers, noted = {}, {}
     for launcher in ("inprocess", "train"):
         done = command(tmp_path, "train", "source_only", "--name", launcher, "--launcher", launcher, *TINY_WORDS)
         assert done.returncode == 0, done.stderr
@@ -448,7 +526,10 @@ def test_ray_train_and_the_trials_own_process_give_the_same_numbers(tmp_path: Pa
         assert run.info.status == "FINISHED"
         assert gallery_steps(tmp_path, run) == steps_of(tmp_path, run)
         numbers[launcher] = {key: value for key, value in run.data.metrics.items() if not key.startswith(_TIMES)}
+        logged = api.trial_log("source_only", launcher, storage=str(tmp_path / "runs"))
+        noted[launcher] = [(entry["event"], entry["rank"], entry["step"]) for entry in logged]
     assert numbers["train"] == numbers["inprocess"]
+    assert noted["train"] == noted["inprocess"]
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +26,7 @@ from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.labels import count_values
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter, recompute_blocks
+from segadapt.trainables.core.timing import StepTimes
 from segadapt.trainables.core.trainer import Trainer, TrainerSettings
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -223,6 +225,26 @@ def test_a_step_holds_no_more_than_its_share_over_the_network(last_stage: LastSt
     peak_tensor_bytes = measuring().peak_tensor_bytes
     step, network = (peak_tensor_bytes(function) for function in (last_stage.step, last_stage.network))
     assert step <= PEAKS[last_stage.trainer.method.name] * network, f"{step / network:.3f} times the network's own"
+
+
+def test_the_times_of_steps_and_of_waiting_for_data_are_the_hosts() -> None:
+    times = StepTimes(torch.device("cpu"))
+    assert times.summary() == {}
+
+    def slow() -> Iterator[int]:
+        for number in range(10):
+            time.sleep(0.03 if number < 9 else 0.3)
+            yield number
+
+    for _ in times.waiting(slow()):
+        time.sleep(0.01)
+        times.step_ended()
+    found = times.summary()
+    assert 39 <= found["time/step_median_ms"] < found["time/step_p95_ms"]
+    assert found["time/step_p95_ms"] >= 309
+    assert 0.5 < found["time/data_wait_share"] < 1
+    times.restart()
+    assert times.summary() == {}
 
 
 def test_blocks_computed_anew_change_no_weight_and_hold_less(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from segadapt.trainables.core.checkpoint import file_hash
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.distributed import barrier, rank, sum_over_workers, world_size
+from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.method import StageData
 
 PROVENANCE = "provenance.json"
@@ -281,7 +282,19 @@ class PseudoLabelWriter:
         barrier()
         if rank() == 0:
             self._mark(complete)
+            self._note(complete)
         barrier()
+
+    def _note(self, provenance: Mapping[str, Any]) -> None:
+        share, images = provenance["labelled_share"], provenance["images"]
+        note(
+            "pseudo_labels",
+            f"Labelled {share:.1%} of the pixels of {images} target images by the rule '{provenance.get('rule')}'.",
+            stage=self._data.folder.name,
+            images=images,
+            labelled_share=share,
+            class_shares=provenance["class_shares"],
+        )
 
     def _flush(self) -> None:
         import pyarrow

@@ -5,6 +5,7 @@ It knows neither Ray nor MLflow: results leave through a `Report` function.
 
 import contextlib
 import json
+import logging
 import math
 import shutil
 import time
@@ -32,6 +33,7 @@ from segadapt.trainables.core.data.loading import (
 from segadapt.trainables.core.data.sampling import derived_seed
 from segadapt.trainables.core.data.transforms import AugmentationConfig, Size
 from segadapt.trainables.core.evaluation import Evaluation, Inference, evaluate, save_gallery
+from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.label_rules import by_network
 from segadapt.trainables.core.memory import (
     InfeasibleError,
@@ -46,6 +48,7 @@ from segadapt.trainables.core.networks import recompute_blocks
 from segadapt.trainables.core.preemption import PreemptedError
 from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder, read_provenance
 from segadapt.trainables.core.selection import ScoredImages, label_free_scores
+from segadapt.trainables.core.timing import StepTimes
 from segadapt.trainables.core.validation import check
 
 Report = Callable[[dict[str, Any], Callable[[Path], None] | None], None]
@@ -222,6 +225,7 @@ class Trainer:
         self.settings = settings
         self.report = report
         self.folder = folder
+        self._times = StepTimes(self.device)
         self.micro_batch = noted_micro_batch(folder) or batch_size
         """Images of each domain per micro-batch over all workers; smaller than asked for once memory was short."""
 
@@ -267,8 +271,12 @@ class Trainer:
             self.method.load_state_dict(state["state"])
             optimizer.load_state_dict(state["optimizer"])
             start = state["step"]
+            message = f"Stage '{stage.name}' goes on after {start} of {steps} steps."
+            note("resumed", message, stage=stage.name, step=done + start, steps=steps)
         else:
             start = 0
+            message = f"Stage '{stage.name}' of {steps} steps begins."
+            note("stage_begun", message, stage=stage.name, step=done, steps=steps)
             self._seed(stage, 0)
             self.method.eval()
             with torch.no_grad():
@@ -285,6 +293,7 @@ class Trainer:
         progress = _Progress()
         if state is not None and "interrupted" in state:
             self._take_up(state["interrupted"], progress)
+        self._times.restart()
         for step in range(start, steps):
             if self._must_leave(step):
                 self._save_and_leave(stage, done, step, optimizer, progress)
@@ -305,10 +314,13 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             self.method.after_step(step)
+            self._times.step_ended()
             if (done + step + 1) % config.eval_every == 0 or step + 1 == steps:
                 self._evaluate_and_report(stage, done, step + 1, optimizer, progress)
                 self._seed(stage, step + 1)
                 progress = _Progress()
+                self._times.restart()
+        note("stage_ended", f"Stage '{stage.name}' has ended.", stage=stage.name, step=done + steps)
 
     @property
     def _interrupted(self) -> Path:
@@ -359,6 +371,8 @@ class Trainer:
             shutil.rmtree(self._interrupted, ignore_errors=True)
             temporary.rename(self._interrupted)
             preemption.note_preemption(self.folder)
+        message = f"Asked to end: the trial is saved after step {done + step} and leaves."
+        note("preempted", message, level=logging.WARNING, stage=stage.name, step=done + step)
         distributed.barrier()
         raise PreemptedError(f"The process was asked to end; the trial is saved after step {done + step}.")
 
@@ -378,7 +392,8 @@ class Trainer:
     def _micro_batches(self, stage: Stage, folder: Path, step: int) -> Iterator[DomainBatch]:
         """Yield the micro-batches of the stage from a step on; a step sees the same images however it is parted."""
         batches, parts = self._batches(stage, folder), self._parts
-        return batches.batches(step * parts, self.steps[stage.name] * parts, threads=self._loader_threads)
+        found = batches.batches(step * parts, self.steps[stage.name] * parts, threads=self._loader_threads)
+        return self._times.waiting(found)
 
     @property
     def _parts(self) -> int:
@@ -418,6 +433,8 @@ class Trainer:
                 f"One image of each domain must fit the device, but {where} does not. Lower augmentation.crop or "
                 "augmentation.source_size and target_size, or choose a smaller network."
             )
+        message = f"{self.micro_batch} images of each domain do not fit the device; going on with {size}."
+        note("smaller_micro_batch", message, level=logging.WARNING, stage=stage.name, micro_batch=size)
         if workers > 1:
             note_micro_batch(self.folder, size)
             raise SmallerMicroBatchError(f"{self.micro_batch} images do not fit the device in {where}; {size} may.")
@@ -582,6 +599,7 @@ class Trainer:
         elapsed = time.perf_counter() - progress.started
         memory = self._describe_memory()  # of training; evaluation's own peak comes on top from the next time on
         losses = progress.losses()
+        times = self._times.summary()
         for name, value in losses.items():
             if not torch.isfinite(torch.tensor(value)):
                 raise NonFiniteLossError(
@@ -590,11 +608,12 @@ class Trainer:
                 )
         self._agree_on_buffers()
         started = time.perf_counter()
+        config = self.settings.trainer
         shown = evaluation_for_network(self.evaluation, self.settings.augmentation)
-        batch_size, threads = self.settings.trainer.eval_batch_size, self._loader_threads
+        batch_size, threads = config.eval_batch_size, self._loader_threads
         provenance = read_provenance(self.folder / stage.name) if stage.pseudo_labels else None
         rule = self.method.label_rule(stage, provenance)
-        inference = Inference(window=self.settings.trainer.eval_window)
+        inference = Inference(window=config.eval_window)
         if rule is not None and inference.window is not None:
             rule = by_network(rule, self.method.deployed)  # labels are made of whole images
         evaluation = evaluate(
@@ -623,15 +642,32 @@ class Trainer:
         }
         if progress.steps:
             metrics["loss/total"] = sum(losses.values())
+            images = config.batch_size * config.accumulate * (2 if "target" in stage.domains else 1)
             metrics["time/step"] = elapsed / progress.steps
+            metrics["time/images_per_second"] = images * progress.steps / elapsed
+            metrics |= times
             metrics["lr"] = optimizer.param_groups[0]["lr"]
 
         def write(folder: Path) -> None:
             self._write_checkpoint(folder, stage, step, optimizer, metrics, evaluation)
 
+        if distributed.rank() == 0:
+            self._note_evaluation(metrics)
         self.report(metrics, write if distributed.rank() == 0 else None)
         if distributed.rank() == 0:
             shutil.rmtree(self._interrupted, ignore_errors=True)  # what was reported is later
+
+    @staticmethod
+    def _note_evaluation(metrics: dict[str, Any]) -> None:
+        target, source = metrics["target_val/miou"], metrics["source_val/miou"]
+        shown = ("target_val/miou", "source_val/miou", "loss/total", "time/step", "time/evaluation")
+        note(
+            "evaluation",
+            f"target_val/miou {target:.4f}, source_val/miou {source:.4f}",
+            stage=metrics["stage"],
+            step=metrics["step"],
+            **{name: metrics[name] for name in shown if name in metrics},
+        )
 
     def _agree_on_buffers(self) -> None:
         """Take the first worker's buffers: running statistics of batch normalisation differ between workers."""
@@ -674,3 +710,6 @@ class Trainer:
         if evaluation.target_val.pseudo_labels is not None:
             summary["pseudo_labels"] = evaluation.target_val.pseudo_labels.by_class(evaluation.classes.names)
         (folder / "evaluation.json").write_text(json.dumps(summary))
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        message = f"Wrote a checkpoint of {size / 2**20:.1f} MiB."
+        note("checkpoint", message, stage=stage.name, step=metrics["step"], bytes=size)
