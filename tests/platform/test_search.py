@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, TINY_WORDS, process_group_is_gone
+from conftest import TINY, TINY_WORDS, page_status, process_group_is_gone
 from doors import Doors
 from mlflow import MlflowClient
 
@@ -331,6 +331,8 @@ def test_the_ui_serves_the_runs_on_loopback_only(searched: Searched) -> None:
             assert f"http://127.0.0.1:{port}" in server.stdout.readline()
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:
                 assert b"MLflow" in page.read()
+            for other in ("evil.example.com", "192.168.0.9"):  # where a web page may have its own name lead here
+                assert page_status(f"http://127.0.0.1:{port}/", host=f"{other}:{port}") == 403
         finally:
             server.terminate()
             server.wait(timeout=60)

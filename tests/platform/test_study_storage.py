@@ -46,9 +46,9 @@ def test_a_search_keeps_its_study_in_postgresql_and_goes_on_there(
         monkeypatch.setenv(name, value)
     server = guarded_mlflow.address.replace("://", f"://admin:{guarded_mlflow.password}@")
     words = ["--study-uri", postgres_url.replace("postgres@", "postgres:hunter2-study@"), "--tracking-uri", server]
-    done = segadapt("search", "sdca", "--trials", "2", *words, *TINY_WORDS)
+    done = segadapt("search", "sdca", "--trials", "2", *words, *TINY_WORDS, timeout=900)
     assert done.returncode == 0, done.stderr
-    more = segadapt("search", "--extend", "sdca-streets", "--trials", "1", *words)
+    more = segadapt("search", "--extend", "sdca-streets", "--trials", "1", *words, timeout=900)
     assert more.returncode == 0, more.stderr
     study = optuna.load_study(study_name="sdca-streets", storage=postgres_url)
     assert len(study.trials) == 3
