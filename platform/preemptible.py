@@ -7,13 +7,13 @@ import socket
 from typing import Any
 
 import ray
-import torch.distributed
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import get_address_and_port
+from ray.train.torch.config import get_address_and_port  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from segadapt.trainables.core import preemption
 
-_stores: list[torch.distributed.Store] = []
+_stores: list[Any] = []
 """Of this process; the process group's own is the same one as long as this one lives."""
 
 
@@ -65,14 +65,8 @@ def open_store() -> tuple[str, int]:
     listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     listener.bind((address, 0))
     port = int(listener.getsockname()[1])
+    listening = listener.detach()
     _stores.append(
-        torch.distributed.TCPStore(
-            address,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            multi_tenant=True,
-            master_listen_fd=listener.detach(),
-        )
+        TCPStore(address, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listening)
     )
     return address, port
