@@ -39,6 +39,9 @@ _LAUNCHED = "~/ray_bootstrap_config.yaml"
 
 _LOOPBACK = "127.0.0.1"
 
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Where the workers of a trial listen for each other; without it, where the machine's name leads."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -240,6 +243,8 @@ def _on_loopback(*, dashboard: bool) -> Iterator[None]:
         port = str(probe.getsockname()[1])
     told = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{_LOOPBACK}:{port}"}
     told[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # on all systems: Ray then takes 127.0.0.1 as its address
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    told |= {name: loopback for name in _INTERFACES if name not in os.environ}
     unused = (
         (node.Node, "start_monitor", lambda node: None),
         (services, "start_api_server", lambda *words, **options: (None, None)),  # as after a failure that it forgives

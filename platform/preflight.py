@@ -74,7 +74,8 @@ def node_problems(storage: Path, paths: Sequence[str] = (), timeout_s: float = _
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     look = _make_look()
-    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=storage) as folder:
+    # A node that is late may write into the folder while it is removed.
+    with tempfile.TemporaryDirectory(prefix=".preflight-", dir=storage, ignore_cleanup_errors=True) as folder:
         probe = Path(folder)
         probe.chmod(0o777)  # nodes may run as other users
         (probe / _MARK).write_text(_MARK)

@@ -3,10 +3,15 @@
 import os
 import shutil
 import signal
+import socket
+import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen
@@ -121,9 +126,69 @@ def postgres_url(postgres_socket: Path) -> str:
     return f"postgresql+psycopg://postgres@/{name}?host={postgres_socket}"
 
 
-def _command(words: Sequence[str]) -> list[str]:
-    import sys
+@dataclass(frozen=True)
+class GuardedMlflow:
+    """An MLflow server that asks `admin` for a password."""
 
+    address: str
+    password: str
+    folder: Path
+    """Of its files: `mlflow.db` and `files/`, and besides, with the password, those of its login."""
+
+
+@pytest.fixture(scope="session")
+def guarded_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedMlflow]:
+    """Start the MLflow server that docs/security.md tells to start for several people."""
+    folder, password = tmp_path_factory.mktemp("guarded"), "hunter2-login"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (folder / "auth.ini").write_text(
+        "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
+        f"database_uri = sqlite:///{folder}/auth.db\nadmin_username = admin\nadmin_password = {password}\n"
+    )
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--app-name", "basic-auth", "--allowed-hosts", f"127.0.0.1:{port},mlflow.example.com"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    environment = {
+        **os.environ,
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret-of-a-test",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    with (folder / "log").open("w") as log:
+        server = Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 180
+        while page_status(f"http://127.0.0.1:{port}/health") is None:
+            assert server.poll() is None, (folder / "log").read_text()[-2000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.3)
+        yield GuardedMlflow(f"http://127.0.0.1:{port}", password, folder)
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def page_status(url: str, host: str | None = None) -> int | None:
+    """Return the status of a page; None if nobody answers."""
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers={"Host": host} if host else {}), timeout=20
+        ) as page:
+            return int(page.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def _command(words: Sequence[str]) -> list[str]:
     return [str(Path(sys.executable).with_name("segadapt")), *words]
 
 

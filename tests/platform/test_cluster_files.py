@@ -83,7 +83,8 @@ def test_spot_is_preferred_to_on_demand() -> None:
 def test_a_search_plans_for_the_workers_that_may_come() -> None:
     config = prepared(ROOT / "ray_cluster.yaml")
     assert planned_nodes(config) == {Node(8, 1): 8}
-    assert planned_nodes(config | {"max_workers": 3}) == {Node(8, 1): 3}
+    config["available_node_types"]["gpu_on_demand"]["resources"] = {"CPU": 4, "GPU": 1}
+    assert planned_nodes(config | {"max_workers": 3}) == {Node(8, 1): 3}, "spot comes first"
 
 
 @pytest.mark.parametrize(

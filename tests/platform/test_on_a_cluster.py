@@ -227,6 +227,9 @@ def test_a_node_that_differs_is_named_before_any_trial(loopback_cluster: Any, tm
     with cluster.connect(loopback_cluster.address, dashboard=False) as capacity:
         assert capacity.joined
         preflight.check_nodes(storage, [str(data)])  # both nodes are alike
+        late = preflight.node_problems(other, timeout_s=0.0)
+        assert [line.partition(") ")[2] for line in late] == ["did not answer within 0 s"] * 2
+        _check_what_is_said_of_storage(storage)
     differs = loopback_cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(other)})
     try:
         with (
@@ -247,6 +250,17 @@ def test_a_node_that_differs_is_named_before_any_trial(loopback_cluster: Any, tm
     finally:
         loopback_cluster.remove_node(differs)
     assert not list(storage.iterdir()), "nothing is left in the storage"
+
+
+def _check_what_is_said_of_storage(storage: Path) -> None:
+    """Of a node that sees what the driver wrote, and cannot write or writes elsewhere."""
+    import ray
+
+    own, written = preflight.Look({}, [], True, None), storage / "probe" / "node"
+    seen = {"versions": {}, "missing": [], "sees_mark": True, "refused": "Read-only file system"}
+    assert preflight._problems(own, ray.put(seen), written) == [f"cannot write to {storage}: Read-only file system"]
+    elsewhere = preflight._problems(own, ray.put(seen | {"refused": None}), written)
+    assert elsewhere == [f"writes to another {storage} than this machine's"]
 
 
 class _elsewhere:  # noqa: N801  # reads as what it is: a context

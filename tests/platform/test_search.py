@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY, TINY_WORDS, process_group_is_gone
+from conftest import TINY, TINY_WORDS, page_status, process_group_is_gone
+from doors import Doors
 from mlflow import MlflowClient
 
 from segadapt.platform import api
@@ -50,10 +51,17 @@ def gallery_steps(folder: Path, run: Any) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+def doors() -> Doors:
+    """What listened while the search of `searched` ran."""
+    return Doors()
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, doors: Doors) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
     """A folder in which a search of three trials was run, and what it printed."""
     folder = tmp_path_factory.mktemp("searched")
-    return folder, command(folder, "search", "sdca", "--trials", "3", *TINY_WORDS)
+    with doors:
+        return folder, command(folder, "search", "sdca", "--trials", "3", *TINY_WORDS)
 
 
 Searched = tuple[Path, "subprocess.CompletedProcess[str]"]
@@ -71,6 +79,11 @@ def test_a_search_ends_with_a_leaderboard_and_the_next_commands(searched: Search
     assert board.baseline is not None
     values = [row.best for row in board.rows]
     assert values == sorted(values, key=lambda value: -(value or 0))
+
+
+def test_a_search_listens_on_loopback_alone_from_its_start_to_its_end(searched: Searched, doors: Doors) -> None:
+    assert {name for _, name in doors.opened} >= {"gcs_server", "raylet"}
+    assert not doors.to_others
 
 
 def test_the_published_setting_is_the_first_trial(searched: Searched) -> None:
@@ -372,21 +385,23 @@ def test_the_ui_serves_the_runs_on_loopback_only(searched: Searched) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [COMMAND, "ui", "--port", str(port)], cwd=folder, stdout=subprocess.PIPE, text=True, process_group=0
-    )
-    try:
-        assert server.stdout is not None
-        assert f"http://127.0.0.1:{port}" in server.stdout.readline()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:
-            assert b"MLflow" in page.read()
-        listening = Path("/proc/net/tcp").read_text().splitlines()
-        addresses = {line.split()[1].split(":")[0] for line in listening if f":{port:04X}" in line.split()[1]}
-        assert addresses == {"0100007F"}
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-        wait_for(lambda: process_group_is_gone(server.pid), "MLflow to end with the command", timeout_s=30)
+    with Doors() as doors:
+        server = subprocess.Popen(
+            [COMMAND, "ui", "--port", str(port)], cwd=folder, stdout=subprocess.PIPE, text=True, process_group=0
+        )
+        try:
+            assert server.stdout is not None
+            assert f"http://127.0.0.1:{port}" in server.stdout.readline()
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as page:
+                assert b"MLflow" in page.read()
+            for other in ("evil.example.com", "192.168.0.9"):  # where a web page may have its own name lead here
+                assert page_status(f"http://127.0.0.1:{port}/", host=f"{other}:{port}") == 403
+        finally:
+            server.terminate()
+            server.wait(timeout=60)
+            wait_for(lambda: process_group_is_gone(server.pid), "MLflow to end with the command", timeout_s=30)
+    assert doors.opened
+    assert not doors.to_others
 
 
 @pytest.mark.slow
@@ -558,8 +573,11 @@ def test_paused_trials_give_their_devices_back_beside_another_ray(tmp_path: Path
 
 @pytest.mark.slow
 def test_two_workers_train_a_trial_and_leave_a_checkpoint_to_finish(tmp_path: Path) -> None:
-    done = command(tmp_path, "train", "sdca", "--workers-per-trial", "2", *TINY_WORDS)
+    with Doors() as doors:
+        done = command(tmp_path, "train", "sdca", "--workers-per-trial", "2", *TINY_WORDS)
     assert done.returncode == 0, done.stderr
+    assert "ray::RayTrainWo" in {name for _, name in doors.opened}, "they listen for each other"
+    assert not doors.to_others
     (row,) = api.runs("train-sdca-streets", storage=str(tmp_path / "runs")).rows
     assert row.state == "finished"
     assert row.checkpoint is not None

@@ -6,18 +6,15 @@ import json
 import logging
 import os
 import pickle
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from conftest import GuardedMlflow, page_status
 from typer.testing import CliRunner
 
 from segadapt.platform import api, cli, tracking
@@ -151,70 +148,19 @@ def test_a_password_in_the_servers_address_is_neither_shown_nor_kept(
     assert "hunter2" not in done.output + str(done.exception)
 
 
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start the MLflow server that docs/security.md tells to start for several people; returns its address."""
-    folder = tmp_path_factory.mktemp("guarded")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (folder / "auth.ini").write_text(
-        "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
-        f"database_uri = sqlite:///{folder}/auth.db\nadmin_username = admin\nadmin_password = password-of-a-test\n"
-    )
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--app-name", "basic-auth", "--allowed-hosts", f"127.0.0.1:{port},mlflow.example.com"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    environment = {
-        **os.environ,
-        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret-of-a-test",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 180
-        while _status(f"http://127.0.0.1:{port}/health") is None:
-            assert server.poll() is None, (folder / "log").read_text()[-2000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-
-
-def _status(url: str, host: str | None = None) -> int | None:
-    """Return the status of a page; None if nobody answers."""
-    try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, headers={"Host": host} if host else {}), timeout=20
-        ) as page:
-            return int(page.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return None
-
-
 @pytest.mark.slow
 def test_a_shared_mlflow_asks_for_a_login_and_for_its_own_name(
-    guarded: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guarded_mlflow: GuardedMlflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    guarded = guarded_mlflow.address
     search = f"{guarded}/api/2.0/mlflow/experiments/search?max_results=1"
-    assert _status(search) == 401
-    assert _status(search, host="evil.example.com") == 403, (
+    assert page_status(search) == 401
+    assert page_status(search, host="evil.example.com") == 403, (
         "as a page in a browser could ask, whose name was bent to here"
     )
-    assert _status(search, host="mlflow.example.com") == 401
+    assert page_status(search, host="mlflow.example.com") == 401
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "password-of-a-test")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", guarded_mlflow.password)
     tracker = Tracker(Storage(tmp_path), guarded)
     tracker.start(RunInfo("mine", "mine", "mine", {}, {"lr": 1}))
     tracker.end("mine", "FINISHED")
@@ -222,4 +168,6 @@ def test_a_shared_mlflow_asks_for_a_login_and_for_its_own_name(
     client = tracking.client(guarded)
     runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"]
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"password-of-a-test" in path.read_bytes()]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and guarded_mlflow.password.encode() in path.read_bytes()
+    ]

@@ -4,15 +4,16 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import optuna
 import pytest
-from conftest import TINY_WORDS
+from conftest import TINY_WORDS, GuardedMlflow
 
 from segadapt.platform import api
 from segadapt.platform.errors import UsageError
@@ -21,29 +22,46 @@ from segadapt.platform.study import open_study_storage
 Call = Callable[..., "CompletedProcess[str]"]
 
 
+@pytest.fixture
+def ray_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where Ray leaves its logs; short, since a socket's path is."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as name:
+        monkeypatch.setenv("RAY_TMPDIR", name)
+        yield Path(name)
+
+
 @pytest.mark.slow
 def test_a_search_keeps_its_study_in_postgresql_and_goes_on_there(
-    segadapt: Call, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    segadapt: Call,
+    postgres_url: str,
+    guarded_mlflow: GuardedMlflow,
+    ray_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    secrets = {"AWS_SECRET_ACCESS_KEY": "hunter2-aws", "MLFLOW_TRACKING_PASSWORD": "hunter2-mlflow"}
+    secrets = {"AWS_SECRET_ACCESS_KEY": "hunter2-aws", "AWS_SESSION_TOKEN": "hunter2-session"}
     secrets |= {"PGPASSWORD": "hunter2-pg", "RAY_AUTH_TOKEN": "hunter2-" + "0" * 56}
+    secrets |= {"MLFLOW_TRACKING_PASSWORD": "hunter2-mlflow"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    words = ["--study-uri", postgres_url.replace("postgres@", "postgres:hunter2-study@")]
-    done = segadapt("search", "sdca", "--trials", "2", *words, *TINY_WORDS)
+    server = guarded_mlflow.address.replace("://", f"://admin:{guarded_mlflow.password}@")
+    words = ["--study-uri", postgres_url.replace("postgres@", "postgres:hunter2-study@"), "--tracking-uri", server]
+    done = segadapt("search", "sdca", "--trials", "1", *words, *TINY_WORDS, timeout=900)
     assert done.returncode == 0, done.stderr
-    more = segadapt("search", "--extend", "sdca-streets", "--trials", "1", *words)
+    more = segadapt("search", "--extend", "sdca-streets", "--trials", "1", *words, timeout=900)
     assert more.returncode == 0, more.stderr
     study = optuna.load_study(study_name="sdca-streets", storage=postgres_url)
-    assert len(study.trials) == 3
+    assert len(study.trials) == 2
     assert all(trial.state.is_finished() and trial.intermediate_values for trial in study.trials)
     assert not (tmp_path / "runs" / "optuna.db").exists(), "one record of the study"
-    status = api.status("sdca-streets", storage=str(tmp_path / "runs"), study_uri=postgres_url)
+    status = api.status("sdca-streets", storage=str(tmp_path / "runs"), study_uri=postgres_url, tracking_uri=server)
     assert status.rungs[0].reached >= 2
     report = segadapt("report", "sdca-streets", *words)
     assert report.returncode == 0, report.stderr
-    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert {"mlflow.db", "sdca-streets.html", "record.json"} <= {path.name for path in kept}
+    folders = (tmp_path, ray_folder, guarded_mlflow.folder)
+    left = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    kept = {path: path.read_bytes() for path in left if not path.name.startswith("auth.")}  # the login's own
+    assert {"mlflow.db", "sdca-streets.html", "record.json", "raylet.out"} <= {path.name for path in kept}
     assert not [path for path, content in kept.items() if b"hunter2" in content], "a secret is in a file"
     assert not [path for path, content in kept.items() if postgres_url.encode() in content]
     assert "hunter2" not in "".join(f"{command.stdout}{command.stderr}" for command in (done, more, report))
