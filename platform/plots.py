@@ -19,8 +19,11 @@ def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str],
     counts = np.asarray(confusion, dtype=float)
     rows = counts.sum(1, keepdims=True)
     shares = np.divide(counts, rows, out=np.zeros_like(counts), where=rows > 0)
-    figure = Figure(figsize=(1.8 + 0.55 * len(classes),) * 2, layout="constrained")
+    side = 1.8 + 0.55 * len(classes)
+    names = 0.4 + 0.08 * max(map(len, classes))  # inches; `layout="constrained"` would draw all of it twice
+    figure = Figure(figsize=(side + names, side + 0.7 * names))
     axes = figure.add_subplot()
+    figure.subplots_adjust(left=(0.3 + names) / (side + names), right=0.97, bottom=names / (side + 0.7 * names), top=0.95)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)

@@ -9,6 +9,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
 from segadapt.platform.objective import Objective
+from segadapt.platform.snapshots import pace
 from segadapt.platform.study import RUNG, TRIAL_ID, SchedulerName, decisions, record_values
 
 STEP = "step"
@@ -71,6 +72,10 @@ class StudyScheduler(FIFOScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_study": None}  # its address may hold a password; a resumed search makes a new one
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """See to it that Tune's state is not saved too often; Tune shows its controller to schedulers alone."""
+        pace(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Record an evaluation, then decide whether the trial goes on."""
@@ -147,10 +152,9 @@ class StudyRungs(StudyScheduler):
         if not reached:
             return str(self.CONTINUE)
         rung = f"{RUNG}{reached[-1]}"
-        trials = self._study.get_trials(deepcopy=False)
         own = self._own(trial.trial_id)
         if rung not in own.user_attrs:
-            others = [other for other in trials if rung in other.user_attrs]
+            others = [other for other in self._study.get_trials(deepcopy=False) if rung in other.user_attrs]
             return self._arrive(tune_controller, trial, rung, values, others)
         return str(self.CONTINUE if own.user_attrs[rung]["continues"] else self._halt(tune_controller, trial))
 
@@ -195,6 +199,7 @@ class PromotingRungs(StudyRungs):
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Keep a trial that an earlier session left at a rung waiting there."""
+        super().on_trial_add(tune_controller, trial)
         if trial.status == Trial.PENDING and trial.last_result:
             found = decisions(self._own(trial.trial_id))
             if found and not found[max(found)]["continues"]:
