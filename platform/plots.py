@@ -10,7 +10,6 @@ from segadapt.platform.objective import Objective
 from segadapt.platform.study import decisions
 from segadapt.platform.trial import METHOD
 
-
 _CELL = 40
 """Pixels of a cell of a confusion matrix."""
 

@@ -1,4 +1,4 @@
-"""How often Tune saves its state, from which a search goes on: it holds all trials, so that saving it takes ever longer."""
+"""How often Tune saves its state, from which a search goes on: it holds all trials, so saving it takes ever longer."""
 
 import time
 from collections.abc import Callable
@@ -16,8 +16,8 @@ _PAUSE = 19
 class Snapshots(_ExperimentCheckpointManager):
     """Saves at most each second, less often when it takes longer.
 
-    Tune has a fixed pace or one of 10 s and more, and saves besides after every checkpoint of a trial, so that the state
-    names no checkpoint that was replaced since. Here a resumed trial looks for the newest one itself.
+    Tune has a fixed pace or one of 10 s and more, and also saves after every checkpoint of a trial, so that its state
+    names none that was replaced since. Here a resumed trial looks for the newest one itself.
     """
 
     def __init__(self, storage: Any) -> None:
