@@ -27,9 +27,9 @@ class Snapshots(_ExperimentCheckpointManager):
         """Save by `save_fn` if it is time, or at once if forced."""
 
         def save() -> None:
-            begun = time.monotonic()
+            begun = time.thread_time()  # whatever else the machine does
             save_fn()
-            self._checkpoint_period = max(_LEAST_S, _PAUSE * (time.monotonic() - begun))
+            self._checkpoint_period = max(_LEAST_S, _PAUSE * (time.thread_time() - begun))
 
         super().sync_up_experiment_state(save, force=force, wait=wait)
 

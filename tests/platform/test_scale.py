@@ -147,6 +147,7 @@ def test_saving_the_state_takes_a_twentieth_of_the_time(trials: int, monkeypatch
     """Saving takes 1 ms per trial; each 0.1 s a trial writes a checkpoint and Tune asks for the state to be saved."""
     now, spent = [0.0], 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "thread_time", lambda: now[0])
     syncer = SimpleNamespace(sync_up=lambda *_: True, wait=lambda: None)
     storage = SimpleNamespace(syncer=syncer, experiment_driver_staging_path="here", experiment_fs_path="there")
     controller = SimpleNamespace(_checkpoint_manager=None, _storage=storage)
