@@ -167,8 +167,9 @@ class Events(tune.Callback):
 
     def number(self, trials: Sequence[Any], trial_id: str) -> int:
         """Return which proposal a trial is, from 1; Tune puts a trial that it starts again at the end of its list."""
-        for trial in trials:
-            self._numbers.setdefault(trial.trial_id, len(self._numbers) + 1)
+        if trial_id not in self._numbers:
+            for trial in trials:
+                self._numbers.setdefault(trial.trial_id, len(self._numbers) + 1)
         return self._numbers[trial_id]
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -302,6 +303,9 @@ class Events(tune.Callback):
         if "memory_note" in result:
             self._tracker.set_tags(self.key(trial_id), {"segadapt.memory": result["memory_note"]})
         self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective.leading))
+        for name in ("config", *metrics):
+            if name not in self._spec.objective.goals:  # Tune keeps six statistics of each number, of all trials
+                result.pop(name, None)
 
     def _round(self, trial_id: str, result: dict[str, Any]) -> dict[str, float]:
         """Keep how the labels of a round were made, and return the metrics of its end under the round's number."""

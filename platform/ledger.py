@@ -43,6 +43,7 @@ class Ledger:
             "gpu_seconds": resources.workers * resources.gpus,
             "cpu_seconds": resources.workers * resources.cpus,
         }
+        self._gpu_seconds = sum(spent["gpu_seconds"] for spent in self._spent.values())
         self._clock = clock
         self._running: dict[str, float] = {}
         self._saved = clock()
@@ -56,12 +57,11 @@ class Ledger:
         if trial_id in self._running:
             self._settle(trial_id)
             del self._running[trial_id]
-            self._save()
 
     def keep(self) -> None:
-        """Save every few seconds, so that a kill loses no more; call it often."""
+        """Save every few seconds, so that a kill loses no more; call it often, and `save` at the end."""
         if self._clock() - self._saved >= _SAVE_EVERY_S:
-            self._save()
+            self.save()
 
     def trial_hours(self, trial_id: str) -> float:
         """Return the hours that a trial ran, over all sessions."""
@@ -72,7 +72,7 @@ class Ledger:
         """Return the GPU hours of all trials, over all sessions."""
         for trial_id in self._running:
             self._settle(trial_id)
-        return sum(spent["gpu_seconds"] for spent in self._spent.values()) / 3600
+        return self._gpu_seconds / 3600
 
     def _settle(self, trial_id: str) -> None:
         if trial_id not in self._running:
@@ -81,9 +81,11 @@ class Ledger:
         spent = self._spent.setdefault(trial_id, dict.fromkeys(self._rates, 0.0))
         for unit, rate in self._rates.items():
             spent[unit] += rate * (now - self._running[trial_id])
+        self._gpu_seconds += self._rates["gpu_seconds"] * (now - self._running[trial_id])
         self._running[trial_id] = now
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write all accounts, those of running trials up to now."""
         for trial_id in self._running:
             self._settle(trial_id)
         self._saved = self._clock()

@@ -1,7 +1,7 @@
 """Early stopping whose memory is the study, so that its decisions survive a restart of the driver."""
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +9,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
 from segadapt.platform.objective import Objective
+from segadapt.platform.snapshots import pace
 from segadapt.platform.study import RUNG, TRIAL_ID, SchedulerName, decisions, record_values
 
 STEP = "step"
@@ -71,6 +72,10 @@ class StudyScheduler(FIFOScheduler):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_study": None}  # its address may hold a password; a resumed search makes a new one
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """See to it that Tune's state is not saved too often; Tune shows its controller to schedulers alone."""
+        pace(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Record an evaluation, then decide whether the trial goes on."""
@@ -141,29 +146,38 @@ class StudyRungs(StudyScheduler):
     def __init__(self, study: Any, objective: Objective, rungs: Sequence[int]) -> None:
         super().__init__(study, objective)
         self._rungs = tuple(rungs)
+        self._reached: defaultdict[str, list[Mapping[str, float]]] | None = None
 
     def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
         reached = [rung for rung in self._rungs if rung <= step]
         if not reached:
             return str(self.CONTINUE)
         rung = f"{RUNG}{reached[-1]}"
-        trials = self._study.get_trials(deepcopy=False)
         own = self._own(trial.trial_id)
         if rung not in own.user_attrs:
-            others = [other for other in trials if rung in other.user_attrs]
-            return self._arrive(tune_controller, trial, rung, values, others)
+            return self._arrive(tune_controller, trial, rung, values)
         return str(self.CONTINUE if own.user_attrs[rung]["continues"] else self._halt(tune_controller, trial))
 
-    def _arrive(
-        self, tune_controller: Any, trial: Any, rung: str, values: Mapping[str, float], others: Sequence[Any]
-    ) -> str:
+    def _arrive(self, tune_controller: Any, trial: Any, rung: str, values: Mapping[str, float]) -> str:
         """Compare a trial that has just reached a rung with those there before it."""
         import numpy as np
 
-        *before, own = self._objective.scores([*(other.user_attrs[rung]["values"] for other in others), values])
+        others = self._values_at(rung)
+        *before, own = self._objective.scores([*others, values])
         continues = not before or own >= float(np.percentile(before, 100 * (1 - 1 / REDUCTION_FACTOR)))
         self._set_decision(trial.trial_id, rung, values, continues=continues)
+        others.append(values)
         return str(self.CONTINUE if continues else self.STOP)
+
+    def _values_at(self, rung: str) -> list[Mapping[str, float]]:
+        """Return what trials reached at a rung; the study is gone through once, since this scheduler alone decides."""
+        if self._reached is None:
+            self._reached = defaultdict(list)
+            for trial in self._study.get_trials(deepcopy=False):
+                for name, decision in trial.user_attrs.items():
+                    if name.startswith(RUNG):
+                        self._reached[name].append(decision["values"])
+        return self._reached[rung]
 
     def _halt(self, tune_controller: Any, trial: Any) -> str:
         return str(self.STOP)
@@ -195,15 +209,15 @@ class PromotingRungs(StudyRungs):
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Keep a trial that an earlier session left at a rung waiting there."""
+        super().on_trial_add(tune_controller, trial)
         if trial.status == Trial.PENDING and trial.last_result:
             found = decisions(self._own(trial.trial_id))
             if found and not found[max(found)]["continues"]:
                 trial.set_status(Trial.PAUSED)
                 tune_controller.search_alg.searcher.on_pause(trial.trial_id)
 
-    def _arrive(
-        self, tune_controller: Any, trial: Any, rung: str, values: Mapping[str, float], others: Sequence[Any]
-    ) -> str:
+    def _arrive(self, tune_controller: Any, trial: Any, rung: str, values: Mapping[str, float]) -> str:
+        others = [other for other in self._study.get_trials(deepcopy=False) if rung in other.user_attrs]
         self._set_decision(trial.trial_id, rung, values, continues=False)
         own = self._own(trial.trial_id)
         population = [*others, own]

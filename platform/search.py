@@ -137,6 +137,7 @@ def run_experiment(
         results = tuner.fit()
     finally:
         progress.close()
+        ledger.save()
     trials = results._experiment_analysis.trials
     trials = sorted(trials, key=lambda trial: events.number(trials, trial.trial_id))
     if searcher is not None and not events.interrupted:
@@ -251,7 +252,7 @@ def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = open_study_storage(plan.study_url)
+    storage = open_study_storage(plan.study_url, alone=True)
     names = optuna.get_all_study_names(storage)
     begun = (spec.folder / TUNER).is_file()
     if spec.experiment in names and not begun:  # left by a driver killed before its first trial

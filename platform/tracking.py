@@ -527,13 +527,13 @@ class _Runs:
             raise FileNotFoundError(f"A file to track must exist, but {path} did not.")
 
     def _log_evaluation(self, *, key: str, files: Path) -> None:
-        from segadapt.platform.plots import confusion_figure
+        from segadapt.platform.plots import confusion_picture
 
         run_id = self._run_id(key)
         summary = json.loads((files / "evaluation.json").read_text())
         for domain in ("target_val", "source_val"):
-            figure = confusion_figure(summary[domain]["confusion"], summary["classes"], domain)
-            self._client.log_figure(run_id, figure, f"confusion/{domain}.png")
+            picture = confusion_picture(summary[domain]["confusion"], summary["classes"], domain)
+            self._client.log_image(run_id, picture, f"confusion/{domain}.png")
         # `log_table` would add to the table of an earlier session
         tables = {_TABLE: iou_table(files), _LABEL_TABLE: label_table(files)}
         shown = {name: table for name, table in tables.items() if table is not None}

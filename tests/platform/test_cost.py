@@ -149,6 +149,7 @@ def test_hours_are_counted_while_trials_run_and_over_sessions(tmp_path: Path) ->
     stages.start("warm-up")
     now[0] += 1800
     stages.stop("warm-up")
+    stages.save()
 
     first = ledger("s", Resources(workers=2, gpus=0.5, cpus=4))
     limit = GpuHours(3.0, first, spent_hours(storage, "s", "gpu", stages_only=True))
@@ -169,6 +170,7 @@ def test_hours_are_counted_while_trials_run_and_over_sessions(tmp_path: Path) ->
     assert (second.trial_hours("b"), second.gpu_hours()) == (1.0, 2.0)
     assert limit.spent(), "with the hour of the shared stages"
     second.stop("b")
+    second.save()
     assert spent_hours(storage, "s", "gpu") == 3.0
     assert spent_hours(storage, "s", "cpu") == 4.0 + 8.0 + 4.0 + 2.0
 

@@ -163,6 +163,16 @@ def test_the_study_knows_stopped_trials_as_pruned(searched: Searched) -> None:
     assert all(trial.intermediate_values for trial in study.trials)
 
 
+def test_tunes_state_keeps_few_numbers_of_a_trial(searched: Searched) -> None:
+    folder, _ = searched
+    state = max((folder / "runs" / "ray" / "sdca-streets").glob("experiment_state-*.json"))
+    for trial in json.loads(state.read_text())["trial_data"]:
+        kept = json.loads(trial[1])
+        assert "target_val/miou" in kept["metric_analysis"]
+        assert not any("iou/" in name or name.startswith(("loss/", "config/")) for name in kept["metric_analysis"])
+        assert not any(name.startswith(("loss/", "config")) for name in kept["last_result"])
+
+
 def test_a_second_search_takes_another_name_and_loads_the_warm_up(searched: Searched) -> None:
     folder, _ = searched
     done = command(folder, "search", "sdca", "--trials", "1", *TINY_WORDS)
