@@ -376,7 +376,7 @@ def main() -> None:
         from segadapt.platform.cluster import connect
 
         os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
-        with connect(None, dashboard=False):
+        with connect(None):
             for name in options.arms:
                 check(surrogate, name, 0, 30)
         return

@@ -131,7 +131,7 @@ def run_plain(folder: Path, seed: int, target: float) -> list[Report]:
     spec = TrialSpec(storage=storage, experiment="plain", fixed=fixed)
     space, presets = search_spaces.load(METHOD)
     watch = Watch(presets["paper"], target)
-    with connect(None, dashboard=False):
+    with connect(None):
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_in_process, spec=spec), {"cpu": 1}),
             tune_config=tune.TuneConfig(

@@ -159,10 +159,10 @@ def measure(form: str, trials: int, reports: int, sampler: str) -> dict[str, Any
         from segadapt.platform.cluster import connect
     else:
 
-        def connect(address: None, *, dashboard: bool) -> Any:
-            return plain_ray(dashboard=dashboard)
+        def connect(address: None) -> Any:
+            return plain_ray(dashboard=False)
 
-    with tempfile.TemporaryDirectory() as name, connect(None, dashboard=False):
+    with tempfile.TemporaryDirectory() as name, connect(None):
         folder = Path(name)
         samples: list[tuple[float, float, int]] = []
         ended = threading.Event()

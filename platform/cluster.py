@@ -100,7 +100,7 @@ def this_machine() -> Capacity:
 
 
 @contextlib.contextmanager
-def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> Iterator[Capacity]:
+def connect(address: str | None, *, verbose: bool = False) -> Iterator[Capacity]:
     """Start Ray on this machine, or join a cluster; leave it as it was found.
 
     A Ray that is started here listens on 127.0.0.1 alone and asks for a token that only its own processes know. To a
@@ -110,7 +110,6 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
     Args:
         address: Of a running cluster, as seen from one of its machines: `auto` or HOST:PORT. None takes RAY_ADDRESS,
             which Ray sets in its jobs, or else starts a local one that ends with this command.
-        dashboard: With a local one, run Ray's dashboard (on 127.0.0.1); no trial needs it.
         verbose: Show what the workers print.
 
     Raises:
@@ -127,10 +126,10 @@ def connect(address: str | None, *, dashboard: bool, verbose: bool = False) -> I
     if address is not None:
         check_address(address)
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
-    local: dict[str, Any] = {} if address else {"include_dashboard": dashboard, "dashboard_host": _LOOPBACK}
+    local: dict[str, Any] = {} if address else {"include_dashboard": False}
     with authenticated(local=address is None):
         try:
-            with contextlib.nullcontext() if address else _on_loopback(dashboard=dashboard):
+            with contextlib.nullcontext() if address else _on_loopback():
                 # "local", or Ray would join whatever cluster was started on this machine last
                 ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **local)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
@@ -228,7 +227,7 @@ def _read_again() -> None:
 
 
 @contextlib.contextmanager
-def _on_loopback(*, dashboard: bool) -> Iterator[None]:
+def _on_loopback() -> Iterator[None]:
     """Have the Ray that is started meanwhile listen on 127.0.0.1 alone, on a port that its processes are told.
 
     Without its dashboard and its autoscaler: Ray would start both and wait until the former answers, having told it to
@@ -250,7 +249,7 @@ def _on_loopback(*, dashboard: bool) -> Iterator[None]:
         (services, "start_api_server", lambda *words, **options: (None, None)),  # as after a failure that it forgives
     )
     read_at_import = (ray_constants, "ENABLE_RAY_CLUSTER", False)
-    with _environment(told), _changed(read_at_import, *(() if dashboard else unused)):
+    with _environment(told), _changed(read_at_import, *unused):
         yield
 
 

@@ -458,7 +458,7 @@ def _nodes(what: Examination, address: str) -> Iterator[Finding]:
     from segadapt.platform.cluster import connect
     from segadapt.platform.preflight import node_problems
 
-    with connect(address, dashboard=False) as capacity:
+    with connect(address) as capacity:
         authenticated = "with a token" if os.environ.get("RAY_AUTH_MODE") == "token" else "without a token"
         yield Finding("cluster", "ok", f"{address} answers, {authenticated}: {capacity}")
         if not what.storage.root.is_dir():

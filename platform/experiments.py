@@ -274,7 +274,7 @@ def run(record: Record, options: Options) -> Outcome:
         open_study_storage(storage.study_url(options.study_uri))  # answers, or nothing is begun
     with (
         contextlib.ExitStack() as ending,
-        connect(options.address, dashboard=False, verbose=options.debug) as capacity,
+        connect(options.address, verbose=options.debug) as capacity,
     ):
         tracker = Tracker(storage, options.tracking_uri)  # not before: what it imports would slow Ray's start down
         ending.callback(tracker.close)

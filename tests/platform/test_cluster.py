@@ -19,7 +19,7 @@ def capacity() -> Iterator[Capacity]:
         for _ in range(2):
             cluster.add_node(num_cpus=4, num_gpus=1)
         cluster.wait_for_nodes()
-        with connect(cluster.address, dashboard=False) as found:
+        with connect(cluster.address) as found:
             yield found
     finally:
         cluster.shutdown()

@@ -143,7 +143,7 @@ def test_a_cluster_grows_for_a_job_and_shrinks_after_it(
     words = ["search", "sdca", "--trials", "2", "--launcher", "inprocess", "--gpus-per-trial", "0"]
     words += ["--storage", str(storage), "--config", str(experiment)]
     job = start_segadapt("submit", *at, "--name", "first", "--follow", "--", *words)
-    with cluster.connect(autoscaled.address, dashboard=False):
+    with cluster.connect(autoscaled.address):
         most, deadline = 0, time.monotonic() + 400
         while True:
             workers = sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes())  # type: ignore[no-untyped-call]
@@ -224,7 +224,7 @@ def test_a_node_that_differs_is_named_before_any_trial(loopback_cluster: Any, tm
     (other / "segadapt" / "platform").mkdir(parents=True)
     (other / "segadapt" / "platform" / "edited.py").touch()
     storage.mkdir()
-    with cluster.connect(loopback_cluster.address, dashboard=False) as capacity:
+    with cluster.connect(loopback_cluster.address) as capacity:
         assert capacity.joined
         preflight.check_nodes(storage, [str(data)])  # both nodes are alike
         late = preflight.node_problems(other, timeout_s=0.0)
@@ -234,7 +234,7 @@ def test_a_node_that_differs_is_named_before_any_trial(loopback_cluster: Any, tm
     try:
         with (
             _elsewhere(loopback_cluster.address, tmp_path) as alone,
-            cluster.connect(loopback_cluster.address, dashboard=False),
+            cluster.connect(loopback_cluster.address),
         ):
             with pytest.raises(UsageError, match="All nodes of the cluster must have the same segadapt") as refused:
                 preflight.check_nodes(storage, [str(data)])
@@ -279,7 +279,7 @@ class _elsewhere:  # noqa: N801  # reads as what it is: a context
 
         self._raylet = Popen([*self._unshare, "sh", "-c", self._command], stdout=DEVNULL, stderr=DEVNULL)
         deadline = time.monotonic() + 60
-        with cluster.connect(self._command.partition("--address=")[2].split()[0], dashboard=False):
+        with cluster.connect(self._command.partition("--address=")[2].split()[0]):
             while sum(node["Alive"] for node in ray.nodes()) < 4:  # type: ignore[no-untyped-call]
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
@@ -312,7 +312,7 @@ def test_what_cannot_run_as_a_job_is_refused_before_the_cluster_is_asked(words: 
 def test_addresses_of_other_services_are_refused_with_what_to_do() -> None:
     with (
         pytest.raises(UsageError, match="segadapt submit --address http"),
-        cluster.connect("ray://head:10001", dashboard=False),
+        cluster.connect("ray://head:10001"),
     ):
         pass
     with pytest.raises(UsageError, match="Is the tunnel open"):

@@ -7,8 +7,6 @@ import logging
 import os
 import pickle
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +32,12 @@ ROOT = Path(__file__).parents[2]
 def test_a_ray_that_is_started_here_listens_on_loopback_and_knows_its_own_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    import grpc
     import ray
 
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    with connect(None, dashboard=True):
+    with connect(None):
         assert ray.get(ray.remote(lambda: os.environ["RAY_AUTH_MODE"]).remote()) == "token"
         token = os.environ["RAY_AUTH_TOKEN"]
         assert len(token) == 64
@@ -51,10 +50,10 @@ def test_a_ray_that_is_started_here_listens_on_loopback_and_knows_its_own_alone(
         }
         assert {name for _, name in listening} >= {"gcs_server", "raylet"}
         assert {address for address, _ in listening} == {"127.0.0.1"}, listening
-        dashboard = ray._private.worker._global_node.webui_url
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"http://{dashboard}/api/jobs/", timeout=20)
-        assert refused.value.code == 401
+        address = ray._private.worker._global_node.gcs_address
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=20)
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
         session = Path(ray._private.worker._global_node.get_session_dir_path())
         written = [path for path in session.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
         assert written == [], "the token is in no file"
