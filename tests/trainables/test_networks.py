@@ -216,9 +216,10 @@ def test_frozen_norm_matches_batch_norm_in_evaluation(epsilon: float) -> None:
     x = torch.randn(2, 6, 5, 5)
     torch.testing.assert_close(frozen(x), norm(x))
     assert frozen(x.bfloat16()).dtype == torch.bfloat16
-    torch.testing.assert_close(frozen.double()(x.double()), norm.double()(x.double()))
+    wide = x.double()
+    torch.testing.assert_close(frozen.double()(wide), norm.double()(wide))
     with _Launches() as launches:
-        frozen(x.double())
+        frozen(wide)
     assert launches.operations == [torch.ops.aten.addcmul.default]
 
 
