@@ -142,13 +142,16 @@ def pseudo_label(world: World) -> Tensor:
     return full[:height, :width].to(torch.uint8).contiguous()
 
 
-def build(name: str, network: str, classes: int, *, literal: bool, freeze_norm: bool) -> tuple[Method, Stage]:
+def build(
+    name: str, network: str, classes: int, *, literal: bool, freeze_norm: bool, kernels: str = "reference"
+) -> tuple[Method, Stage]:
     """Return a method with the published settings and its last stage, equal for equal arguments."""
     torch.manual_seed(0)
     # The literal form has batch norm in evaluation mode, which `freeze_norm` says in another way.
     segmenter = build_segmenter(network, classes, freeze_norm=True if freeze_norm and not literal else None)
     cls = method_class(name)
-    config = cls.Config(variant="released") if name == "bicl" else cls.Config()
+    settings = {"bicl": {"variant": "released"}, "plca": {"kernels": kernels}}
+    config = cls.Config(**settings.get(name, {}))
     method: Any = cls(segmenter, config, WarmupConfig())
     method.prepare_stage = lambda *_: None  # what it would prepare is not what is measured
     if name == "drsl":
@@ -353,7 +356,8 @@ def measure(name: str, network: str, world: World, options: argparse.Namespace) 
         seed=0,
     )
     forms: dict[str, Any] = {}
-    method, stage = build(name, network, classes, literal=False, freeze_norm=freeze)
+    ours = {"literal": False, "freeze_norm": freeze, "kernels": options.kernels}
+    method, stage = build(name, network, classes, **ours)
     if options.compile:
         method.segmenter.backbone.compile()
     trainer = MeasuredTrainer(
@@ -363,7 +367,7 @@ def measure(name: str, network: str, world: World, options: argparse.Namespace) 
     trainer.pseudo_labels = lambda _: pseudo
     forms["trainer"] = trainer
     if "bare" in options.forms:
-        other, _ = build(name, network, classes, literal=False, freeze_norm=freeze)
+        other, _ = build(name, network, classes, **ours)
         forms["bare"] = BareLoop(other, stage, trainer)
     if "literal" in options.forms:
         other, _ = build(name, network, classes, literal=True, freeze_norm=freeze)
@@ -386,7 +390,7 @@ def measure(name: str, network: str, world: World, options: argparse.Namespace) 
             "evaluation_share": trainer.evaluation_s / (trainer.evaluation_s + between),
         }
     ratios = {
-        form: sorted(ours / other for ours, other in zip(seconds["trainer"], seconds[form], strict=True))
+        form: sorted(own / other for own, other in zip(seconds["trainer"], seconds[form], strict=True))
         for form in forms
         if form != "trainer" and form in seconds
     }
@@ -500,6 +504,9 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, help="of the sides of paper's images; default: 1 on a GPU, else 0.2")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--recompute", action="store_true", help="trainer.recompute, in the trainer alone")
+    parser.add_argument(
+        "--kernels", choices=("reference", "triton"), default="reference", help="method.kernels of PLCA"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the trainer's backbone")
     parser.add_argument("--threads", type=int, help="default: 1 without a GPU, else torch's own")
     parser.add_argument("--json", type=Path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from segadapt.trainables.core.networks import (
     CAFFE_BGR,
@@ -189,6 +190,19 @@ def test_summed_head_starts_with_small_weights() -> None:
     assert weights.std().item() == pytest.approx(0.01, rel=0.05)
 
 
+class _Launches(TorchDispatchMode):
+    """Operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.operations.append(func)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 1e-3])
 def test_frozen_norm_matches_batch_norm_in_evaluation(epsilon: float) -> None:
     norm = nn.BatchNorm2d(6, eps=epsilon).eval()
@@ -202,6 +216,11 @@ def test_frozen_norm_matches_batch_norm_in_evaluation(epsilon: float) -> None:
     x = torch.randn(2, 6, 5, 5)
     torch.testing.assert_close(frozen(x), norm(x))
     assert frozen(x.bfloat16()).dtype == torch.bfloat16
+    wide = x.double()
+    torch.testing.assert_close(frozen.double()(wide), norm.double()(wide))
+    with _Launches() as launches:
+        frozen(wide)
+    assert launches.operations == [torch.ops.aten.addcmul.default]
 
 
 @pytest.mark.parametrize("name", ["deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])
