@@ -226,7 +226,7 @@ def measure(form: str, folder: Path) -> dict[str, Any]:
             os.kill(raylet, signal.SIGKILL)
             found.remove_node(node, allow_graceful=False)
 
-        faults = {"worker": kill_worker, "trial": lambda: kill(head, ".train")}
+        faults = {"worker": kill_worker, "trial": lambda: kill(head, "ImplicitFunc")}
         if form == "plain":
             faults["controller"] = lambda: kill(head, "TrainController")
         try:

@@ -17,6 +17,8 @@ processes which descend from the form's. Parts of a trial: `prepare` from the fu
 `train`, `report` inside reports, `end` to the function's end, `between` from there to the start of the next one.
 """
 
+from __future__ import annotations  # evaluated, those of a class would lack their names in Ray's processes
+
 import argparse
 import itertools
 import json
@@ -143,7 +145,7 @@ def tuned(function: Callable[..., None], resources: Any, folder: Path, trials: i
         points_to_evaluate=[{key: presets["paper"][key] for key in space}],
         sampler=optuna.samplers.RandomSampler(seed=0),
     )
-    tune.Tuner(
+    results = tune.Tuner(
         tune.with_resources(function, resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
@@ -160,6 +162,8 @@ def tuned(function: Callable[..., None], resources: Any, folder: Path, trials: i
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
         ),
     ).fit()
+    for error in results.errors:
+        raise error
 
 
 def run_plain(folder: Path, notes: Notes, trials: int) -> None:
