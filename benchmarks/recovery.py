@@ -9,8 +9,8 @@ and a checkpoint every 15 steps, on a cluster of raylets on this machine: a head
 They take turns. Killed, with SIGKILL, one after another: a worker; the trial's process; Ray Train's controller, where
 it is a process; the driver, which is started again at once; the node of a worker.
 
-`seconds` run from the kill to the next result at a later step than any before, `redone` are evaluated steps that were
-reached a second time. What was trained since the last checkpoint is lost everywhere.
+`seconds` run from the kill to the next result at a later step than any before, `redone` are the steps from the
+checkpoint that the trial went on from to the last result before. What was trained since that result is lost everywhere.
 """
 
 import argparse
@@ -169,8 +169,8 @@ class Driver:
         self.wait(lambda: self.results[-1][1] > reached)
         after = self.results[count:]
         later = next((at, step) for at, step in after if step > reached)
-        again = sorted({step for _, step in after if step <= reached})
-        return {"seconds": later[0] - began, "redone": len(again) * EVERY}
+        begun_from = min((step for _, step in after), default=reached)  # that of the checkpoint is reported once more
+        return {"seconds": later[0] - began, "redone": max(0, reached - begun_from)}
 
 
 def started_by(raylet: int, title: str) -> list[int]:

@@ -296,20 +296,22 @@ def run_script(folder: Path, notes: Notes) -> None:
         tuned(function, {"cpu": 1}, folder, 1)
 
 
-def processor_seconds(root: int) -> float:
-    """Return the processor time of a process and its descendants, those that ended and were waited for included."""
+def processor_seconds(root: int, known: dict[tuple[int, int], float]) -> float:
+    """Return the processor time of a process and its descendants; `known` keeps that of each, for when it has ended."""
     parents, spent = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        parents[int(path.parent.name)] = int(fields[1])
-        spent[int(path.parent.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        process = int(path.parent.name)
+        parents[process] = int(fields[1])
+        spent[process] = int(fields[19]), sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
     family = {root}
     while more := {child for child, parent in parents.items() if parent in family} - family:
         family |= more
-    return sum(spent.get(process, 0.0) for process in family)
+    known |= {(process, spent[process][0]): spent[process][1] for process in family & spent.keys()}
+    return sum(known.values())
 
 
 def watched(command: list[str], folder: Path) -> tuple[list[tuple[float, float]], list[tuple[float, str]]]:
@@ -320,7 +322,7 @@ def watched(command: list[str], folder: Path) -> tuple[list[tuple[float, float]]
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
-    samples, lines = [(time.time(), 0.0)], []
+    samples, lines, known = [(time.time(), 0.0)], [], {}
 
     def read(output: Any) -> None:
         lines.extend((time.time(), line) for line in output)
@@ -328,7 +330,7 @@ def watched(command: list[str], folder: Path) -> tuple[list[tuple[float, float]]
     reader = threading.Thread(target=read, args=(process.stdout,))
     reader.start()
     while process.poll() is None:
-        samples.append((time.time(), processor_seconds(process.pid)))
+        samples.append((time.time(), processor_seconds(process.pid, known)))
         time.sleep(0.1)
     reader.join()
     if process.returncode != 0:
