@@ -5,7 +5,7 @@
 The plain stack is Ray Tune with Ray Train's `TorchTrainer` in its function, each with a `FailureConfig`, health checks
 each 0.5 s, the train run named after the trial so that it goes on from its checkpoint, and `Tuner.restore` after the
 driver was killed; segadapt's side is a search, with `--resume`. Both train SDCA on streets of 32x64, with an evaluation
-and a checkpoint every 15 steps, on a cluster of raylets on this machine: a head without CPUs and three nodes of one.
+and a checkpoint every 15 steps, on a cluster of raylets on this machine: a head without CPUs and three nodes of two.
 They take turns. Killed, with SIGKILL, one after another: a worker; the trial's process; Ray Train's controller, where
 it is a process; the driver, which is started again at once; the node of a worker.
 
@@ -186,7 +186,11 @@ def started_by(raylet: int, title: str) -> list[int]:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[tuple[Any, list[Any]]]:
-    """Run a head without CPUs, with its dashboard, which the plain stack needs, and three nodes of one CPU."""
+    """Run a head without CPUs, with its dashboard, which the plain stack needs, and three nodes of two CPUs.
+
+    With one each, the plain stack can wait for ever: what Ray Train starts to free the CPUs of a killed trial looks for
+    "the" Ray of the machine, and may find another one.
+    """
     from ray.cluster_utils import Cluster
 
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
@@ -196,7 +200,7 @@ def cluster() -> Iterator[tuple[Any, list[Any]]]:
     head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
     found = Cluster(initialize_head=True, head_node_args=head)  # type: ignore[no-untyped-call]
     try:
-        yield found, [found.add_node(num_cpus=1) for _ in range(3)]
+        yield found, [found.add_node(num_cpus=2) for _ in range(3)]
     finally:
         found.shutdown()  # type: ignore[no-untyped-call]
 
