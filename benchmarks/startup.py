@@ -283,10 +283,13 @@ def run_script(folder: Path, notes: Notes) -> None:
     spec = trial.TrialSpec(trial.Storage(folder), "startup", {METHOD: SETTINGS | {"trainer.eval_every": 1}})
 
     def function(values: dict[str, Any]) -> None:
+        from ray import tune
+
         from segadapt.platform import trial
 
         def report(metrics: Any, write: Any) -> None:
             kept_in(folder / "checkpoint")(metrics, write)
+            tune.report(metrics)
             notes.add("result")
 
         stages = trial.TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
