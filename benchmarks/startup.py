@@ -17,6 +17,8 @@ processes which descend from the form's. Parts of a trial: `prepare` from the fu
 `train`, `report` inside reports, `end` to the function's end, `between` from there to the start of the next one.
 """
 
+from __future__ import annotations  # evaluated, those of a class would lack their names in Ray's processes
+
 import argparse
 import itertools
 import json
@@ -143,7 +145,7 @@ def tuned(function: Callable[..., None], resources: Any, folder: Path, trials: i
         points_to_evaluate=[{key: presets["paper"][key] for key in space}],
         sampler=optuna.samplers.RandomSampler(seed=0),
     )
-    tune.Tuner(
+    results = tune.Tuner(
         tune.with_resources(function, resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
@@ -160,6 +162,8 @@ def tuned(function: Callable[..., None], resources: Any, folder: Path, trials: i
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
         ),
     ).fit()
+    for error in results.errors:
+        raise error
 
 
 def run_plain(folder: Path, notes: Notes, trials: int) -> None:
@@ -279,10 +283,13 @@ def run_script(folder: Path, notes: Notes) -> None:
     spec = trial.TrialSpec(trial.Storage(folder), "startup", {METHOD: SETTINGS | {"trainer.eval_every": 1}})
 
     def function(values: dict[str, Any]) -> None:
+        from ray import tune
+
         from segadapt.platform import trial
 
         def report(metrics: Any, write: Any) -> None:
             kept_in(folder / "checkpoint")(metrics, write)
+            tune.report(metrics)
             notes.add("result")
 
         stages = trial.TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
@@ -292,20 +299,22 @@ def run_script(folder: Path, notes: Notes) -> None:
         tuned(function, {"cpu": 1}, folder, 1)
 
 
-def processor_seconds(root: int) -> float:
-    """Return the processor time of a process and its descendants, those that ended and were waited for included."""
+def processor_seconds(root: int, known: dict[tuple[int, int], float]) -> float:
+    """Return the processor time of a process and its descendants; `known` keeps that of each, for when it has ended."""
     parents, spent = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        parents[int(path.parent.name)] = int(fields[1])
-        spent[int(path.parent.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        process = int(path.parent.name)
+        parents[process] = int(fields[1])
+        spent[process] = int(fields[19]), sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
     family = {root}
     while more := {child for child, parent in parents.items() if parent in family} - family:
         family |= more
-    return sum(spent.get(process, 0.0) for process in family)
+    known |= {(process, spent[process][0]): spent[process][1] for process in family & spent.keys()}
+    return sum(known.values())
 
 
 def watched(command: list[str], folder: Path) -> tuple[list[tuple[float, float]], list[tuple[float, str]]]:
@@ -316,7 +325,7 @@ def watched(command: list[str], folder: Path) -> tuple[list[tuple[float, float]]
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
-    samples, lines = [(time.time(), 0.0)], []
+    samples, lines, known = [(time.time(), 0.0)], [], {}
 
     def read(output: Any) -> None:
         lines.extend((time.time(), line) for line in output)
@@ -324,7 +333,7 @@ def watched(command: list[str], folder: Path) -> tuple[list[tuple[float, float]]
     reader = threading.Thread(target=read, args=(process.stdout,))
     reader.start()
     while process.poll() is None:
-        samples.append((time.time(), processor_seconds(process.pid)))
+        samples.append((time.time(), processor_seconds(process.pid, known)))
         time.sleep(0.1)
     reader.join()
     if process.returncode != 0:

@@ -300,7 +300,9 @@ def test_workers_and_nodes_that_die_are_replaced(
             titles = [
                 Path(f"/proc/{pid}/cmdline").read_text() for raylet in raylets for pid in children(raylet, "ray::")
             ]
-            return sorted(match.group(1) for title in titles if (match := re.match(r"ray::(?!IDLE)(\w+)", title)))
+            return sorted(
+                match.group(1) for title in titles if (match := re.match(r"ray::(?!IDLE|\w+Agent)(\w+)", title))
+            )
 
         words = ["train", "source_only", "--workers-per-trial", "2", "--address", cluster.address]
         with driving(tmp_path, *words, *tiny(1, warmup=210)) as driver:
