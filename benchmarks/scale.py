@@ -3,7 +3,7 @@
     python benchmarks/scale.py [--trials 2000] [--nodes 16] [--repeats 1] [--json PATH]
 
 A Ray cluster of a head and `--nodes` raylets on loopback, each with 8 GPUs and 16 CPUs that Ray only counts; a trial
-takes a node. Trials train nothing: each reports up to four evaluations of 59 numbers with a checkpoint of the files
+takes a node. Trials train nothing: each reports up to four evaluations of 58 numbers with a checkpoint of the files
 that a real one has, and imports no torch, so that 16 of them fit in memory. All else is `segadapt.platform`: the
 search by `api.search` with its shared stage, sampler, scheduler, study and MLflow in SQLite, plots. Then, each in a
 process of its own: `segadapt status`, `segadapt runs`, `--resume` of the ended search, `--extend` by 16 trials.
@@ -134,6 +134,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         from ray.tune.execution.tune_controller import TuneController
+
         from segadapt.platform.events import Events
         from segadapt.platform.tracking import Tracker
 
@@ -312,7 +313,7 @@ def blocks(starts: Sequence[float], watch: Watch) -> list[dict[str, float]]:
                 "records_per_s": (right.records - left.records) / wall_s,
                 "records_waiting": right.waiting,
                 "snapshots": right.snapshots - left.snapshots,
-                "snapshot_ms_each": 1e3 * (right.snapshot_s - left.snapshot_s) / max(1, right.snapshots - left.snapshots),
+                "snapshots_wall_ms": 1e3 * (right.snapshot_s - left.snapshot_s) / count,
                 "resident_mb": right.resident_mb,
                 "study_mb": right.study_mb,
                 "mlflow_mb": right.mlflow_mb,
@@ -369,7 +370,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         paths = Paths(Path(folder))
         write_template(paths.template)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False})
+        head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             for _ in range(arguments.nodes):
                 cluster.add_node(num_cpus=CPUS, num_gpus=GPUS)
@@ -406,9 +408,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.session:
         paths = Paths(Path(arguments.folder))
-        run_session(
-            arguments.session, paths, arguments.address, arguments.trials, arguments.sampler, arguments.profile
-        )
+        run_session(arguments.session, paths, arguments.address, arguments.trials, arguments.sampler, arguments.profile)
         return
     rows = []
     for _ in range(arguments.repeats):

@@ -34,7 +34,12 @@ class Snapshots(_ExperimentCheckpointManager):
         super().sync_up_experiment_state(save, force=force, wait=wait)
 
 
-def pace(tune_controller: Any) -> None:
-    """Have Tune save its state as `Snapshots` does."""
-    if not isinstance(tune_controller._checkpoint_manager, Snapshots):
-        tune_controller._checkpoint_manager = Snapshots(tune_controller._storage)
+def pace(shown: Any) -> None:
+    """Have Tune save its state as `Snapshots` does.
+
+    Args:
+        shown: What Tune shows its schedulers of its controller.
+    """
+    controller = shown._tune_controller
+    if not isinstance(controller._checkpoint_manager, Snapshots):
+        controller._checkpoint_manager = Snapshots(controller._storage)

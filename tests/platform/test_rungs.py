@@ -121,7 +121,7 @@ class Cluster:
         self.steps = dict.fromkeys(values, 0)
         self.paused: set[str] = set()
         self.stopped: list[str] = []
-        self._checkpoint_manager = self._storage = None  # of Tune's state
+        self._tune_controller = SimpleNamespace(_checkpoint_manager=None, _storage=None)
         self.search_alg = SimpleNamespace(
             searcher=SimpleNamespace(on_pause=self.paused.add, on_unpause=self.paused.discard),
             is_finished=lambda: not self.waiting,

@@ -11,6 +11,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.storages._rdb import storage as rdb
 from optuna.trial import TrialState, create_trial
+from ray.tune.execution.tune_controller import TrialRunnerWrapper
 from rich.console import Console
 
 from segadapt.platform.ledger import LEDGER, Ledger
@@ -151,7 +152,7 @@ def test_saving_the_state_takes_a_twentieth_of_the_time(trials: int, monkeypatch
     syncer = SimpleNamespace(sync_up=lambda *_: True, wait=lambda: None)
     storage = SimpleNamespace(syncer=syncer, experiment_driver_staging_path="here", experiment_fs_path="there")
     controller = SimpleNamespace(_checkpoint_manager=None, _storage=storage)
-    pace(controller)
+    pace(TrialRunnerWrapper(controller, None))  # type: ignore[arg-type]  # as schedulers are given it
     found: Any = controller._checkpoint_manager
 
     def save() -> None:
