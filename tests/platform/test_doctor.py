@@ -113,6 +113,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     search = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_for(lambda: any((folder / "runs" / "ray").glob("*.stages-*/experiment_state-*")), "its stages")
+        wait_for((folder / "runs" / "mlflow.db").is_file, "its records")
         findings = doctor(folder / "runs", fix=True)
         assert search.poll() is None, "it was to be seen while it runs"
         output, _ = search.communicate(timeout=600)
