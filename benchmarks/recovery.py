@@ -30,9 +30,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from search_overhead import plain_ray
 from segadapt.platform.environment import machine
-from startup import METHOD, METRIC, SETTINGS, kept_in, spread
+from startup import METHOD, METRIC, SETTINGS, kept_in, reported_to_train, spread
 
 EVERY = 15
 LONG = {**SETTINGS, "trainer.steps": 100000, "trainer.eval_every": EVERY}
@@ -54,18 +56,12 @@ def run_plain(folder: Path, address: str, *, restore: bool) -> None:
         stages = trial.TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
         trial.train(stages, "stages", {}, kept_in(folder / "stages-checkpoint"), None)
 
+    report = reported_to_train()
+
     def worker(loop: dict[str, Any]) -> None:
         import ray.train
 
         from segadapt.platform import trial
-
-        def report(metrics: Any, write: Any) -> None:
-            if write is None:
-                ray.train.report(metrics)
-                return
-            with tempfile.TemporaryDirectory() as name:
-                write(Path(name))
-                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(name))
 
         found = ray.train.get_checkpoint()
         trial.train(spec, loop["trial"], {}, report, Path(found.path) if found is not None else None)
@@ -176,11 +172,10 @@ class Driver:
 def started_by(raylet: int, title: str) -> list[int]:
     """Return processes of a raylet by a part of their title."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == raylet and title in (process / "cmdline").read_text():
-                found.append(int(process.name))
+    for process in psutil.Process(raylet).children():
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(process.cmdline()):
+                found.append(process.pid)
     return found
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from search_overhead import METRIC
+from search_overhead import METRIC, TINY
 
 NAME = "scale"
 METHOD = "plca"
@@ -38,16 +38,7 @@ REPORTS = 4
 GPUS, CPUS = 8, 16
 MORE = 16
 STATE_BYTES = 100_000
-SETTINGS = {
-    "data.streets.height": 32,
-    "data.streets.width": 64,
-    "data.streets.train_images": 16,
-    "data.streets.val_images": 6,
-    "warmup.steps": 2,
-    "trainer.steps": 240,
-    "trainer.eval_every": 60,
-    "trainer.batch_size": 4,
-}
+SETTINGS = {**TINY, "trainer.steps": 240, "trainer.eval_every": 60}
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on all systems: Ray then takes 127.0.0.1 as its address

@@ -33,6 +33,15 @@ GRACE = 60
 FACTOR = 2
 CONCURRENT = 2
 FORMS = ("segadapt", "plain", "recorded")
+TINY = {
+    "data.streets.height": 32,
+    "data.streets.width": 64,
+    "data.streets.train_images": 16,
+    "data.streets.val_images": 6,
+    "warmup.steps": 2,
+    "trainer.batch_size": 4,
+}
+"""Settings of trials that take hardly any time."""
 WINDOW = 100
 
 
