@@ -1,12 +1,8 @@
 SHELL := bash
 .SHELLFLAGS := -eo pipefail -c
-.PHONY: checks audit
+.PHONY: audit
 
-# What CI runs.
-checks:
-	.ci/run
-
-# Known vulnerabilities of what uv.lock installs for users. Asks pypi.org, and fails where it cannot: not a part of CI.
+# Known vulnerabilities of what uv.lock installs for users. Asks the package index, and fails where it cannot: not in CI.
 audit:
 	uv export --quiet --no-dev --all-extras --no-emit-project --format requirements-txt \
 		| uvx --quiet 'pip-audit>=2.9,<3' --strict --disable-pip --progress-spinner off --requirement /dev/stdin

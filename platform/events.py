@@ -366,7 +366,7 @@ class Events(tune.Callback):
                 if trial.trial_id in self._started:
                     self._end(trial.trial_id, state)
         if trials:  # Tune has saved for the last time
-            self._states.keep(Path(trials[0].storage.experiment_driver_staging_path), at_once=True)
+            self._states.keep(Path(trials[0].storage.experiment_driver_staging_path))
         if self._keeper is not None:
             self._collect()
             self._keeper.sweep()

@@ -97,7 +97,6 @@ def run_experiment(
     """
     from ray import tune
 
-    _keep_secrets_out_of_logs()
     trainable = _trainable(spec)
     searcher = open_study(spec, plan) if isinstance(plan, SearchPlan) else None
     config = _tune_config(spec, plan, searcher)
@@ -176,17 +175,6 @@ def _limits(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", ledger: Ledge
         stages = spent_hours(spec.storage, spec.experiment, "gpu", stages_only=True)
         hours = GpuHours(plan.max_gpu_hours, ledger, stages)
     return Limits(plan.time_budget_s, hours)
-
-
-def _keep_secrets_out_of_logs() -> None:
-    """Have Tune ask for no AWS_* variables for the processes of trials.
-
-    Ray writes what is asked for into a log in /tmp that all users of the machine may read. On this machine, these
-    processes have them from this one; on a cluster, from the environment in which Ray was started there.
-    """
-    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
-
-    ENV_VARS_TO_PROPAGATE.difference_update({name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")})
 
 
 def _trainable(spec: TrialSpec) -> Any:

@@ -25,11 +25,6 @@ ARCHIVE = "tune_state.zip"
 TUNER = "tuner.pkl"
 """What Tune writes once, before the first trial: with it, an experiment was begun."""
 
-_EVERY_S = 1.0
-"""Between two archives, at least: as often as Tune saves."""
-_SHARE = 0.05
-"""Of the driver's time, at most, for archives; those of thousands of trials take a while."""
-
 _NAME = re.compile(
     r"(experiment_state|callback-states|searcher-state|search_gen_state|basic-variant-state)-"
     r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)\.(?:json|pkl)"
@@ -64,18 +59,13 @@ class StateKeeper:
     def __init__(self, folder: Path) -> None:
         self._archive = folder / ARCHIVE
         self._kept: int | None = None
-        self._next = 0.0
 
-    def keep(self, staging: Path, *, at_once: bool = False) -> None:
+    def keep(self, staging: Path) -> None:
         """Archive Tune's files, if it has written them since; call between two of its writes.
 
         Args:
             staging: Tune's own folder, where it writes them before it copies them.
-            at_once: Not only every few seconds.
         """
-        began = time.monotonic()
-        if began < self._next and not at_once:
-            return
         files = _newest(_files(staging))
         written = max((file.path.stat().st_mtime_ns for file in files), default=None)
         if written is None or written == self._kept:
@@ -89,8 +79,6 @@ class StateKeeper:
             self._kept = written
         except OSError as error:  # tried again soon: storage that is away for a while ends no search
             logger.warning("Tune's state is not kept in %s: %s", self._archive, error)
-        ended = time.monotonic()
-        self._next = ended + max(_EVERY_S, (ended - began) / _SHARE)
 
 
 def damaged(folder: Path) -> list[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 from conftest import TINY, _postgres
 from mlflow import MlflowClient
@@ -252,11 +253,10 @@ def test_a_search_survives_kills_hangs_and_preemptions_of_its_trials(
 def children(parent: int, title: str) -> list[int]:
     """Processes started by another one, by a part of their title."""
     found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent_of = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent_of == parent and title in (process / "cmdline").read_text():
-                found.append(int(process.name))
+    for process in psutil.Process(parent).children():
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(process.cmdline()):
+                found.append(process.pid)
     return found
 
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 from conftest import TINY_WORDS
+from ray.tune.execution import class_cache
 
 from segadapt.platform import api, cluster, preflight
 from segadapt.platform.errors import UsageError
@@ -226,6 +227,9 @@ def test_a_node_that_differs_is_named_before_any_trial(loopback_cluster: Any, tm
     storage.mkdir()
     with cluster.connect(loopback_cluster.address) as capacity:
         assert capacity.joined
+        sent = class_cache.ENV_VARS_TO_PROPAGATE
+        assert sent, "Tune's own variables reach trials on other machines"
+        assert not any(name.startswith("AWS_") for name in sent), "Ray writes what is sent into a log"
         preflight.check_nodes(storage, [str(data)])  # both nodes are alike
         late = preflight.node_problems(other, timeout_s=0.0)
         assert [line.partition(") ")[2] for line in late] == ["did not answer within 0 s"] * 2
