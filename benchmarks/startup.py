@@ -7,8 +7,9 @@ Forms take turns, each a process of its own, and call the same training function
 
 * `command`: from `segadapt train` in a fresh folder to the first result shown, which follows the first step, its
   evaluation and its checkpoint. Beside it a script that runs the function in Ray Tune, and `segadapt --help`.
-* `single`: trials in one process. `bare` calls the function again and again without Ray, and writes checkpoints;
-  `plain` is Ray Tune with `reuse_actors`, Optuna's searcher in memory and nothing recorded; `segadapt` a search.
+* `single`: trials in one process, with a thread for each core. `bare` calls the function again and again without Ray, and
+  writes checkpoints; `plain` is Ray Tune with `reuse_actors`, Optuna's searcher in memory and nothing recorded;
+  `segadapt` a search.
 * `pair`: trials of two workers. `nested` is Ray Train's `TorchTrainer` in a function of Ray Tune, with health checks
   each 0.1 s and without the preemption watcher; `segadapt` a search.
 
@@ -33,19 +34,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from search_overhead import plain_ray
+from search_overhead import TINY, plain_ray
 from segadapt.platform.environment import machine
 
-SETTINGS = {
-    "data.streets.height": 32,
-    "data.streets.width": 64,
-    "data.streets.train_images": 16,
-    "data.streets.val_images": 6,
-    "warmup.steps": 2,
-    "trainer.steps": 20,
-    "trainer.eval_every": 5,
-    "trainer.batch_size": 4,
-}
+SETTINGS = {**TINY, "trainer.steps": 20, "trainer.eval_every": 5}
 METHOD = "sdca"
 METRIC = "target_val/miou"
 FORMS = {
@@ -54,6 +46,8 @@ FORMS = {
     "pair": ("nested", "segadapt"),
 }
 TRIALS = {"single": 8, "pair": 3}
+ALL_CORES = os.cpu_count() or 1
+"""Threads of a trial that runs alone, as `segadapt` gives it."""
 
 
 class Notes:
@@ -94,12 +88,13 @@ def noted_training(notes: Notes) -> None:
         trial.Trainer = NotedTrainer  # type: ignore[misc]
 
 
-def trial_spec(folder: Path) -> Any:
-    """Return what the trials share, their shared stages computed."""
+def trial_spec(folder: Path, threads: int) -> Any:
+    """Return what the trials share, their shared stages computed; each worker has so many threads."""
     from segadapt.platform import trial
     from segadapt.platform.storage import Storage
 
-    spec = trial.TrialSpec(storage=Storage(folder), experiment="startup", fixed={METHOD: SETTINGS})
+    resources = trial.Resources(cpus=threads)
+    spec = trial.TrialSpec(storage=Storage(folder), experiment="startup", fixed={METHOD: SETTINGS}, resources=resources)
     spec.folder.mkdir(parents=True)
     stages = trial.TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
     trial.train(stages, "stages", {}, kept_in(folder / "stages-checkpoint"), None)
@@ -117,10 +112,26 @@ def kept_in(folder: Path) -> Callable[..., None]:
     return report
 
 
+def reported_to_train() -> Callable[..., None]:
+    """Return a report that hands results and checkpoints to Ray Train; it needs nothing of this file in a worker."""
+
+    def report(metrics: Any, write: Any) -> None:
+        import ray.train
+
+        if write is None:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as name:
+            write(Path(name))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(name))
+
+    return report
+
+
 def run_bare(folder: Path, notes: Notes, trials: int) -> None:
     from segadapt.platform import trial
 
-    spec = trial_spec(folder)
+    spec = trial_spec(folder, ALL_CORES)
     noted_training(notes)
     for number in range(trials):
         notes.add("start")
@@ -167,7 +178,7 @@ def tuned(function: Callable[..., None], resources: Any, folder: Path, trials: i
 
 
 def run_plain(folder: Path, notes: Notes, trials: int) -> None:
-    spec = trial_spec(folder)
+    spec = trial_spec(folder, ALL_CORES)
 
     def function(values: dict[str, Any]) -> None:
         from ray import tune
@@ -186,12 +197,14 @@ def run_plain(folder: Path, notes: Notes, trials: int) -> None:
         notes.add("end")
 
     with plain_ray(dashboard=False):
-        tuned(function, {"cpu": 1}, folder, trials)
+        tuned(function, {"cpu": ALL_CORES}, folder, trials)
 
 
 def run_nested(folder: Path, notes: Notes, trials: int) -> None:
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-    spec = trial_spec(folder)
+    spec = trial_spec(folder, 1)
+
+    report = reported_to_train()
 
     def worker(loop: dict[str, Any]) -> None:
         import ray.train
@@ -200,14 +213,6 @@ def run_nested(folder: Path, notes: Notes, trials: int) -> None:
 
         if ray.train.get_context().get_world_rank() == 0:
             noted_training(notes)
-
-        def report(metrics: Any, write: Any) -> None:
-            if write is None:
-                ray.train.report(metrics)
-                return
-            with tempfile.TemporaryDirectory() as name:
-                write(Path(name))
-                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(name))
 
         trial.train(spec, loop["trial"], loop["values"], report, None)
 
@@ -320,7 +325,7 @@ def processor_seconds(root: int, known: dict[tuple[int, int], float]) -> float:
 def watched(command: list[str], folder: Path) -> tuple[list[tuple[float, float]], list[tuple[float, str]]]:
     """Run a command in a folder; returns moments with the processor time until then, and with the lines it printed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -30,7 +30,7 @@ _DEFAULTS = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_MAX_PENDING_TRIALS_PG": "16",
     "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while waiting slow a busy machine down tenfold
+    "GOMP_SPINCOUNT": "10000",  # 0.1 ms: without a limit, a busy machine gets slow; with none, threads wake too late
 }
 
 
@@ -89,7 +89,10 @@ class Capacity:
 
 def worker_environment() -> dict[str, str]:
     """Return the environment that trials run in."""
-    return {**_DEFAULTS, **os.environ}
+    defaults = dict(_DEFAULTS)
+    if "OMP_WAIT_POLICY" in os.environ:  # the user's, which the number of spins would override
+        del defaults["GOMP_SPINCOUNT"]
+    return defaults | os.environ
 
 
 def this_machine() -> Capacity:
@@ -115,8 +118,7 @@ def connect(address: str | None, *, verbose: bool = False) -> Iterator[Capacity]
     Raises:
         UsageError: If the cluster cannot be reached.
     """
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(worker_environment())
     import ray
     from ray._private import ray_constants
 
@@ -146,7 +148,7 @@ def connect(address: str | None, *, verbose: bool = False) -> Iterator[Capacity]
                     "code on it. docs/security.md tells how to close it.",
                     address,
                 )
-            with contextlib.nullcontext() if address else _plain_processes():
+            with _environment_of_trials(joined=address is not None):
                 yield _capacity(joined=address is not None)
         finally:
             ray.shutdown()
@@ -254,11 +256,18 @@ def _on_loopback() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_processes() -> Iterator[None]:
-    """Have Tune set no variables for trials, which inherit them here: with any, no process that is ready would do."""
+def _environment_of_trials(*, joined: bool) -> Iterator[None]:
+    """Have Tune send trials no secrets, and none of this machine's variables where they inherit them.
+
+    Ray writes what is sent into a log in /tmp that all users of a machine may read. On this machine trials have the
+    variables of this process, and one that is sent any could not take a process that is ready. On a cluster, AWS_* must
+    be in the environment in which Ray was started there.
+    """
     from ray.tune.execution import class_cache
 
-    with _changed((class_cache, "DEFAULT_ENV_VARS", {}), (class_cache, "ENV_VARS_TO_PROPAGATE", set())):
+    sent = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if joined and not name.startswith("AWS_")}
+    fixed = class_cache.DEFAULT_ENV_VARS if joined else {}
+    with _changed((class_cache, "ENV_VARS_TO_PROPAGATE", sent), (class_cache, "DEFAULT_ENV_VARS", fixed)):
         yield
 
 
