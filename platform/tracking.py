@@ -50,6 +50,8 @@ _LABEL_TABLE = "pseudo_labels.json"
 _GALLERY = "gallery.png"
 _EVALUATION = ("evaluation.json", _GALLERY)
 """What of a checkpoint folder is tracked."""
+_GALLERY_STEP = re.compile(r"gallery\+step\+(\d+)\+")
+"""What MLflow calls the pictures of a step."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -85,6 +87,7 @@ def client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is ours
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # else it tells its makers which functions are called
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
@@ -400,6 +403,7 @@ class _Runs:
         self._artifacts = artifacts
         self._run_ids: dict[str, str] = {}
         self._steps: dict[str, set[int]] = {}
+        self._galleries: dict[str, set[int]] = {}
 
     def perform(self, entry: Entry) -> None:
         """Do what a record says."""
@@ -433,23 +437,23 @@ class _Runs:
         parent_key: str | None,
         timestamp: int,
     ) -> None:
-        from mlflow.entities import Param, RunTag
+        from mlflow.entities import Param
 
         experiment_id = self._experiment_id(experiment)
         found = self._find([experiment_id], key)
         parent = {} if parent_key is None else {"mlflow.parentRunId": self._run_id(parent_key)}
+        own = {**tags, **parent}
         known: Mapping[str, str] = {}
         if found is not None:
-            run_id, known = found.info.run_id, found.data.params
-            self._client.update_run(run_id, status="RUNNING")
+            known = found.data.params
+            self._run_ids[key] = found.info.run_id
+            self._client.update_run(found.info.run_id, status="RUNNING")
+            self._set_tags(key=key, tags=own)
         else:
-            run_id = self._client.create_run(experiment_id, timestamp, {KEY_TAG: key}, name).info.run_id
-        self._run_ids[key] = run_id
-        self._client.log_batch(
-            run_id,
-            params=[Param(name, value) for name, value in params.items() if name not in known],
-            tags=[RunTag(name, value) for name, value in {**tags, **parent}.items()],
-        )
+            made = self._client.create_run(experiment_id, timestamp, {KEY_TAG: key, **own}, name)
+            self._run_ids[key] = made.info.run_id
+        if new := [Param(name, value) for name, value in params.items() if name not in known]:
+            self._client.log_batch(self._run_ids[key], params=new)
 
     def _experiment_id(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -493,8 +497,9 @@ class _Runs:
         self._client.log_batch(self._run_id(key), metrics=metrics)
 
     def _set_tags(self, *, key: str, tags: Mapping[str, str]) -> None:
-        for name, value in tags.items():
-            self._client.set_tag(self._run_id(key), name, value)
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self._run_id(key), tags=[RunTag(name, value) for name, value in tags.items()])
 
     def _log_datasets(self, *, key: str, datasets: Sequence[Mapping[str, str]]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -509,10 +514,18 @@ class _Runs:
         from PIL import Image
 
         run_id = self._run_id(key)
-        # MLflow names images at random: a repeat would be a second one
-        if not any(f"gallery+step+{step}+" in found.path for found in self._client.list_artifacts(run_id, "images")):
+        if key not in self._galleries:
+            found = (_GALLERY_STEP.search(entry.path) for entry in self._client.list_artifacts(run_id, "images"))
+            self._galleries[key] = {int(match[1]) for match in found if match}
+        if step in self._galleries[key]:  # MLflow names images at random: a repeat would be a second one
+            return
+        try:
             with Image.open(files / _GALLERY) as image:
                 self._client.log_image(run_id, image, key="gallery", step=step, timestamp=timestamp, synchronous=True)
+        except Exception:
+            del self._galleries[key]  # it may be there
+            raise
+        self._galleries[key].add(step)
 
     def _log_json(self, *, key: str, content: Any, name: str) -> None:
         self._client.log_dict(self._run_id(key), content, name)
