@@ -7,8 +7,8 @@ Forms take turns, each a process of its own, and call the same training function
 
 * `command`: from `segadapt train` in a fresh folder to the first result shown, which follows the first step, its
   evaluation and its checkpoint. Beside it a script that runs the function in Ray Tune, and `segadapt --help`.
-* `single`: trials in one process, with a thread for each core. `bare` calls the function again and again without Ray, and
-  writes checkpoints; `plain` is Ray Tune with `reuse_actors`, Optuna's searcher in memory and nothing recorded;
+* `single`: trials in one process, with a thread for each core. `bare` calls the function again and again without Ray,
+  and writes checkpoints; `plain` is Ray Tune with `reuse_actors`, Optuna's searcher in memory and nothing recorded;
   `segadapt` a search.
 * `pair`: trials of two workers. `nested` is Ray Train's `TorchTrainer` in a function of Ray Tune, with health checks
   each 0.1 s and without the preemption watcher; `segadapt` a search.
