@@ -42,6 +42,9 @@ _LOOPBACK = "127.0.0.1"
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where the workers of a trial listen for each other; without it, where the machine's name leads."""
 
+SHORT_OF_MEMORY = "its node was short of memory, so that Ray ended its process"
+"""How the error begins of a trial that this happened to."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -148,7 +151,7 @@ def connect(address: str | None, *, verbose: bool = False) -> Iterator[Capacity]
                     "code on it. docs/security.md tells how to close it.",
                     address,
                 )
-            with _environment_of_trials(joined=address is not None):
+            with _environment_of_trials(joined=address is not None), _memory_kills_are_deaths():
                 yield _capacity(joined=address is not None)
         finally:
             ray.shutdown()
@@ -268,6 +271,26 @@ def _environment_of_trials(*, joined: bool) -> Iterator[None]:
     sent = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if joined and not name.startswith("AWS_")}
     fixed = class_cache.DEFAULT_ENV_VARS if joined else {}
     with _changed((class_cache, "ENV_VARS_TO_PROPAGATE", sent), (class_cache, "DEFAULT_ENV_VARS", fixed)):
+        yield
+
+
+@contextlib.contextmanager
+def _memory_kills_are_deaths() -> Iterator[None]:
+    """Have Tune start a trial again whose process Ray has ended since its node was short of memory.
+
+    Ray has an error of its own for that, at which Tune would give up all trials.
+    """
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    failed = RayActorManager._actor_task_failed
+
+    def task_failed(manager: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, OutOfMemoryError):
+            exception = RayActorError(error_msg=f"{SHORT_OF_MEMORY}: {exception}")
+        failed(manager, tracked_actor_task, exception)
+
+    with _changed((RayActorManager, "_actor_task_failed", task_failed)):
         yield
 
 

@@ -14,6 +14,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from segadapt.platform.checkpoints import best_checkpoint
+from segadapt.platform.cluster import SHORT_OF_MEMORY
 from segadapt.platform.environment import environment, git_tags
 from segadapt.platform.keeping import Keeper
 from segadapt.platform.ledger import Ledger, Limits
@@ -339,7 +340,7 @@ class Events(tune.Callback):
         trial_id = trial.trial_id
         self._ledger.stop(trial_id)
         self._restarts[trial_id] += 1
-        reason = self._failures.get(trial_id, "its process or node died")
+        reason = self._failures.get(trial_id, _death(trial))
         number, most = self._restarts[trial_id], self._spec.tolerance.max_failures
         message = f"Restart {number} from the last checkpoint: {reason}."
         self._note(trial_id, "restart", message, level="WARNING", restarts=number, max_failures=most)
@@ -351,7 +352,7 @@ class Events(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that failed."""
-        reason = self._failures.get(trial.trial_id, "")
+        reason = self._failures.setdefault(trial.trial_id, f"{_death(trial)}, too often; see Ray's error file")
         self._end(trial.trial_id, "infeasible" if reason.startswith(INFEASIBLE) else "failed")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
@@ -398,7 +399,7 @@ class Events(tune.Callback):
             if best.kept:
                 self._tracker.log_evaluation(key, best.path)
         if state in ("failed", "infeasible"):
-            tags[FAILURE_TAG] = self._failures.get(trial_id, "a process or node died too often; see Ray's error file")
+            tags[FAILURE_TAG] = self._failures[trial_id]
         step = best.metrics["step"] if best is not None else None
         tags[NOTE_TAG] = trial_note(state, goals, step, tags.get(FAILURE_TAG))
         self._tracker.set_tags(key, tags)
@@ -440,6 +441,15 @@ class Events(tune.Callback):
 def _step(trial: Any) -> int:
     """Return the training steps that a trial has done."""
     return int((trial.last_result or {}).get("step", 0))
+
+
+def _death(trial: Any) -> str:
+    """Return what is known of why a trial's process died."""
+    try:
+        last = Path(trial.error_file).read_text().rpartition("Failure #")[2]
+    except (OSError, TypeError):  # none was written
+        last = ""
+    return SHORT_OF_MEMORY if SHORT_OF_MEMORY in last else "its process or node died"
 
 
 def _forget_replaced_checkpoint(trial: Any) -> None:
