@@ -250,10 +250,10 @@ def test_a_search_survives_kills_hangs_and_preemptions_of_its_trials(
     assert not re.search(r"sdca-00[123] step", ended.stdout), "nothing that finished is done again"
 
 
-def children(parent: int, title: str) -> list[int]:
-    """Processes started by another one, by a part of their title."""
+def descendants(parent: int, title: str) -> list[int]:
+    """Processes started by another one or by those it started, by a part of their title."""
     found = []
-    for process in psutil.Process(parent).children():
+    for process in psutil.Process(parent).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if title in " ".join(process.cmdline()):
                 found.append(process.pid)
@@ -278,7 +278,7 @@ def test_workers_and_nodes_that_die_are_replaced(
         def workers() -> dict[int, Any]:
             """The trial's workers and the nodes they are on."""
             raylets = {node.all_processes["raylet"][0].process.pid: node for node in nodes}
-            return {pid: node for raylet, node in raylets.items() for pid in children(raylet, "RayTrainWorker")}
+            return {pid: node for raylet, node in raylets.items() for pid in descendants(raylet, "RayTrainWorker")}
 
         def inflict_on_a_worker(number: signal.Signals) -> Callable[[], None]:
             def inflict() -> None:
@@ -298,7 +298,7 @@ def test_workers_and_nodes_that_die_are_replaced(
             """What the trial's processes are, by the class of their actor."""
             raylets = [node.all_processes["raylet"][0].process.pid for node in (cluster.head_node, *nodes)]
             titles = [
-                Path(f"/proc/{pid}/cmdline").read_text() for raylet in raylets for pid in children(raylet, "ray::")
+                Path(f"/proc/{pid}/cmdline").read_text() for raylet in raylets for pid in descendants(raylet, "ray::")
             ]
             return sorted(
                 match.group(1) for title in titles if (match := re.match(r"ray::(?!IDLE|\w+Agent)(\w+)", title))
@@ -318,6 +318,69 @@ def test_workers_and_nodes_that_die_are_replaced(
     assert run.info.status == "FINISHED"
     assert run.data.tags["segadapt.preemptions"] == "1", "and the two that died are no more than may"
     assert steps_of(tmp_path, run) == list(range(15, 211, 15)), "every step once"
+
+
+def test_a_trial_of_two_workers_one_of_which_stands_still_is_started_again(
+    recoveries: Recoveries, tmp_path: Path
+) -> None:
+    words = ["train", "source_only", "--workers-per-trial", "2", "--trial-timeout", "40"]
+    with driving(tmp_path, *words, *tiny(1, warmup=60)) as driver:
+        driver.wait_for("source_only step 15/")
+        stopped = max(descendants(driver.process.pid, "RayTrainWorker"))
+
+        def stop() -> None:
+            os.kill(stopped, signal.SIGSTOP)
+
+        recoveries.measure("one of two workers hangs, time-out 40 s", driver, "source_only", stop)
+        assert not is_alive(stopped)
+        assert driver.ends() == 0, driver.said()
+    run = runs_of(tmp_path, "train-source_only-streets")["source_only"]
+    assert run.data.tags["segadapt.restarts"] == "1"
+    assert steps_of(tmp_path, run) == [15, 30, 45, 60], "every step once"
+
+
+TAKES_MEMORY = """
+import mmap, sys
+taken = []
+def free():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+while free() > int(sys.argv[1]):
+    taken.append(mmap.mmap(-1, 2**26))
+    for page in range(0, 2**26, mmap.PAGESIZE):
+        taken[-1][page] = 1
+sys.stdin.read()
+"""
+
+
+def test_a_trial_that_is_killed_because_its_node_has_no_memory_left_goes_on(
+    recoveries: Recoveries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = psutil.virtual_memory()
+    least = memory.available - 5 * 10**9  # the search takes some of it
+    if least < 10**9:
+        pytest.skip(f"needs 6 GB of memory, but {memory.available / 1e9:.1f} GB are free")
+    monkeypatch.setenv("RAY_memory_usage_threshold", f"{1 - least / memory.total:.4f}")
+    words = ["search", "sdca", "--trials", "1", "--launcher", "inprocess", "--max-failures", "9", *tiny(150)]
+    with driving(tmp_path, *words) as driver:
+        driver.wait_for("sdca-001 step 15/")
+        (process,) = processes(trial_id(tmp_path, "sdca-streets", "sdca-001"), "ray::")
+
+        def take_all_memory() -> None:
+            other = subprocess.Popen([sys.executable, "-c", TAKES_MEMORY, str(least - 2**28)], stdin=subprocess.PIPE)
+            try:
+                wait_for(lambda: not is_alive(process), "Ray to end the trial's process")
+            finally:
+                other.kill()
+                other.wait()
+
+        assert recoveries.measure("memory of the node full", driver, "sdca-001", take_all_memory) >= EVERY
+        assert driver.ends() == 0, driver.said()
+    run = runs_of(tmp_path, "sdca-streets")["sdca-001"]
+    assert steps_of(tmp_path, run) == list(range(15, 151, 15)), "every step once"
+    log = subprocess.run(
+        [COMMAND, "logs", "sdca-001", "--search", "sdca-streets"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "its node was short of memory" in log.stdout
 
 
 @contextlib.contextmanager

@@ -502,9 +502,9 @@ class Trainer:
             return self.method
         devices = [self.device] if self.device.type == "cuda" else None
         # Gradients lie in the buckets that are exchanged: no copy there and back, and no second one in memory.
-        return DistributedDataParallel(
-            self.method, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        wrapped = DistributedDataParallel(self.method, device_ids=devices, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # set here, since torch 2.15 warns of the argument and 2.11 has no other
+        return wrapped
 
     @staticmethod
     def _synchronised(train_step: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
