@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen
 from subprocess import run as run_process
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,23 @@ TINY = {
 """Settings of a tiny trial, by dotted key."""
 
 TINY_WORDS = [f"{key}={value}" for key, value in TINY.items()]
+
+RECOVERY = "recovery"
+"""Property of a test: a fault that it inflicted, and the seconds until the next result."""
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how long recoveries took, from whichever process measured them."""
+    reports = [report for found in terminalreporter.stats.values() for report in found if _is_call(report)]
+    rows = [row for report in reports for name, row in report.user_properties if name == RECOVERY]
+    if rows:
+        terminalreporter.section("seconds from the fault to the next result")
+    for fault, seconds in rows:
+        terminalreporter.write_line(f"{fault:50} {seconds:6.1f}")
+
+
+def _is_call(report: Any) -> bool:
+    return getattr(report, "when", None) == "call"
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
-from conftest import TINY, _postgres
+from conftest import RECOVERY, TINY, _postgres
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
@@ -107,10 +107,10 @@ def driving(folder: Path, *words: str) -> Iterator[Driver]:
 
 
 class Recoveries:
-    """Seconds from each fault to the next result of what it hit."""
+    """Seconds from each fault to the next result of what it hit, which `tests/conftest.py` prints in the end."""
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, float]] = []
+    def __init__(self, note: Callable[[str, object], None]) -> None:
+        self.note = note
 
     def measure(self, fault: str, driver: Driver, name: str, inflict: Callable[[], None]) -> int:
         """Inflict a fault on a trial and return the step of its next result."""
@@ -124,20 +124,15 @@ class Recoveries:
 
         def wait() -> int:
             when, match = driver.wait_for(rf"{name} step (\d+)/", before)
-            self.rows.append((fault, when - started))
+            self.note(RECOVERY, (fault, when - started))
             return int(match.group(1))
 
         return wait
 
 
-@pytest.fixture(scope="module")
-def recoveries(request: pytest.FixtureRequest) -> Iterator[Recoveries]:
-    found = Recoveries()
-    yield found
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    reporter.write_line("\nseconds from the fault to the next result:")
-    for fault, seconds in found.rows:
-        reporter.write_line(f"  {fault:50} {seconds:6.1f}")
+@pytest.fixture
+def recoveries(record_property: Callable[[str, object], None]) -> Recoveries:
+    return Recoveries(record_property)
 
 
 def processes(folder_name: str, title: str = "") -> list[int]:
