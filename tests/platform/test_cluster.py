@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from segadapt.platform.cluster import Capacity, Node, connect
+from segadapt.platform.cluster import Capacity, Node, connect, worker_environment
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiments import Options, resources_of
 
@@ -79,3 +79,11 @@ def test_more_than_a_gpu_is_a_whole_number() -> None:
 def test_a_node_without_cpus_runs_nothing() -> None:
     assert Node(0, 4).workers(1, 1.0) == 0
     assert Node(8, 4).workers(1, 0.1) == 8
+
+
+def test_threads_wait_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert int(worker_environment()["GOMP_SPINCOUNT"]) > 0
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    assert "GOMP_SPINCOUNT" not in worker_environment()

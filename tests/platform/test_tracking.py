@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -133,6 +134,42 @@ def refused(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Why records were left out, one reason each."""
     errors = [record for record in caplog.records if record.name == LOGGER and record.levelno >= logging.ERROR]
     return [str(record.exc_info[1]) if record.exc_info else record.getMessage() for record in errors]
+
+
+def test_a_record_takes_one_request_and_pictures_are_looked_for_once_per_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Any]:
+        real = getattr(MlflowClient, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return real(*arguments, **named)
+
+        return call
+
+    for name in ("log_batch", "list_artifacts", "search_runs"):
+        monkeypatch.setattr(MlflowClient, name, counted(name))
+    Image.new("RGB", (4, 4)).save(tmp_path / "gallery.png")
+    storage = Storage(tmp_path / "runs")
+    storage.root.mkdir()
+    for _ in range(2):  # a second session sends the same pictures again
+        calls.clear()
+        tracker = Tracker(storage, None)
+        tracker.start(run_of("counted/1", lr=1.0))
+        for step in (1, 2, 3):
+            tracker.log_gallery("counted/1", tmp_path, step)
+        tracker.set_tags("counted/1", {f"tag {number}": "value" for number in range(9)})
+        tracker.end("counted/1", "FINISHED")
+        tracker.close()
+        assert calls == {"search_runs": 1, "log_batch": 2, "list_artifacts": 1}
+    pictures = [path.name for path in storage.mlflow_artifacts.rglob("gallery*.png")]
+    assert len(pictures) == 3, pictures
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
 def test_records_of_an_outage_arrive_once_and_in_order(
