@@ -176,6 +176,7 @@ class Events(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Before anything else: close runs of trials that a killed driver started but had not yet saved."""
         assert self._tracker is not None
+        assert self._progress is not None
         assert self._ledger is not None
         assert self._states is not None
         self._ledger.keep()
@@ -190,6 +191,8 @@ class Events(tune.Callback):
             self._open = {
                 trial.trial_id: trial for trial in trials if trial.status not in (Trial.TERMINATED, Trial.ERROR)
             }
+            if ended := len(trials) - len(self._open):
+                self._progress.ended_before(ended)
             for trial in self._open.values():
                 _forget_replaced_checkpoint(trial)
                 trial.max_failures = trial.run_metadata.num_failures + self._spec.tolerance.max_failures

@@ -63,6 +63,13 @@ class Progress:
         else:
             self.console.print(f"{self.title}: {self._count()}, {self.steps} steps each")
 
+    def ended_before(self, trials: int) -> None:
+        """So many of the trials ended in earlier sessions."""
+        self._ended += trials
+        self._missing -= trials * self.steps
+        if self._live is None:
+            self.console.print(f"{self.title}: going on, {self._count()}")
+
     def started(self, key: str, name: str, step: int = 0) -> None:
         """A trial was handed to a process, for the first time or again; `step` steps were done earlier."""
         if key not in self._views:

@@ -143,6 +143,18 @@ def test_a_report_is_shown_without_going_through_all_trials() -> None:
     assert (progress._taken, progress._missing) == (10, 8 + 4), "of a trial not begun and one that runs"
 
 
+def test_a_search_that_goes_on_counts_what_ended_before() -> None:
+    written = io.StringIO()
+    progress = Progress("search", MIOU, trials=5, steps=8, console=Console(file=written, width=160))
+    progress.ended_before(3)
+    assert written.getvalue().splitlines()[-1] == "search: going on, 3/5 trials done"
+    progress.started("t3", "sdca-003")
+    progress.result("t3", 8, 0.5)
+    progress.ended("t3", "finished")
+    assert "4/5 trials done" in written.getvalue().splitlines()[-1]
+    assert progress._missing == 8
+
+
 @pytest.mark.parametrize("trials", [10, 10_000])
 def test_saving_the_state_takes_a_twentieth_of_the_time(trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saving takes 1 ms per trial; each 0.1 s a trial writes a checkpoint and Tune asks for the state to be saved."""
