@@ -355,8 +355,8 @@ class Events(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that failed."""
-        reason = self._failures.setdefault(trial.trial_id, f"{_death(trial)}, too often; see Ray's error file")
-        self._end(trial.trial_id, "infeasible" if reason.startswith(INFEASIBLE) else "failed")
+        reason = self._failures.get(trial.trial_id) or f"{_death(trial)}, too often; see Ray's error file"
+        self._end(trial.trial_id, "infeasible" if reason.startswith(INFEASIBLE) else "failed", reason)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Close the runs of trials that the end of a budget or an interruption left unfinished."""
@@ -370,12 +370,12 @@ class Events(tune.Callback):
                 if trial.trial_id in self._started:
                     self._end(trial.trial_id, state)
         if trials:  # Tune has saved for the last time
-            self._states.keep(Path(trials[0].storage.experiment_driver_staging_path))
+            self._states.keep(Path(trials[0].storage.experiment_driver_staging_path), at_once=True)
         if self._keeper is not None:
             self._collect()
             self._keeper.sweep()
 
-    def _end(self, trial_id: str, state: str) -> None:
+    def _end(self, trial_id: str, state: str, failure: str | None = None) -> None:
         assert self._tracker is not None
         assert self._progress is not None
         assert self._ledger is not None
@@ -401,8 +401,8 @@ class Events(tune.Callback):
             self._tracker.log_summary(key, kept, best.metrics["step"])
             if best.kept:
                 self._tracker.log_evaluation(key, best.path)
-        if state in ("failed", "infeasible"):
-            tags[FAILURE_TAG] = self._failures[trial_id]
+        if failure is not None:
+            tags[FAILURE_TAG] = failure
         step = best.metrics["step"] if best is not None else None
         tags[NOTE_TAG] = trial_note(state, goals, step, tags.get(FAILURE_TAG))
         self._tracker.set_tags(key, tags)

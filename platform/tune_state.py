@@ -25,6 +25,9 @@ ARCHIVE = "tune_state.zip"
 TUNER = "tuner.pkl"
 """What Tune writes once, before the first trial: with it, an experiment was begun."""
 
+_EVERY_S = 1.0
+"""Between two looks at whether Tune has saved, which it does no more often."""
+
 _NAME = re.compile(
     r"(experiment_state|callback-states|searcher-state|search_gen_state|basic-variant-state)-"
     r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)\.(?:json|pkl)"
@@ -59,13 +62,19 @@ class StateKeeper:
     def __init__(self, folder: Path) -> None:
         self._archive = folder / ARCHIVE
         self._kept: int | None = None
+        self._next = 0.0
 
-    def keep(self, staging: Path) -> None:
+    def keep(self, staging: Path, *, at_once: bool = False) -> None:
         """Archive Tune's files, if it has written them since; call between two of its writes.
 
         Args:
-            staging: Tune's own folder, where it writes them before it copies them.
+            staging: Tune's own folder, where it writes them before it copies them; it also has one of each trial there.
+            at_once: Look now, rather than once a second.
         """
+        now = time.monotonic()
+        if now < self._next and not at_once:
+            return
+        self._next = now + _EVERY_S
         files = _newest(_files(staging))
         written = max((file.path.stat().st_mtime_ns for file in files), default=None)
         if written is None or written == self._kept:
