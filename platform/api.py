@@ -1195,7 +1195,7 @@ def ui(*, storage: str = "runs", port: int = 5000) -> int:
     command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]  # no other site's name leads here
     command += ["--backend-store-uri", tracking.tracking_uri(opened, None)]
     command += ["--artifacts-destination", str(opened.mlflow_artifacts)]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _wait_for_health(f"http://127.0.0.1:{port}", server)
