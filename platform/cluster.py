@@ -30,7 +30,7 @@ _DEFAULTS = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_MAX_PENDING_TRIALS_PG": "16",
     "OMP_NUM_THREADS": "1",
-    "GOMP_SPINCOUNT": "10000",  # 0.25 ms: spinning for ever slows a busy machine down, not at all wakes threads late
+    "GOMP_SPINCOUNT": "10000",  # 0.25 ms: spinning for long slows busy machines down, without it threads wake late
 }
 
 
