@@ -18,7 +18,7 @@ class Doors:
         self._ended = threading.Event()
 
     def __enter__(self) -> "Doors":
-        self._before = set(_parents())
+        self._before = set(_processes())
         self._family = {os.getpid()}
         self._watch = threading.Thread(target=self._look_until_ended)
         self._watch.start()
@@ -38,7 +38,7 @@ class Doors:
             self._look()
 
     def _look(self) -> None:
-        started = {pid: parent for pid, parent in _parents().items() if pid not in self._before}
+        started = {pid: parent for (pid, since), parent in _processes().items() if (pid, since) not in self._before}
         while found := {pid for pid, parent in started.items() if parent in self._family} - self._family:
             self._family |= found  # for good: whose parent ended has another one
         listening = _listening()
@@ -48,12 +48,13 @@ class Doors:
                     self.opened.add((listening[socket], Path(f"/proc/{pid}/comm").read_text().strip()))
 
 
-def _parents() -> dict[int, int]:
-    """All processes, with their parents."""
+def _processes() -> dict[tuple[int, int], int]:
+    """The parents of all processes, by number and start: numbers are given again."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            found[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            words = (process / "stat").read_text().rpartition(")")[2].split()
+            found[int(process.name), int(words[19])] = int(words[1])
     return found
 
 

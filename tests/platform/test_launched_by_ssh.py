@@ -134,6 +134,7 @@ def sshd(folder: Path) -> str:
     settings.write_text(
         f"HostKey {folder}/host_key\nPidFile none\nUsePAM no\nStrictModes no\nPasswordAuthentication no\n"
         "PermitRootLogin prohibit-password\nAuthorizedKeysFile .ssh/authorized_keys\n"
+        "SetEnv PIP_CONFIG_FILE=/dev/null\n"  # this machine's may cap what is installed here already
     )
     return f"{shutil.which('sshd')} -D -e -f {settings}"
 
