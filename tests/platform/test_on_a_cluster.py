@@ -216,6 +216,14 @@ def loopback_cluster(secured: None) -> Iterator[Any]:
             found.shutdown()
 
 
+def test_a_cluster_is_shown_the_token_that_there_is(loopback_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with cluster.connect(loopback_cluster.address) as capacity:
+        assert capacity.joined
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert "RAY_AUTH_MODE" not in os.environ
+
+
 def test_a_node_that_differs_is_named_before_any_trial(loopback_cluster: Any, tmp_path: Path) -> None:
     """One node has other versions, one sees another folder under the storage's path."""
     data, storage, other = tmp_path / "data", tmp_path / "runs", tmp_path / "packages"
