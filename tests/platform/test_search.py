@@ -310,6 +310,8 @@ def test_an_extended_search_knows_its_trials_and_ranks_the_best_over_seeds(searc
     words = ["--extend", "sdca-streets", "--trials", "2", "--rerank", "2", "--seeds", "2"]
     done = command(folder, "search", *words)
     assert done.returncode == 0, done.stderr
+    assert "going on, 3/5 trials done" in done.stdout
+    assert "5/5 trials done" in done.stdout
     runs = tracked(folder, "sdca-streets")
     assert {name for name in runs if re.fullmatch(r"sdca-\d+", name)} == {
         f"sdca-{number:03d}" for number in range(1, 6)
