@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from measuring import emit
-from segadapt.platform.environment import machine
+from segadapt.platform.trial.environment import machine
 
 EVERY_S = 0.2
 

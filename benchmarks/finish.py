@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from segadapt import search_spaces
-from segadapt.platform.api import finish_settings
-from segadapt.platform.config import TrialConfig, Values, flatten, parse_assignments, resolve
-from segadapt.platform.environment import machine
-from segadapt.platform.trial import build_method
+from segadapt.platform.experiment.finishing import finish_settings
+from segadapt.platform.settings.config import TrialConfig, Values, flatten, parse_assignments, resolve
+from segadapt.platform.trial.environment import machine
+from segadapt.platform.trial.training import build_method
 from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.method import SOURCE_ONLY

@@ -14,9 +14,9 @@ import sys
 from typing import Any
 
 from measuring import parse, write_record
-from segadapt.platform.cluster import worker_environment
-from segadapt.platform.config import resolve
-from segadapt.platform.cost import run_probe
+from segadapt.platform.cluster.connection import worker_environment
+from segadapt.platform.experiment.probe import run_probe
+from segadapt.platform.settings.config import resolve
 from segadapt.trainables import METHODS
 
 TRIAL = """
@@ -24,7 +24,7 @@ import json, sys, tempfile
 from pathlib import Path
 import ray.tune
 import torch
-from segadapt.platform.config import resolve
+from segadapt.platform.settings.config import resolve
 from segadapt.platform.cost import peak_memory
 from segadapt.platform.trial import build_method
 from segadapt.trainables import method_class

@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 from measuring import emit
-from segadapt.platform.environment import machine
+from segadapt.platform.trial.environment import machine
 
 BARE = """
 import json, sys, time
 from pathlib import Path
 import torch
-from segadapt.platform.config import resolve
+from segadapt.platform.settings.config import resolve
 from segadapt.platform.trial import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data

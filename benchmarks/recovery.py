@@ -33,7 +33,7 @@ from typing import Any
 import psutil
 
 from search_overhead import plain_ray
-from segadapt.platform.environment import machine
+from segadapt.platform.trial.environment import machine
 from startup import METHOD, METRIC, SETTINGS, kept_in, reported_to_train, spread
 
 EVERY = 15
@@ -48,23 +48,25 @@ def run_plain(folder: Path, address: str, *, restore: bool) -> None:
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "TUNE_GLOBAL_CHECKPOINT_S": "1"}
     from ray import tune
 
-    from segadapt.platform import trial
+    from segadapt.platform.storage.folders import Storage
+    from segadapt.platform.trial import training
+    from segadapt.platform.trial.spec import TrialSpec
 
-    spec = trial.TrialSpec(trial.Storage(folder), "recovery", {METHOD: LONG})
+    spec = TrialSpec(Storage(folder), "recovery", {METHOD: LONG})
     if not restore:
         spec.folder.mkdir(parents=True)
-        stages = trial.TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
-        trial.train(stages, "stages", {}, kept_in(folder / "stages-checkpoint"), None)
+        stages = TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
+        training.train(stages, "stages", {}, kept_in(folder / "stages-checkpoint"), None)
 
     report = reported_to_train()
 
     def worker(loop: dict[str, Any]) -> None:
         import ray.train
 
-        from segadapt.platform import trial
+        from segadapt.platform.trial import training
 
         found = ray.train.get_checkpoint()
-        trial.train(spec, loop["trial"], {}, report, Path(found.path) if found is not None else None)
+        training.train(spec, loop["trial"], {}, report, Path(found.path) if found is not None else None)
 
     def function(values: dict[str, Any]) -> None:
         import ray.train

@@ -29,7 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import segadapt as api
 from search_overhead import METRIC, TINY
+from segadapt.platform.settings.resources import Resources
+from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.tracker import Tracker
 
 NAME = "scale"
 METHOD = "plca"
@@ -126,8 +130,8 @@ class Watch:
     def __enter__(self) -> "Watch":
         from ray.tune.execution.tune_controller import TuneController
 
-        from segadapt.platform.events import Events
-        from segadapt.platform.tracking import Tracker
+        from segadapt.platform.experiment.events import Events
+        from segadapt.platform.tracking.tracker import Tracker
 
         def made(tracker: Any, *_: Any) -> None:
             self._tracker = tracker
@@ -233,24 +237,24 @@ class Paths:
 def run_session(kind: str, paths: Paths, address: str, trials: int, sampler: str, profile: Path | None) -> None:
     """Search, resume or extend in this process, and write down what it took."""
     begun = time.time()
-    from segadapt.platform import api, search, tracking
+    from segadapt.platform.experiment import tuning as search
 
     real = search._trainable
     search._trainable = lambda spec: real(spec) if spec.shared_stages else _tiny(paths)
-    tracking.Tracker.close.__defaults__ = (36_000.0,)  # all of it is to be written, however long it takes
-    options = api.Options(storage=str(paths.storage), address=address, launcher="inprocess", gpus=float(GPUS))
+    Tracker.close.__defaults__ = (36_000.0,)  # all of it is to be written, however long it takes
+    place = Place(paths.storage)
+    running: Any = {"address": address, "resources": Resources(launcher="inprocess", gpus=float(GPUS))}
     known = len(_starts(paths))
     with Watch(paths.storage) as watch, _profiled(profile):
         match kind:
             case "search":
-                record = api.plan_search(
-                    [METHOD], SETTINGS, trials=trials, sampler=sampler, name=NAME, storage=str(paths.storage)
+                outcome = api.search(
+                    METHOD, SETTINGS, trials=trials, sampler=sampler, name=NAME, place=place, **running
                 )
-                outcome = api.search(record, options)
             case "resume":
-                outcome = api.resume(NAME, options)
+                outcome = api.search(resume=NAME, place=place, **running)
             case "extend":
-                outcome = api.extend(NAME, options, trials=MORE)
+                outcome = api.search(extend=NAME, trials=MORE, place=place, **running)
     row: dict[str, Any] = {"parts_s": dict(outcome.seconds), "seconds": time.time() - begun}
     starts = _starts(paths)[known:]
     if starts:
@@ -352,7 +356,7 @@ def time_command(*words: str, cwd: Path) -> dict[str, float]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the cluster, the search on it and the commands after it."""
-    from segadapt.platform.cluster import worker_environment
+    from segadapt.platform.cluster.connection import worker_environment
 
     os.environ.update(worker_environment() | ENVIRONMENT)
     from ray.cluster_utils import Cluster  # reads the environment
@@ -407,7 +411,7 @@ def main() -> None:
         show(rows[-1])
     if arguments.json:
         from measuring import cpu_model
-        from segadapt.platform.environment import machine
+        from segadapt.platform.trial.environment import machine
 
         setting = {name: vars(arguments)[name] for name in ("trials", "nodes", "sampler")}
         setting |= {"reports": REPORTS, "block": BLOCK, "gpus_of_a_node": GPUS, "cpu": cpu_model()}

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from segadapt.platform.environment import machine
+from segadapt.platform.trial.environment import machine
 from surrogate.model import Surrogate
 
 METRIC = "target_val/miou"
@@ -83,10 +83,10 @@ def segadapt(surrogate: Surrogate, seed: int, workers: int, *, sampler: str, sch
     """A search of the platform, as its command makes it, with the study in memory."""
     import optuna
 
-    from segadapt.platform.objective import Objective
-    from segadapt.platform.optuna_search import StudySearch
-    from segadapt.platform.rungs import scheduler as make_scheduler
-    from segadapt.platform.samplers import make_sampler
+    from segadapt.platform.search.samplers import make_sampler
+    from segadapt.platform.search.schedulers import scheduler as make_scheduler
+    from segadapt.platform.search.searcher import StudySearch
+    from segadapt.platform.settings.objective import Objective
 
     objective = Objective((METRIC,))
     searcher = StudySearch(
@@ -373,7 +373,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     surrogate = Surrogate()
     if options.check:
-        from segadapt.platform.cluster import connect
+        from segadapt.platform.cluster.connection import connect
 
         os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
         with connect(None):

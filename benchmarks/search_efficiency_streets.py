@@ -36,13 +36,15 @@ from typing import Any, NamedTuple
 
 from ray import tune
 
+import segadapt as api
 from segadapt import search_spaces
-from segadapt.platform import api, tracking
-from segadapt.platform.environment import machine
-from segadapt.platform.experiments import Record
-from segadapt.platform.search import load_study
-from segadapt.platform.storage import Storage
-from segadapt.platform.trial import TrialSpec, run_in_process
+from segadapt.platform.experiment.record import Record
+from segadapt.platform.experiment.tuning import load_study
+from segadapt.platform.storage.folders import Place, Storage
+from segadapt.platform.tracking.client import mlflow_client
+from segadapt.platform.trial.environment import machine
+from segadapt.platform.trial.launchers import run_in_process
+from segadapt.platform.trial.spec import TrialSpec
 from surrogate.collect import METHOD
 from surrogate.collect import SETTINGS as SURROGATE_SETTINGS
 
@@ -124,7 +126,7 @@ def run_plain(folder: Path, seed: int, target: float) -> list[Report]:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    from segadapt.platform.cluster import connect
+    from segadapt.platform.cluster.connection import connect
 
     storage = Storage(folder)
     fixed = {name: found.fixed for name, found in Record.load(storage, "random").candidates.items()}
@@ -198,7 +200,7 @@ def has_ended(storage: Storage, name: str, target: float) -> bool:
     """Return whether a search has matched or is to be given up."""
     import optuna
 
-    url = storage.study_url(None)
+    url = Place(storage.root).study_url
     if name not in optuna.get_all_study_names(url):
         return False
     trials = load_study(name, url).get_trials(deepcopy=False)
@@ -208,10 +210,10 @@ def has_ended(storage: Storage, name: str, target: float) -> bool:
 
 def reports_of(storage: Storage, name: str) -> list[Report]:
     """Return what the trials of a segadapt search reported, in order of time, from MLflow."""
-    client = tracking.client(tracking.tracking_uri(storage, None))
+    client = mlflow_client(Place(storage.root).tracking_url)
     return sorted(
         Report(entry.timestamp / 1000, row.name, row.name == f"{METHOD}-001", entry.step, entry.value)
-        for row in api.runs(name, storage=str(storage.root)).rows
+        for row in api.runs(name, place=Place(str(storage.root))).rows
         if row.kind == "trial"
         for entry in client.get_metric_history(row.run_id, METRIC)
     )

@@ -66,11 +66,11 @@ def trainable(starts: Path, reports: int) -> Any:
 
 def run_segadapt(folder: Path, trials: int, reports: int, sampler: str) -> None:
     from segadapt import search_spaces
-    from segadapt.platform import search
-    from segadapt.platform.events import Labels
-    from segadapt.platform.storage import Storage
-    from segadapt.platform.tracking import RunInfo, Tracker
-    from segadapt.platform.trial import TrialSpec
+    from segadapt.platform.experiment import tuning as search
+    from segadapt.platform.experiment.events import Labels
+    from segadapt.platform.storage.folders import Place, Storage
+    from segadapt.platform.tracking.tracker import RunInfo, Tracker
+    from segadapt.platform.trial.spec import TrialSpec
 
     space, presets = search_spaces.load(METHOD)
     storage = Storage(folder)
@@ -83,14 +83,14 @@ def run_segadapt(folder: Path, trials: int, reports: int, sampler: str) -> None:
         seed=0,
         steps=STEPS,
         grace_steps=GRACE,
-        study_url=storage.study_url(None),
+        study_url=Place(storage.root).study_url,
         sampler=sampler,
     )
     search._trainable = lambda spec: trainable(folder / "starts", reports)
-    tracker = Tracker(storage, None)  # makes MLflow's database, which is part of the start
+    tracker = Tracker(Place(storage.root))  # makes MLflow's database, which is part of the start
     tracker.start(RunInfo("overhead", "overhead", "overhead", {}, {}))
     tracker.close(3600)
-    tracker = Tracker(storage, None)
+    tracker = Tracker(Place(storage.root))
     labels = Labels(experiment="overhead", kind="trial", names=[], tags={}, parent_key="overhead")
     search.run_experiment(spec, labels, STEPS, tracker, "overhead", plan)
     (folder / "fitted").write_text(str(time.time()))
@@ -165,7 +165,7 @@ def plain_ray(*, dashboard: bool, address: str = "local") -> Iterator[None]:
 def measure(form: str, trials: int, reports: int, sampler: str) -> dict[str, Any]:
     """Run one search in this process and say what it took."""
     if form == "segadapt":
-        from segadapt.platform.cluster import connect
+        from segadapt.platform.cluster.connection import connect
     else:
 
         def connect(address: None) -> Any:
@@ -267,7 +267,7 @@ def main() -> None:
     print(json.dumps(ratios, indent=1))
     if options.json:
         from measuring import cpu_model  # brings torch, which must not count as memory of plain Ray Tune's driver
-        from segadapt.platform.environment import machine
+        from segadapt.platform.trial.environment import machine
 
         setting = {"trials": options.trials, "reports": options.reports, "concurrent": CONCURRENT, "cpu": cpu_model()}
         record = {"setting": setting, "environment": machine(), "results": rows, "ratios": ratios}

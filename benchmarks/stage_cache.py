@@ -21,13 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import segadapt as api
 from measuring import emit
-from segadapt.platform import api, stages, tracking
-from segadapt.platform.config import parse_assignments
-from segadapt.platform.environment import machine
-from segadapt.platform.experiments import Options, Record
-from segadapt.platform.storage import Storage
-from segadapt.platform.trial import TrialSpec, train
+from segadapt.platform.experiment.record import Options, Record
+from segadapt.platform.settings.config import parse_assignments
+from segadapt.platform.storage.folders import Place, Storage
+from segadapt.platform.storage.stage_keys import stage_keys
+from segadapt.platform.storage.stages import longest_prefix
+from segadapt.platform.tracking.client import mlflow_client
+from segadapt.platform.trial.environment import machine
+from segadapt.platform.trial.spec import TrialSpec
+from segadapt.platform.trial.training import train
 from segadapt.trainables.core.data.datasets import load_data
 
 SMALL = {
@@ -55,10 +59,10 @@ class Trial:
 
 def searched(record: Record, folder: Path) -> list[Trial]:
     """Run the search; returns its trials in the order of their names' numbers."""
-    api.search(record, Options(storage=str(folder)))
-    client = tracking.client(tracking.tracking_uri(Storage(folder), None))
+    api.Plan(record, Options(Place(folder))).run()
+    client = mlflow_client(Place(folder).tracking_url)
     trials = []
-    for row in api.runs(record.name, storage=str(folder)).rows:
+    for row in api.runs(record.name, place=Place(str(folder))).rows:
         if row.kind == "trial":
             history = client.get_metric_history(row.run_id, record.objective)
             values = {key: typed(text) for key, text in row.params.items()}
@@ -83,8 +87,8 @@ def replay(spec: TrialSpec, trials: Sequence[Trial], *, cached: bool) -> dict[st
             shutil.rmtree(spec.storage.stages, ignore_errors=True)
         method = spec.method(trial.values)
         config = spec.shared_config(method)
-        keys = stages.stage_keys(config, load_data(config.data)[0].fingerprint)
-        missing = len(keys) - len(stages.longest_prefix(spec.storage, keys))
+        keys = stage_keys(config, load_data(config.data)[0].fingerprint)
+        missing = len(keys) - len(longest_prefix(spec.storage, keys))
         if missing:
             stages_spec = TrialSpec(spec.storage, "replay", {method: spec.fixed[method]}, shared_stages=True)
             seconds["shared_stages"] += training(stages_spec, trial.name, {}, None)
@@ -118,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = {**SMALL, **parse_assignments(options.settings)}
     with tempfile.TemporaryDirectory() as name:
-        record = api.plan_search(options.methods, settings, trials=options.trials, storage=name)
+        record = api.plan(options.methods, settings, trials=options.trials, place=Place(name)).record
         trials = searched(record, Path(name))
         fixed = {method: found.fixed for method, found in record.candidates.items()}
         spec = TrialSpec(Storage(Path(name) / "replay"), "replay", fixed)

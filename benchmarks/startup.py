@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from search_overhead import TINY, plain_ray
-from segadapt.platform.environment import machine
+from segadapt.platform.trial.environment import machine
 
 SETTINGS = {**TINY, "trainer.steps": 20, "trainer.eval_every": 5}
 METHOD = "sdca"
@@ -68,9 +68,9 @@ class Notes:
 
 def noted_training(notes: Notes) -> None:
     """Have this process's trainings note when they begin, report and end."""
-    from segadapt.platform import trial
+    from segadapt.platform.trial import training
 
-    class NotedTrainer(trial.Trainer):
+    class NotedTrainer(training.Trainer):
         def __init__(self, *, report: Callable[..., None], **parts: Any) -> None:
             def noted(metrics: Any, write: Any) -> None:
                 notes.add("report")
@@ -84,20 +84,22 @@ def noted_training(notes: Notes) -> None:
             super().run(resume)
             notes.add("trained")
 
-    if trial.Trainer.__name__ != "NotedTrainer":
-        trial.Trainer = NotedTrainer  # type: ignore[misc]
+    if training.Trainer.__name__ != "NotedTrainer":
+        training.Trainer = NotedTrainer  # type: ignore[misc]
 
 
 def trial_spec(folder: Path, threads: int) -> Any:
     """Return what the trials share, their shared stages computed; each worker has so many threads."""
-    from segadapt.platform import trial
-    from segadapt.platform.storage import Storage
+    from segadapt.platform.settings.resources import Allocation
+    from segadapt.platform.storage.folders import Storage
+    from segadapt.platform.trial import training
+    from segadapt.platform.trial.spec import TrialSpec
 
-    resources = trial.Resources(cpus=threads)
-    spec = trial.TrialSpec(storage=Storage(folder), experiment="startup", fixed={METHOD: SETTINGS}, resources=resources)
+    resources = Allocation(cpus=threads)
+    spec = TrialSpec(storage=Storage(folder), experiment="startup", fixed={METHOD: SETTINGS}, resources=resources)
     spec.folder.mkdir(parents=True)
-    stages = trial.TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
-    trial.train(stages, "stages", {}, kept_in(folder / "stages-checkpoint"), None)
+    stages = TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
+    training.train(stages, "stages", {}, kept_in(folder / "stages-checkpoint"), None)
     return spec
 
 
@@ -129,13 +131,13 @@ def reported_to_train() -> Callable[..., None]:
 
 
 def run_bare(folder: Path, notes: Notes, trials: int) -> None:
-    from segadapt.platform import trial
+    from segadapt.platform.trial import training
 
     spec = trial_spec(folder, ALL_CORES)
     noted_training(notes)
     for number in range(trials):
         notes.add("start")
-        trial.train(spec, f"{number}", {}, kept_in(folder / "checkpoint"), None)
+        training.train(spec, f"{number}", {}, kept_in(folder / "checkpoint"), None)
         notes.add("end")
 
 
@@ -183,7 +185,7 @@ def run_plain(folder: Path, notes: Notes, trials: int) -> None:
     def function(values: dict[str, Any]) -> None:
         from ray import tune
 
-        from segadapt.platform import trial
+        from segadapt.platform.trial import training
 
         notes.add("start")
         noted_training(notes)
@@ -193,7 +195,7 @@ def run_plain(folder: Path, notes: Notes, trials: int) -> None:
                 write(Path(name))
                 tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(name))
 
-        trial.train(spec, tune.get_context().get_trial_id(), values, report, None)
+        training.train(spec, tune.get_context().get_trial_id(), values, report, None)
         notes.add("end")
 
     with plain_ray(dashboard=False):
@@ -209,12 +211,12 @@ def run_nested(folder: Path, notes: Notes, trials: int) -> None:
     def worker(loop: dict[str, Any]) -> None:
         import ray.train
 
-        from segadapt.platform import trial
+        from segadapt.platform.trial import training
 
         if ray.train.get_context().get_world_rank() == 0:
             noted_training(notes)
 
-        trial.train(spec, loop["trial"], loop["values"], report, None)
+        training.train(spec, loop["trial"], loop["values"], report, None)
 
     def function(values: dict[str, Any]) -> None:
         import ray.train
@@ -242,63 +244,69 @@ def run_nested(folder: Path, notes: Notes, trials: int) -> None:
 
 
 def run_segadapt(folder: Path, notes: Notes, trials: int, workers: int) -> None:
-    from segadapt.platform import api, search, trial
-    from segadapt.platform.experiments import Options
+    import segadapt as api
+    from segadapt.platform.experiment import tuning
+    from segadapt.platform.settings.resources import Resources
+    from segadapt.platform.storage.folders import Place
+    from segadapt.platform.trial import launchers
 
     def noted(run: Callable[..., None]) -> Callable[..., None]:
         def function(values: dict[str, Any], spec: Any) -> None:
-            from segadapt.platform import trial
+            from segadapt.platform.trial import launchers
 
             if spec.shared_stages:
                 run(values, spec=spec)
                 return
             notes.add("start")
             noted_training(notes)
-            trial.train_worker = noted_worker
+            launchers.train_worker = noted_worker
             run(values, spec=spec)
             notes.add("end")
 
         return function
 
-    def noted_worker(loop: dict[str, Any], run: Callable[..., None] = trial.train_worker) -> None:
+    def noted_worker(loop: dict[str, Any], run: Callable[..., None] = launchers.train_worker) -> None:
         import ray.train
 
         if ray.train.get_context().get_world_rank() == 0:
             noted_training(notes)
         run(loop)
 
-    search.run_in_process = noted(trial.run_in_process)
-    search.run_with_ray_train = noted(trial.run_with_ray_train)
-    record = api.plan_search(
-        [METHOD],
+    tuning.run_in_process = noted(launchers.run_in_process)
+    tuning.run_with_ray_train = noted(launchers.run_with_ray_train)
+    api.search(
+        METHOD,
         SETTINGS,
         trials=trials,
         concurrent=1,
         sampler="random",
         scheduler="none",
-        storage=str(folder / "runs"),
+        place=Place(folder / "runs"),
+        resources=Resources(workers),
+        say=lambda line: None,
     )
-    api.search(record, Options(storage=str(folder / "runs"), workers=workers, say=lambda line: None))
 
 
 def run_script(folder: Path, notes: Notes) -> None:
     """What `command` compares with: the same first step in Ray Tune, its shared stages among what it does."""
-    from segadapt.platform import trial
+    from segadapt.platform.storage.folders import Storage
+    from segadapt.platform.trial import training
+    from segadapt.platform.trial.spec import TrialSpec
 
-    spec = trial.TrialSpec(trial.Storage(folder), "startup", {METHOD: SETTINGS | {"trainer.eval_every": 1}})
+    spec = TrialSpec(Storage(folder), "startup", {METHOD: SETTINGS | {"trainer.eval_every": 1}})
 
     def function(values: dict[str, Any]) -> None:
         from ray import tune
 
-        from segadapt.platform import trial
+        from segadapt.platform.trial.spec import TrialSpec
 
         def report(metrics: Any, write: Any) -> None:
             kept_in(folder / "checkpoint")(metrics, write)
             tune.report(metrics)
             notes.add("result")
 
-        stages = trial.TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
-        trial.train(stages, "stages", {}, report, None)
+        stages = TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
+        training.train(stages, "stages", {}, report, None)
 
     with plain_ray(dashboard=False):
         tuned(function, {"cpu": 1}, folder, 1)

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from segadapt import search_spaces
-from segadapt.platform.config import Values, parse_assignments, resolve
-from segadapt.platform.environment import machine
-from segadapt.platform.trial import build_method
+from segadapt.platform.settings.config import Values, parse_assignments, resolve
+from segadapt.platform.trial.environment import machine
+from segadapt.platform.trial.training import build_method
 from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.method import SOURCE_ONLY

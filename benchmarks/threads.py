@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from measuring import cpu_model, emit
-from segadapt.platform.environment import machine
+from segadapt.platform.trial.environment import machine
 
 TRAINING = """
 import sys, tempfile
 from pathlib import Path
 import torch
-from segadapt.platform.config import resolve
+from segadapt.platform.settings.config import resolve
 from segadapt.platform.trial import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data

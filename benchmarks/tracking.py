@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 
 from measuring import parse, write_record
-from segadapt.platform.config import resolve
-from segadapt.platform.environment import environment
-from segadapt.platform.storage import Storage
-from segadapt.platform.tracking import RunInfo, Tracker
+from segadapt.platform.settings.config import resolve
+from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.tracker import RunInfo, Tracker
+from segadapt.platform.trial.environment import environment
 
 CLASSES = [f"class {number}" for number in range(19)]
 
@@ -78,7 +78,7 @@ def main() -> None:
     keys = [f"search/{number}" for number in range(arguments.trials)]
     with tempfile.TemporaryDirectory() as folder:
         best = checkpoint(Path(folder) / "checkpoint")
-        tracker = Tracker(Storage(Path(folder)), None)
+        tracker = Tracker(Place(Path(folder)))
         tracker.start(RunInfo("search", "search", "search", {}, {}))
         empty(tracker)  # the database is made, MLflow imported
 

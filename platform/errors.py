@@ -1,4 +1,6 @@
-"""Errors a user can mend."""
+"""Errors that a user can mend, and texts without the logins that addresses may hold."""
+
+import re
 
 
 class UsageError(Exception):
@@ -6,3 +8,11 @@ class UsageError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+_LOGIN = re.compile(r"(?<=://)[^/\s]*@")
+
+
+def redacted(text: object) -> str:
+    """Return a text without the logins of the addresses in it: http://me:secret@host becomes http://host."""
+    return _LOGIN.sub("", str(text))

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import segadapt as api
 from segadapt import search_spaces
-from segadapt.platform import api
-from segadapt.platform.config import TrialConfig, anchored, keys, read_experiment, resolve
 from segadapt.platform.errors import UsageError
-from segadapt.platform.experiments import Options
+from segadapt.platform.settings.config import TrialConfig, anchored, keys, read_experiment, resolve
+from segadapt.platform.storage.folders import Place
 from segadapt.trainables.core.data.class_lists import SUBSETS
 from segadapt.trainables.core.data.datasets import DataConfig, load_data
 from segadapt.trainables.core.networks import NETWORKS
@@ -177,11 +177,11 @@ def test_a_file_never_trains_without_its_data_or_its_weights(
     method, source = name.split("_")
     values = values_of(name)
     with pytest.raises(UsageError, match=f"root of a {source} dataset must be an existing folder"):
-        api.train(method, values, Options(storage=str(tmp_path / "runs")))
+        api.train(method, values, place=Place(tmp_path / "runs"))
     if PUBLISHED[name].network == CAFFE:
         values |= {"data.source": None, "data.target": None, "data.classes": "auto"}
         with pytest.raises(UsageError, match="must be an existing file, but there is none at"):
-            api.train(method, values, Options(storage=str(tmp_path / "runs")))
+            api.train(method, values, place=Place(tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -227,7 +227,7 @@ def test_the_class_protocol_is_that_of_the_benchmark(source: str, datasets: Path
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_file_trains_at_a_tiny_size(name: str, datasets: Path, tmp_path: Path) -> None:
-    from segadapt.platform.trial import build_method
+    from segadapt.platform.trial.training import build_method
     from segadapt.trainables import method_class
     from segadapt.trainables.core.trainer import Trainer, TrainerSettings
 

@@ -4,6 +4,8 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections.abc import Collection, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,78 @@ Triton comes with torch for CUDA alone; imported when its kernels are asked for.
 """
 
 
+RULE = (
+    ("errors",),
+    ("ray_internals",),
+    ("settings",),
+    ("storage",),
+    ("cluster", "trial", "search", "tracking"),
+    ("results",),
+    ("experiment",),
+    ("deployment", "doctor"),
+    ("api",),
+    ("front", "cli"),
+)
+"""The rooms of `platform/`: each imports only what stands left of it, and those in one pair of brackets do not know
+each other."""
+
+RANKS = {room: rank for rank, rooms in enumerate(RULE) for room in rooms}
+
+
+def modules() -> dict[str, Path]:
+    """All modules of `platform/` by name."""
+    found = {}
+    for path in (ROOT / "platform").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(["segadapt", *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+def imports(tree: ast.AST, known: Collection[str]) -> Iterator[tuple[str, int]]:
+    """The modules of `platform/` that a tree of code imports, each with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("segadapt.platform"):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in known else str(node.module), node.lineno
+
+
+def test_every_room_has_its_place_in_the_rule() -> None:
+    assert {path.name.removesuffix(".py") for path in (ROOT / "platform").iterdir() if path.name != "py.typed"} <= {
+        *RANKS,
+        "__pycache__",
+    }
+
+
+def test_rooms_import_only_to_the_left() -> None:
+    known = modules()
+    wrong = []
+    for name, path in known.items():
+        room = name.split(".")[2]
+        for module, line in imports(ast.parse(path.read_text()), known):
+            other = module.split(".")[2]
+            if other != room and RANKS[other] >= RANKS[room]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {room} imports {other} ({module})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    known = modules()
+    graph = {
+        name: {module for module, _ in imports(_at_import(ast.parse(path.read_text())), known)} - {name}
+        for name, path in known.items()
+    }
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def _at_import(tree: ast.Module) -> ast.Module:
+    """The statements of a module that run when it is imported."""
+    kept = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If)]
+    return ast.Module(kept, [])
+
+
 def test_the_standard_library_platform_is_found_from_the_root() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import platform; print(platform.system())"],
@@ -54,7 +128,8 @@ def test_the_standard_library_platform_is_found_from_the_root() -> None:
 def test_every_source_folder_is_packaged() -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(ROOT) for name in FOLDERS for path in (ROOT / name).rglob("*.py")}
-    assert sorted(packages) == sorted("segadapt." + ".".join(folder.parts) for folder in folders)
+    names = {folder: "segadapt." + ".".join(folder.parts) for folder in folders} | {Path("platform/front"): "segadapt"}
+    assert sorted(packages) == sorted(names.values())
 
 
 @pytest.mark.parametrize("folder", sorted(FORBIDDEN))
@@ -77,6 +152,10 @@ def test_every_module_imports() -> None:
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
+            if parts == ("platform", "front", "__init__"):
+                continue  # it is `segadapt` itself
+            if parts[-1] == "__main__":
+                continue
             if parts[-1] == "kernels" and importlib.util.find_spec("triton") is None:
                 continue
             importlib.import_module(".".join(["segadapt", *(part for part in parts if part != "__init__")]))

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from segadapt import search_spaces
-from segadapt.platform.config import resolve
-from segadapt.platform.trial import build_method
+from segadapt.platform.settings.config import resolve
+from segadapt.platform.trial.training import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.method import SOURCE_ONLY

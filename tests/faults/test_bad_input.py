@@ -15,17 +15,19 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from segadapt.platform import cache, config, stages
-from segadapt.platform.checkpoints import best_checkpoint, newest_checkpoint
 from segadapt.platform.errors import UsageError
-from segadapt.platform.experiments import RECORD, Candidate, Record
-from segadapt.platform.ledger import LEDGER, spent_hours
-from segadapt.platform.objective import Objective
-from segadapt.platform.outbox import Outbox
-from segadapt.platform.ranges import split_ranges
-from segadapt.platform.storage import Storage
-from segadapt.platform.study import open_study_storage
-from segadapt.platform.tracking import RunInfo, Tracker
+from segadapt.platform.experiment.ledger import LEDGER, spent_hours
+from segadapt.platform.experiment.record import RECORD, Candidate, Record
+from segadapt.platform.search.ranges import split_ranges
+from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.settings import config
+from segadapt.platform.settings.objective import Objective
+from segadapt.platform.storage import cache
+from segadapt.platform.storage.checkpoints import best_checkpoint, newest_checkpoint
+from segadapt.platform.storage.folders import Place, Storage
+from segadapt.platform.storage.stages import DESCRIPTION, NEEDS
+from segadapt.platform.tracking.outbox import Outbox
+from segadapt.platform.tracking.tracker import RunInfo, Tracker
 from segadapt.trainables import METHODS
 from segadapt.trainables.core.checkpoint import CorruptCheckpointError, load_state, save_state
 from segadapt.trainables.core.data.datasets import open_dataset, split_location
@@ -250,9 +252,9 @@ def test_what_lies_in_the_stage_cache(content: bytes, needs: bytes, checkpoint: 
     storage = Storage(tmp_path)
     stage = storage.stages / "aa"
     shutil.copytree(checkpoint, stage, dirs_exist_ok=True)
-    (stage / stages.DESCRIPTION).write_bytes(content)
+    (stage / DESCRIPTION).write_bytes(content)
     storage.experiment("other").mkdir(parents=True, exist_ok=True)
-    (storage.experiment("other") / stages.NEEDS).write_bytes(needs)
+    (storage.experiment("other") / NEEDS).write_bytes(needs)
     with contextlib.suppress(UsageError):
         cache.content(storage)
 
@@ -294,7 +296,7 @@ def test_studies(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tracker(tmp_path: Path) -> Any:
-    found = Tracker(Storage(tmp_path), "http://127.0.0.1:1")  # nobody answers: all that is logged waits
+    found = Tracker(Place(tmp_path, "http://127.0.0.1:1"))  # nobody answers: all that is logged waits
     yield found
     found.close(timeout_s=0)
 

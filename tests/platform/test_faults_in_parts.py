@@ -8,14 +8,16 @@ import pytest
 from optuna.distributions import FloatDistribution
 
 from segadapt.platform.errors import UsageError
-from segadapt.platform.events import Events, Labels
-from segadapt.platform.objective import Objective
-from segadapt.platform.optuna_search import StudySearch
-from segadapt.platform.patience import patiently
-from segadapt.platform.search import _close_unfinished
-from segadapt.platform.storage import Storage
-from segadapt.platform.study import LOST
-from segadapt.platform.trial import Tolerance, TrialSpec, _again_if_not_at_fault
+from segadapt.platform.experiment.events import Events, Labels
+from segadapt.platform.experiment.tuning import _close_unfinished
+from segadapt.platform.search.searcher import StudySearch
+from segadapt.platform.search.study import LOST
+from segadapt.platform.settings.objective import Objective
+from segadapt.platform.settings.resources import Tolerance
+from segadapt.platform.storage.folders import Storage
+from segadapt.platform.storage.retries import retry
+from segadapt.platform.trial.launchers import _again_if_not_at_fault
+from segadapt.platform.trial.spec import TrialSpec
 from segadapt.trainables.core.preemption import note_preemption
 
 
@@ -33,11 +35,11 @@ class Disk:
 
 
 def test_storage_that_refuses_is_asked_again_for_so_long() -> None:
-    assert patiently(Disk(refusals=2).write, OSError, 60) == "written"
+    assert retry(Disk(refusals=2).write, OSError, 60) == "written"
     with pytest.raises(OSError, match="full"):
-        patiently(Disk(refusals=9).write, OSError, 1)
+        retry(Disk(refusals=9).write, OSError, 1)
     with pytest.raises(OSError, match="full"):
-        patiently(Disk(refusals=1).write, KeyError, 60)
+        retry(Disk(refusals=1).write, KeyError, 60)
 
 
 @pytest.mark.parametrize("settings", [{"max_failures": -1}, {"timeout_s": 0.0}, {"timeout_s": float("nan")}])

@@ -15,14 +15,15 @@ import pytest
 from conftest import GuardedMlflow, page_status
 from typer.testing import CliRunner
 
-from segadapt.platform import api, cli, tracking
-from segadapt.platform.cluster import connect
-from segadapt.platform.errors import UsageError
-from segadapt.platform.evaluating import load_deployed
-from segadapt.platform.experiments import Options
-from segadapt.platform.redaction import redacted
-from segadapt.platform.storage import Storage
-from segadapt.platform.tracking import RunInfo, Tracker
+import segadapt as api
+from segadapt.platform.cli.main import app
+from segadapt.platform.cluster.connection import connect
+from segadapt.platform.deployment.evaluation import load_deployed
+from segadapt.platform.errors import UsageError, redacted
+from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.client import mlflow_client
+from segadapt.platform.tracking.sender import send_waiting
+from segadapt.platform.tracking.tracker import RunInfo, Tracker
 from segadapt.trainables.core.checkpoint import MANIFEST, STATE, CorruptCheckpointError, load_state, save_state
 
 ROOT = Path(__file__).parents[2]
@@ -106,14 +107,14 @@ def test_nothing_unpickles_but_through_the_checks() -> None:
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/outside", "a/b", "..", ".hidden", "a\0b", "", "x" * 101])
 def test_names_that_leave_the_storage_folder_are_refused(name: str, tmp_path: Path) -> None:
-    storage, options = str(tmp_path / "runs"), Options(storage=str(tmp_path / "runs"))
+    storage = str(tmp_path / "runs")
     with pytest.raises(UsageError, match="A name must be 1 to 100"):
-        api.plan_search(["sdca"], {}, name=name, storage=storage)
+        api.plan(["sdca"], {}, name=name, place=Place(storage))
     for call in (
-        lambda: api.resume(name, options),
-        lambda: api.extend(name, options, trials=1),
-        lambda: api.plan_search([], {}, fork=name, storage=storage),
-        lambda: api.plan_search(["sdca"], {}, warm_start=[name], storage=storage),
+        lambda: api.search(resume=name, place=Place(storage)),
+        lambda: api.search(extend=name, trials=1, place=Place(storage)),
+        lambda: api.plan([], {}, fork=name, place=Place(storage)),
+        lambda: api.plan(["sdca"], {}, warm_start=[name], place=Place(storage)),
     ):
         with pytest.raises(UsageError, match="A name must be 1 to 100"):
             call()
@@ -132,17 +133,17 @@ def test_a_password_in_the_servers_address_is_neither_shown_nor_kept(
 ) -> None:
     uri = "http://me:hunter2@127.0.0.1:1"
     with caplog.at_level(logging.DEBUG):
-        tracker = Tracker(Storage(tmp_path), uri)
+        tracker = Tracker(Place(tmp_path, uri))
         tracker.start(RunInfo("a", "a", "a", {}, {"lr": 1}))
         time.sleep(0.2)
         tracker.close(timeout_s=2)
-        tracking.send_waiting(Storage(tmp_path), uri, timeout_s=1)
+        send_waiting(Place(tmp_path, uri), timeout_s=1)
     assert "did not take" in caplog.text
     assert "hunter2" not in caplog.text
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert kept
     assert not [path for path in kept if b"hunter2" in path.read_bytes() or "hunter2" in path.name]
-    done = CliRunner().invoke(cli.app, ["search", "sdca", "--tracking-uri", uri, "--storage", str(tmp_path)])
+    done = CliRunner().invoke(app, ["search", "sdca", "--tracking-uri", uri, "--storage", str(tmp_path)])
     assert isinstance(done.exception, UsageError)
     assert "hunter2" not in done.output + str(done.exception)
 
@@ -160,11 +161,11 @@ def test_a_shared_mlflow_asks_for_a_login_and_for_its_own_name(
     assert page_status(search, host="mlflow.example.com") == 401
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", guarded_mlflow.password)
-    tracker = Tracker(Storage(tmp_path), guarded)
+    tracker = Tracker(Place(tmp_path, guarded))
     tracker.start(RunInfo("mine", "mine", "mine", {}, {"lr": 1}))
     tracker.end("mine", "FINISHED")
     tracker.close(timeout_s=120)
-    client = tracking.client(guarded)
+    client = mlflow_client(guarded)
     runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"]
     assert not [

@@ -4,7 +4,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution
 
 from segadapt import search_spaces
-from segadapt.platform.config import keys, resolve
+from segadapt.platform.settings.config import keys, resolve
 from segadapt.trainables import METHODS
 
 NAMES = [method.name for method in METHODS]

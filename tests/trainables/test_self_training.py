@@ -13,11 +13,12 @@ import pytest
 import torch
 from toy import Reports, keeping_losses, toy_config, toy_trainer
 
-from segadapt.platform.api import finish_settings
-from segadapt.platform.config import TrialConfig, flatten, resolve
+from segadapt.platform.deployment.evaluation import load_deployed
 from segadapt.platform.errors import UsageError
-from segadapt.platform.evaluating import load_deployed
-from segadapt.platform.trial import CONFIG, build_method
+from segadapt.platform.experiment.finishing import finish_settings
+from segadapt.platform.settings.config import TrialConfig, flatten, resolve
+from segadapt.platform.storage.checkpoints import CONFIG
+from segadapt.platform.trial.training import build_method
 from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core import trainer as trainer_module
 from segadapt.trainables.core.checkpoint import MANIFEST, file_hash, load_state, tensors_hash
@@ -29,7 +30,7 @@ from segadapt.trainables.core.trainer import Trainer
 from segadapt.trainables.self_training import SelfTraining
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["segadapt.trainables.self_training", "segadapt.platform.trial", "toy"])
+PROCESSES.set_forkserver_preload(["segadapt.trainables.self_training", "segadapt.platform.trial.training", "toy"])
 
 KEEPABLE = ("sdca", "bicl", "drsl", "clst", "plca")
 RULES = ("quantile", "fixed", "global_local", "self_paced", "ensemble")

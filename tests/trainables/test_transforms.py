@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from toy import toy_config, toy_trainer
 
-from segadapt.platform.config import resolve
 from segadapt.platform.errors import UsageError
-from segadapt.platform.stages import stage_keys
+from segadapt.platform.settings.config import resolve
+from segadapt.platform.storage.stage_keys import stage_keys
 from segadapt.trainables.core import distributed
 from segadapt.trainables.core.checkpoint import load_state
 from segadapt.trainables.core.data.batch import ClassList, DomainBatch, DomainData, EvaluationData

@@ -4,8 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from segadapt.platform.config import TrialConfig, resolve
-from segadapt.platform.trial import build_method
+from segadapt.platform.settings.config import TrialConfig, resolve
+from segadapt.platform.trial.training import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.method import Stage

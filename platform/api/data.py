@@ -1,0 +1,123 @@
+"""Datasets: write streets, check and pack what is on disk, look at samples."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from segadapt.platform.errors import UsageError
+from segadapt.platform.settings.config import Values, resolve
+
+if TYPE_CHECKING:
+    from segadapt.trainables.core.data.checking import DatasetReport
+    from segadapt.trainables.core.data.shards import Manifest
+
+
+def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
+    """Write the streets benchmark in the layout of a kind of dataset.
+
+    Args:
+        folder: A new or empty folder.
+        values: Settings of `data.streets`, by dotted key.
+        layout: `folder` writes both domains, in the layout for own data. `gta5` and `synthia` write the source's
+            training set, `cityscapes` the target, exactly as those datasets are stored.
+
+    Raises:
+        UsageError: If the folder holds something already, or a setting or the layout is not known.
+    """
+    from segadapt.trainables.core.data.cityscapes import write_cityscapes
+    from segadapt.trainables.core.data.datasets import KINDS
+    from segadapt.trainables.core.data.folder import write_folder
+    from segadapt.trainables.core.data.gta5 import write_gta5
+    from segadapt.trainables.core.data.streets import load_streets
+    from segadapt.trainables.core.data.synthia import write_synthia
+
+    if layout not in KINDS:
+        raise UsageError(f"--format must be one of {', '.join(KINDS)}, but got {layout!r}.")
+    config = resolve("source_only", values)
+    root = Path(folder)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UsageError(f"The folder to write must be new or empty, but {root} is not. Choose another.")
+    data, evaluation = load_streets(config.data.streets)
+    oracle, _ = load_streets(config.data.streets, oracle=True)
+    names = data.classes.names
+    match layout:
+        case "gta5":
+            write_gta5(root, data.source, names)
+        case "synthia":
+            write_synthia(root, data.source, names)
+        case "cityscapes":
+            write_cityscapes(root, oracle.source, evaluation.target, names)
+        case _:
+            write_folder(root / "source", data.source, evaluation.source, data.classes)
+            write_folder(root / "target", oracle.source, evaluation.target, data.classes)
+    return root
+
+
+def data_check(
+    kind: str, root: str, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> "DatasetReport":
+    """Decode every file of a dataset and report what it holds and all that is wrong.
+
+    Args:
+        kind: gta5, synthia, cityscapes, folder or shards.
+        root: Its folder, or the URI of packed shards.
+        progress: Called with the number of images just done and of all.
+
+    Raises:
+        UsageError: If there is no such kind or folder, or its class list cannot be read.
+    """
+    from segadapt.trainables.core.data.checking import check_dataset
+
+    try:
+        return check_dataset(kind, root, progress)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def data_pack(
+    kind: str,
+    root: str,
+    out: str,
+    *,
+    splits: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    image_format: str = "png",
+    quality: int = 95,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> "Manifest":
+    """Write a dataset as Parquet shards, which are read several times faster; go on if it was interrupted.
+
+    Args:
+        kind: gta5, synthia, cityscapes or folder.
+        root: Its folder.
+        out: A new or empty folder, or one in which the same was packed before.
+        splits: Those to pack; None packs all.
+        size: (H, W) the training split is resized to. The validation split keeps its size, and scores their meaning.
+        image_format: png, without loss, or jpeg.
+        quality: Of JPEG.
+        progress: Called with the number of images just done and of all.
+
+    Raises:
+        UsageError: If there is no such dataset, a file of it is broken, or the folder holds something else.
+    """
+    from segadapt.trainables.core.data.datasets import KINDS, open_dataset
+    from segadapt.trainables.core.data.packing import PackConfig, pack
+
+    if kind not in KINDS:
+        raise UsageError(f"The kind of a dataset to pack must be one of {', '.join(KINDS)}, but got {kind!r}.")
+    try:
+        config = PackConfig(size, image_format, quality)  # type: ignore[arg-type]  # checked there
+        return pack(open_dataset(kind, root), Path(out), config, splits=splits, progress=progress)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def data_show(path: str, values: Values) -> Path:
+    """Write a contact sheet of both domains with labels in Cityscapes colours."""
+    from segadapt.trainables.core.data.streets import contact_sheet
+
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise UsageError(f"The folder of the picture must exist, but {target.parent} does not. Make it first.")
+    contact_sheet(resolve("source_only", values).data.streets, target)
+    return target

@@ -1,0 +1,135 @@
+"""Evaluate, export and use a trained network."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from segadapt.platform.errors import UsageError
+from segadapt.platform.settings.config import Values
+from segadapt.platform.storage.folders import HERE, Place
+
+if TYPE_CHECKING:
+    from segadapt.platform.deployment.evaluation import EvaluationResult
+    from segadapt.platform.deployment.export import ExportResult
+    from segadapt.platform.deployment.prediction import PredictionResult
+
+
+def evaluate(
+    run: str,
+    search: str,
+    settings: Values | None = None,
+    *,
+    protocol: str = "auto",
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    aggregation: float | None = None,
+    save_predictions: str | None = None,
+    place: Place = HERE,
+) -> "EvaluationResult":
+    """Evaluate a run's network on the target validation set at full label resolution, and note it in its MLflow run.
+
+    Args:
+        run: `best` for the best trial, or the name or id of a trial or finish in the search.
+        search: The search (or single run) that holds the run.
+        settings: What differs from the run's settings, by dotted key: other data, another size of the images.
+        protocol: One of `deployment.evaluation.PROTOCOLS`.
+        scales: Sizes at which an image is shown; class probabilities are averaged.
+        flip: Show each image mirrored as well.
+        aggregation: Share of similar pixels' average in the prediction, for networks that offer it.
+        save_predictions: New folder for the predictions as files for the Cityscapes server.
+        place: Where the search is kept and tracked.
+
+    Raises:
+        UsageError: If there is no such run, or it cannot be evaluated as asked.
+    """
+    from segadapt.platform.deployment.evaluation import evaluate_run
+
+    return evaluate_run(
+        run,
+        search,
+        settings or {},
+        protocol=protocol,
+        scales=scales,
+        flip=flip,
+        aggregation=aggregation,
+        save_predictions=save_predictions,
+        place=place,
+    )
+
+
+def export(
+    run: str, search: str, *, out: str | None = None, register: str | None = None, place: Place = HERE
+) -> "ExportResult":
+    """Write a run's network as ONNX and torch.export files and register it in MLflow, as a version linked to the run.
+
+    The network alone: no teacher, no extra heads; normalisation, resizing and up-sampling are part of it. The files are
+    compared with the run's network at several sizes before they are kept.
+
+    Args:
+        run: `best` for the best trial, or the name or id of a trial or finish in the search.
+        search: The search (or single run) that holds the run.
+        out: New or empty folder; None makes one named after search and run here.
+        register: Name of the registered model; None takes the search's.
+        place: Where the search is kept and tracked.
+
+    Raises:
+        UsageError: If there is no such run, it cannot be exported, or the folder holds something.
+        ExportError: If an exported file differs from the network; nothing is written.
+    """
+    from segadapt.platform.deployment.export import export_run
+
+    return export_run(run, search, out, register, place)
+
+
+def predict(
+    source: str,
+    images: str,
+    out: str,
+    *,
+    search: str | None = None,
+    batch_size: int = 8,
+    overlay: bool = True,
+    confidence: bool = False,
+    place: Place = HERE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> "PredictionResult":
+    """Label an image or a folder of images, on a GPU if there is one, and go on if that was interrupted.
+
+    Args:
+        source: An exported .onnx or .pt2 file; or, with `search`, `best` or the name or id of a trial or finish.
+        images: An image, or a folder that is searched recursively.
+        out: New, empty, or begun by the same command. Gets `labels`, `overlays` and `confidence`, with the images'
+            paths.
+        search: The search (or single run) that holds the run.
+        batch_size: Images of equal size that are predicted at a time, at most.
+        overlay: Also write the images under their classes' colours.
+        confidence: Also write the probability of the predicted class, 0 to 255.
+        place: Where the search is kept and tracked.
+        progress: Called with the number of images just done and of all.
+
+    Raises:
+        UsageError: If there is no such run or file, there are no images, or `out` holds something else.
+    """
+    import torch
+
+    from segadapt.platform.deployment import export, prediction
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if source.endswith((".onnx", ".pt2")):
+        network, card = export.open_exported(Path(source), device)
+    elif search is None:
+        raise UsageError(
+            f"RUN needs --search NAME, and a file must end in .onnx or .pt2, but got {source!r} alone. "
+            "`segadapt runs NAME` shows the runs of a search."
+        )
+    else:
+        network, card = export.from_run(export.origin_of(source, search, place), device)
+    return prediction.predict(
+        prediction.Labeller(network, card),
+        Path(images).expanduser(),
+        Path(out).expanduser(),
+        batch_size=batch_size,
+        overlay=overlay,
+        confidence=confidence,
+        progress=progress,
+    )

@@ -1,0 +1,115 @@
+"""Keep a storage folder and a cluster in order: cache, doctor, jobs, MLflow's pages."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from segadapt.platform.errors import UsageError
+from segadapt.platform.storage import cache
+from segadapt.platform.storage.folders import HERE, Place
+
+if TYPE_CHECKING:
+    from segadapt.platform.cluster.jobs import Job
+    from segadapt.platform.doctor.findings import Finding
+
+
+def cache_list(*, place: Place = HERE) -> cache.CacheContent:
+    """Return what is in the stage cache: finished stages, the leases of those being computed, what was left over.
+
+    Raises:
+        UsageError: If there is no storage folder.
+    """
+    return cache.content(place.existing())
+
+
+def cache_prune(
+    *, older_than_days: float | None = None, everything: bool = False, dry_run: bool = False, place: Place = HERE
+) -> cache.Pruned:
+    """Remove stages that were not used of late, and what dead processes left; never what an experiment still needs.
+
+    Args:
+        older_than_days: Removes stages that were not used for so many days.
+        everything: Removes all stages that may be removed; in place of `older_than_days`.
+        dry_run: Only return what would be removed.
+        place: Whose storage folder it is.
+
+    Raises:
+        UsageError: If not exactly one of both is given, or there is no storage folder.
+    """
+    if everything == (older_than_days is not None) or (older_than_days is not None and older_than_days < 0):
+        shown = f"{older_than_days:g} days" if older_than_days is not None else "no days"
+        raise UsageError(
+            "Either --older-than DAYS, not negative, or --all must be given, but got "
+            f"{shown} and {'--all' if everything else 'no --all'}."
+        )
+    return cache.prune(place.existing(), 86400 * (older_than_days or 0.0), dry_run=dry_run)
+
+
+def doctor(*, place: Place = HERE, address: str | None = None, fix: bool = False) -> "Iterator[Finding]":
+    """Look whether environment, storage, tracking, studies and cluster are sound and the ledgers agree.
+
+    What is found is yielded as it is found, and with `fix` repaired before.
+
+    Args:
+        place: Where experiments are kept and tracked.
+        address: Ray cluster; None takes RAY_ADDRESS, and without it none is joined or started.
+        fix: Repair what can be repaired truthfully; never an experiment that a command works on.
+    """
+    from segadapt.platform.doctor.examination import examine
+    from segadapt.platform.doctor.findings import Examination
+
+    return examine(Examination(place, address, fix))
+
+
+def submit(words: Sequence[str], *, address: str, name: str | None = None) -> str:
+    """Run a command on a cluster as a Ray Job and return the job's name; see `jobs.submit`.
+
+    Raises:
+        UsageError: If the command cannot run there, or the cluster does not answer.
+    """
+    from segadapt.platform.cluster import jobs as ray_jobs
+
+    return ray_jobs.submit(words, address=address, name=name)
+
+
+def jobs(*, address: str) -> "list[Job]":
+    """Return the jobs that a cluster knows, oldest first.
+
+    Raises:
+        UsageError: If the cluster does not answer.
+    """
+    from segadapt.platform.cluster import jobs as ray_jobs
+
+    return ray_jobs.jobs(address)
+
+
+def logs(job: str, *, address: str, follow: bool = False) -> Iterator[str]:
+    """Yield what a job has printed, and with `follow` what it prints until it ends.
+
+    Raises:
+        UsageError: If there is no such job, or the cluster does not answer.
+    """
+    from segadapt.platform.cluster import jobs as ray_jobs
+
+    return ray_jobs.logs(job, address, follow=follow)
+
+
+def stop(job: str, *, address: str) -> bool:
+    """End a job as SIGTERM does; returns False if it had ended.
+
+    Raises:
+        UsageError: If there is no such job, or the cluster does not answer.
+    """
+    from segadapt.platform.cluster import jobs as ray_jobs
+
+    return ray_jobs.stop(job, address)
+
+
+def ui(*, place: Place = HERE, port: int = 5000) -> int:
+    """Serve MLflow's pages for a storage folder on 127.0.0.1 until interrupted; returns the server's exit status.
+
+    Raises:
+        UsageError: If there is nothing to show, or the port is taken.
+    """
+    from segadapt.platform.tracking.ui import serve
+
+    return serve(place, port)

@@ -1,0 +1,88 @@
+"""What came out of a search, and how one stands."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from segadapt.platform.errors import UsageError
+from segadapt.platform.results.leaderboard import (
+    Leaderboard,
+    leaderboard,
+    open_client,
+    runs_of_search,
+    study_of,
+)
+from segadapt.platform.storage.folders import HERE, Place
+
+if TYPE_CHECKING:
+    from segadapt.platform.results.status import SearchStatus
+
+
+def runs(search: str, *, selection: bool = False, place: Place = HERE) -> Leaderboard:
+    """Return the leaderboard of a search or single run, read from MLflow; records that wait for it are sent first.
+
+    Args:
+        search: The search or single run.
+        selection: Also judge what label-free scores would have chosen, by target mIoU.
+        place: Where it is kept and tracked.
+
+    Raises:
+        UsageError: If MLflow knows no search of that name; lists those it knows.
+    """
+    return leaderboard(search, place, selection=selection)
+
+
+def report(search: str, out: str | None = None, *, place: Place = HERE) -> Path:
+    """Write a search as one HTML file that needs no network, and return its path.
+
+    Args:
+        search: The search.
+        out: The file; None for `SEARCH.html` in the current folder.
+        place: Where it is kept and tracked.
+
+    Raises:
+        UsageError: If there is no such search, or the file cannot be written.
+    """
+    from segadapt.platform.results.report import render
+
+    board, client = leaderboard(search, place, selection=True), open_client(place)
+    page = render(board, runs_of_search(client, search), client, study_of(search, place))
+    path = Path(out or f"{search}.html")
+    try:
+        path.write_text(page)
+    except OSError as error:
+        raise UsageError(f"The report must be writable, but {path} is not: {error.strerror}.") from error
+    return path
+
+
+def status(search: str, *, place: Place = HERE) -> "SearchStatus":
+    """Return how a search stands; runs beside it, on this machine or another that sees its storage or its servers.
+
+    Args:
+        search: The search.
+        place: Where it is kept and tracked.
+
+    Raises:
+        UsageError: If there is no such search.
+    """
+    from segadapt.platform.results.status import search_status
+
+    client = open_client(place)
+    return search_status(search, runs_of_search(client, search), client, study_of(search, place))
+
+
+def trial_log(run: str, search: str, *, follow: bool = False, place: Place = HERE) -> Iterator[dict[str, Any]]:
+    """Return the entries of a trial's log by time, and with `follow` those to come until the trial ends.
+
+    Args:
+        run: `best`, or a run of the search by name or id: a trial, a shared stage, a finish.
+        search: The search or single run.
+        follow: Wait for more.
+        place: Where it is kept and tracked.
+
+    Raises:
+        UsageError: If there is no such run, or it left no log here.
+    """
+    from segadapt.platform.results import trial_logs
+
+    return trial_logs.trial_log(run, search, place, follow=follow)

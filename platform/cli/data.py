@@ -1,0 +1,98 @@
+"""The commands about datasets."""
+
+import dataclasses
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from segadapt.platform.cli.options import AsJson, Assignments, assignments
+from segadapt.platform.cli.tables import console, progress_bar, show_dataset
+from segadapt.platform.settings.text import size_text
+
+app = typer.Typer(
+    name="data", help="Datasets: write streets, check and pack what is on disk, look at samples.", no_args_is_help=True
+)
+
+
+@app.command()
+def make(
+    folder: Annotated[str, typer.Argument(help="A new or empty folder.")],
+    settings: Assignments = None,
+    layout: Annotated[
+        str, typer.Option("--format", help="folder (both domains), gta5, synthia (the source) or cityscapes (target).")
+    ] = "folder",
+) -> None:
+    """Write the streets benchmark as files, in the layout for own data or exactly as a known dataset is stored.
+
+    Example: segadapt data make town; segadapt search sdca data.source=folder:town/source data.target=folder:town/target
+    """
+    from segadapt.platform.api import data
+
+    print(f"Wrote {data.data_make(folder, assignments(settings), layout=layout)}")
+
+
+@app.command()
+def check(
+    kind: Annotated[str, typer.Argument(help="gta5, synthia, cityscapes, folder or shards.")],
+    root: Annotated[str, typer.Argument(help="Its folder; of shards also a URI such as s3://bucket/path.")],
+    as_json: AsJson = False,
+) -> None:
+    """Decode every file of a dataset: what it holds, and all that is wrong. Of shards, the checksums are verified.
+
+    Exit status: 0 sound, 1 faults were found, 2 wrong usage.
+
+    Example: segadapt data check gta5 /data/GTA5
+    """
+    from segadapt.platform.api import data
+
+    with progress_bar(f"{kind} {root}") as progress:
+        report = data.data_check(kind, root, progress=progress)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(report), indent=1))
+    else:
+        show_dataset(report)
+    sys.exit(1 if report.faults else 0)
+
+
+@app.command()
+def pack(
+    kind: Annotated[str, typer.Argument(help="gta5, synthia, cityscapes or folder.")],
+    root: Annotated[str, typer.Argument(help="Its folder.")],
+    out: Annotated[str, typer.Argument(help="A new folder, or one in which this was interrupted.")],
+    split: Annotated[list[str] | None, typer.Option(help="train or val; may be repeated. Default: all.")] = None,
+    size: Annotated[
+        tuple[int, int] | None,
+        typer.Option(metavar="HEIGHT WIDTH", help="Resize the training split; validation keeps its size."),
+    ] = None,
+    image_format: Annotated[str, typer.Option("--format", help="png, without loss, or jpeg, smaller and faster.")] = (
+        "png"
+    ),
+    quality: Annotated[int, typer.Option(help="Of JPEG, 1 to 100.")] = 95,
+) -> None:
+    """Write a dataset as Parquet shards, which are read several times faster: data.source=shards:OUT.
+
+    After an interruption the same command goes on with what is missing.
+
+    Example: segadapt data pack cityscapes /data/cityscapes packed/cityscapes --size 512 1024 --format jpeg
+    """
+    from segadapt.platform.api import data
+
+    with progress_bar(f"packing {root}") as progress:
+        manifest = data.data_pack(
+            kind, root, out, splits=split, size=size, image_format=image_format, quality=quality, progress=progress
+        )
+    held = ", ".join(f"{name} {counts['images']} images" for name, counts in manifest.splits.items())
+    packed = size_text(sum(shard.bytes for shard in manifest.shards))
+    console().print(f"{out}: {held}, {packed} in {len(manifest.shards)} shards", markup=False, soft_wrap=True)
+
+
+@app.command()
+def show(
+    path: Annotated[str, typer.Argument(help="The PNG to write.")] = "streets.png", settings: Assignments = None
+) -> None:
+    """Write a contact sheet of both domains with labels in Cityscapes colours."""
+    from segadapt.platform.api import data
+
+    print(f"Wrote {data.data_show(path, assignments(settings))}")

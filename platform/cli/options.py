@@ -1,0 +1,174 @@
+"""The options that commands share, each declared once.
+
+`shared` gives a command the options of a group; the command receives what the group makes of them.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from segadapt.platform.api.training import Running
+    from segadapt.platform.storage.folders import Place
+
+JOBS = "http://127.0.0.1:8265"
+"""Ray's dashboard on a cluster's head, by way of a tunnel."""
+
+_Storage = Annotated[str, typer.Option(help="Folder that keeps everything; all nodes must see it.")]
+_StudyUri = Annotated[
+    str | None, typer.Option(help="Optuna storage, e.g. postgresql+psycopg://...; default: a file in --storage.")
+]
+_TrackingUri = Annotated[str | None, typer.Option(help="MLflow server; default: a database in the storage folder.")]
+_Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Ray cluster to join, from one of its machines: auto or HOST:PORT; http://HOST:PORT submits this command "
+        "to it as `segadapt submit` does and follows it. Default: start Ray here."
+    ),
+]
+_Launcher = Annotated[
+    str, typer.Option(help="auto, train (Ray Train's TorchTrainer) or inprocess (the trial's own process).")
+]
+_Workers = Annotated[int, typer.Option("--workers-per-trial", help="Data-parallel workers of each trial.")]
+_Gpus = Annotated[float | None, typer.Option("--gpus-per-trial", help="GPUs of each worker; default: 1 if any.")]
+_MaxFailures = Annotated[
+    int, typer.Option(help="Start a trial again so often when its process or node dies, or it hangs.")
+]
+_TrialTimeout = Annotated[
+    float, typer.Option(metavar="SECONDS", help="A trial that reports nothing for so long hangs: start it again.")
+]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what workers print.")]
+
+Assignments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings; `segadapt describe METHOD` lists keys, defaults, ranges."),
+]
+JobsAddress = Annotated[str, typer.Option(help="Ray's dashboard on the cluster's head, through a tunnel.")]
+Preset = Annotated[
+    str | None, typer.Option(help="Where to start from; `segadapt describe METHOD` shows the presets. Default: paper.")
+]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out files that cannot be decoded; data.skip_bad=true.")
+]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML experiment file; KEY=VALUE overrides it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Search = Annotated[str, typer.Option("--search", help="The search that holds the run.")]
+TrialOrFinish = Annotated[
+    str, typer.Argument(help="`best`, or the name or id of a trial or finish in the search.", metavar="RUN")
+]
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def shared(**groups: Callable[..., Any]) -> Callable[[Command], Command]:
+    """Give a command the options of some groups.
+
+    Args:
+        groups: By the name of the command's parameter, the function that makes its value; the function's parameters are
+            the options.
+    """
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def call(**given: Any) -> None:
+            for name, group in groups.items():
+                given[name] = group(**{option: given.pop(option) for option in inspect.signature(group).parameters})
+            command(**given)
+
+        own = [entry for entry in inspect.signature(command).parameters.values() if entry.name not in groups]
+        options = [entry for group in groups.values() for entry in inspect.signature(group).parameters.values()]
+        call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        call.__annotations__ = {entry.name: entry.annotation for entry in (*own, *options)}
+        return call  # type: ignore[return-value]  # called by name, as typer does
+
+    return decorate
+
+
+def place(storage: _Storage = "runs", study_uri: _StudyUri = None, tracking_uri: _TrackingUri = None) -> "Place":
+    """Return where experiments are kept and tracked."""
+    from segadapt.platform.storage.folders import Place
+
+    return Place(storage, tracking_uri, study_uri)
+
+
+def tracked_place(storage: _Storage = "runs", tracking_uri: _TrackingUri = None) -> "Place":
+    """Return where experiments are kept and tracked, for commands that ask no study."""
+    return place(storage, None, tracking_uri)
+
+
+def folder(storage: _Storage = "runs") -> "Place":
+    """Return where experiments are kept, for commands that ask no server."""
+    return place(storage)
+
+
+def running(
+    address: _Address = None,
+    launcher: _Launcher = "auto",
+    workers: _Workers = 1,
+    gpus: _Gpus = None,
+    max_failures: _MaxFailures = 2,
+    trial_timeout: _TrialTimeout = 7200.0,
+    debug: _Debug = False,
+) -> "Running":
+    """Return how an experiment runs."""
+    from segadapt.platform.cli.tables import console
+    from segadapt.platform.settings.resources import Resources, Tolerance
+
+    return {
+        "address": address,
+        "resources": Resources(workers, gpus, launcher),  # type: ignore[arg-type]  # it looks at the launcher
+        "tolerance": Tolerance(max_failures, trial_timeout),
+        "debug": debug,
+        "say": lambda text: console().print(text, markup=False),
+    }
+
+
+def debug(debug: _Debug = False) -> bool:
+    """Return whether tracebacks are shown, which `main` sees to."""
+    return debug
+
+
+def hand_over(address: str | None) -> None:
+    """Submit this command line to the cluster whose Ray Jobs `address` names, follow it and exit; else do nothing."""
+    if address is None or not address.startswith(("http://", "https://")):
+        return
+    from segadapt.platform.api.operation import submit
+    from segadapt.platform.cli.jobs import follow
+    from segadapt.platform.cluster.jobs import without_option
+
+    job = submit(without_option(sys.argv[1:], "--address"), address=address)
+    print(f"{job} runs on {address}; Ctrl-C leaves it running, `segadapt stop {job}` ends it", flush=True)
+    follow(job, address)
+
+
+def scales(options: list[str] | None, words: list[str]) -> list[float]:
+    """Return the scales of `--scales 0.75 1.0` or `--scales 0.75,1.0`; an option takes the first word alone."""
+    from segadapt.platform.errors import UsageError
+
+    given = [part for option in options or [] for part in option.replace(",", " ").split()]
+    wrong = [part for part in given if not is_number(part)] if options else words
+    if wrong:
+        raise UsageError(
+            f"Numbers must follow --scales, and only numbers, but got {' '.join(wrong)}. Example: --scales 0.75 1 1.25"
+        )
+    return [float(part) for part in [*given, *words]] or [1.0]
+
+
+def is_number(text: str) -> bool:
+    """Return whether a word is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def assignments(words: list[str] | None) -> dict[str, Any]:
+    """Return the settings that KEY=VALUE words name."""
+    from segadapt.platform.settings.config import parse_assignments
+
+    return parse_assignments(words or [])

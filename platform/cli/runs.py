@@ -1,0 +1,110 @@
+"""The commands that show: methods and settings, leaderboard, status, report, MLflow's pages."""
+
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from segadapt.platform.cli.options import AsJson, folder, place, shared, tracked_place
+from segadapt.platform.cli.tables import console, show_leaderboard, show_selection, show_status
+
+if TYPE_CHECKING:
+    from segadapt.platform.storage.folders import Place
+
+_WATCH_S = 5.0
+"""Seconds between two looks of `status --watch`."""
+
+_SearchOrRun = Annotated[str, typer.Argument(metavar="SEARCH", help="Name of a search or single run.")]
+_SearchName = Annotated[str, typer.Argument(metavar="SEARCH", help="Name of a search.")]
+
+
+def list_methods() -> None:
+    """List the methods."""
+    from segadapt.platform.api import methods
+
+    for name, description in methods.list_methods():
+        print(f"{name:16} {description}")
+
+
+def describe(method: Annotated[str, typer.Argument(help="A name shown by `segadapt list`.")]) -> None:
+    """List a method's settings: type, default, searched range, published value."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from segadapt.platform.api import methods
+
+    table = Table(title=f"{method}: KEY=VALUE settings", box=None)
+    for column in ("key", "type", "default", "searched", "presets", "meaning"):
+        table.add_column(column, overflow="fold")
+    for key, searched, presets in methods.describe(method):
+        shown = ", ".join(f"{name} {value}" for name, value in presets.items())
+        table.add_row(*map(escape, (key.name, key.type, str(key.default), searched, shown, key.doc)))
+    console().print(table)
+
+
+@shared(place=tracked_place)
+def runs(
+    place: "Place",
+    search_name: _SearchOrRun,
+    selection: Annotated[
+        bool, typer.Option("--selection", help="Also show what each label-free score would have chosen and lost.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the leaderboard of a search."""
+    from segadapt.platform.api import results
+
+    board = results.runs(search_name, selection=selection, place=place)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(board), default=dict, indent=1))
+    else:
+        show_leaderboard(board)
+        if selection:
+            show_selection(board)
+
+
+@shared(place=place)
+def status(
+    place: "Place",
+    search_name: _SearchName,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every few seconds until it ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a search stands: trials by state, best, rungs, failures, time left. Runs on any machine that sees it."""
+    import time
+
+    from segadapt.platform.api import results
+
+    while True:
+        standing = results.status(search_name, place=place)
+        if as_json:
+            print(json.dumps(dataclasses.asdict(standing), default=dict))
+        else:
+            show_status(standing, clear=watch)
+        if not watch or standing.state != "running":
+            return
+        time.sleep(_WATCH_S)
+
+
+@shared(place=place)
+def report(
+    place: "Place",
+    search_name: _SearchName,
+    out: Annotated[str | None, typer.Option(metavar="FILE", help="HTML file to write; default: SEARCH.html.")] = None,
+) -> None:
+    """Write a search as one HTML page that needs no network: results, how sure they are, cost, what to do next."""
+    from segadapt.platform.api import results
+
+    print(f"Wrote {results.report(search_name, out, place=place)}")
+
+
+@shared(place=folder)
+def ui(place: "Place", port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
+    """Serve MLflow in the browser on this storage, bound to 127.0.0.1."""
+    from segadapt.platform.api import operation
+    from segadapt.platform.cluster.connection import treat_termination_as_interrupt
+
+    treat_termination_as_interrupt()
+    sys.exit(operation.ui(place=place, port=port))

@@ -1,0 +1,378 @@
+"""What the commands show on the screen."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from segadapt.platform.settings.text import duration_text, number_text, short_text, size_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from segadapt.platform.deployment.evaluation import EvaluationResult
+    from segadapt.platform.deployment.prediction import PredictionResult
+    from segadapt.platform.doctor.findings import Finding
+    from segadapt.platform.experiment.estimate import Estimate
+    from segadapt.platform.experiment.finishing import FinishResult
+    from segadapt.platform.experiment.record import Record
+    from segadapt.platform.results.leaderboard import Leaderboard
+    from segadapt.platform.results.status import SearchStatus
+    from segadapt.platform.storage.cache import CacheContent, CachedStage, Pruned, RunningLease
+    from segadapt.trainables.core.data.checking import DatasetReport
+
+_SHOWN_PARAMS = 8
+"""Most searched settings that a leaderboard shows as columns; of more, those of each method's best trial."""
+
+_SHOWN_SIZES = 5
+"""Most image sizes that a report on a dataset names."""
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """Return a console as wide as the terminal."""
+    from segadapt.platform.experiment.progress import console
+
+    return console(stderr=stderr)
+
+
+def show_plan(record: "Record") -> None:
+    """Show what a search would do."""
+    import yaml
+
+    from segadapt.platform.search.ranges import show_range
+
+    screen = console()
+    screen.print(f"search {record.name}: {record.trials} trials, for {record.objective}")
+    screen.print(f"sampler {record.sampler}, scheduler {record.scheduler}")
+    if record.keep_top is not None:
+        screen.print(f"checkpoints of the {record.keep_top} best trials are kept")
+    for name in record.warm_start:
+        screen.print(f"trials of {name} that fit count as prior points")
+    for method, config in record.configs().items():
+        screen.print(f"\nconfiguration of the first trial of {method}:")
+        screen.print(yaml.safe_dump(config.as_dict(), sort_keys=False))
+        screen.print("searched:")
+        candidate = record.candidates[method]
+        for key, distribution in candidate.space.items():
+            screen.print(f"  {key:32} {show_range(distribution):24} first {candidate.first[key]}")
+
+
+def show_estimate(estimate: "Estimate") -> None:
+    """Show what a search is predicted to take."""
+    from rich.table import Table
+
+    screen = console()
+    table = Table(title="measured here, and predicted from it", box=None)
+    columns = ("s/step", "s/evaluation", "memory", "checkpoint", "full trial", "stopped early", "shared stages", "disk")
+    for column in ("method", *columns):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method, cost in estimate.methods.items():
+        step_s = max(stage.step_s for stage in cost.probe.stages.values())
+        table.add_row(
+            method,
+            f"{step_s:.3g}",
+            f"{cost.probe.evaluation_s:.3g}",
+            size_text(cost.probe.memory_bytes),
+            size_text(cost.probe.checkpoint_bytes),
+            *map(duration_text, (cost.trial_s, cost.early_stopped_s, cost.shared_s)),
+            size_text(cost.trial_bytes),
+        )
+    screen.print(table)
+    limit = "" if estimate.memory_limit is None else f" of {size_text(estimate.memory_limit)} that a worker may take"
+    most = max(cost.probe.memory_bytes for cost in estimate.methods.values())
+    lines = [
+        f"search, {estimate.concurrent} trials at a time: at most {duration_text(estimate.search_s)} (no trial stopped "
+        f"early), about {duration_text(estimate.early_stopped_s)} if half of the trials end at each rung",
+        f"memory: {size_text(most)}{limit} ({estimate.device})",
+        f"disk: {size_text(estimate.storage_bytes)} of {size_text(estimate.free_bytes)} free",
+    ]
+    if estimate.gpu_hours > 0:
+        lines.insert(1, f"GPU hours: at most {estimate.gpu_hours:.3g}")
+    for line in (*lines, *(f"note: {note}" for note in estimate.notes)):
+        screen.print(line, markup=False, soft_wrap=True)
+
+
+def show_leaderboard(board: "Leaderboard") -> None:
+    """Show the trials of a search, best first, and how they failed."""
+    from rich.table import Table
+
+    trials = [row for row in board.rows if row.kind == "trial"]
+    varied = sorted({key for row in trials for key in row.params})
+    shown = varied if len(varied) <= _SHOWN_PARAMS else []
+    table = Table(title=f"{board.search}: {board.objective}", box=None)
+    goals = list(next((row.goals for row in trials if len(row.goals) > 1), []))  # one goal is the column "best"
+    columns = ["run", "state", *(goals or ["best"]), *(["mean rank"] if "+" in board.objective else [])]
+    for column in (*columns, "at step", "last", *(key.rsplit(".", 1)[-1] for key in shown)):
+        table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
+    for row in board.rows:
+        values = [short_text(row.params.get(key, "")) if row.kind == "trial" else "" for key in shown]
+        reached = [number_text(row.goals.get(goal)) for goal in goals] or [number_text(row.best)]
+        ranks = [number_text(None if row.score is None else -row.score)] if "+" in board.objective else []
+        name = f"{row.name} *" if row.on_front else row.name
+        state = f"{row.state}, checkpoint not kept" if row.checkpoint_removed else row.state
+        table.add_row(name, state, *reached, *ranks, str(row.best_step or "-"), number_text(row.last), *values)
+    screen = console()
+    screen.print(table)
+    if any(row.on_front for row in board.rows):
+        screen.print("* on the Pareto front")
+    if board.baseline is not None:
+        screen.print(f"start (source-only): {number_text(board.baseline)}")
+    if board.methods:
+        compared = ", ".join(f"{method} {value:.3f}" for method, value in board.methods.items())
+        screen.print(f"best of each method after {board.equal_steps} steps: {compared}", soft_wrap=True)
+    if not shown:
+        for method in dict.fromkeys(row.method for row in trials):
+            own = [row for row in trials if row.method == method]
+            values = [f"{key}={short_text(value)}" for key, value in sorted(own[0].params.items()) if key != "method"]
+            text = (
+                f"{method}: {len(own)} trials, best {number_text(own[0].best)} ({own[0].name}) with {' '.join(values)}"
+            )
+            screen.print(text, markup=False, soft_wrap=True)
+    for row in board.rows:
+        if row.failure:
+            screen.print(f"{row.name} failed: {row.failure}", markup=False)
+    show_reranked(board)
+
+
+def show_status(found: "SearchStatus", *, clear: bool) -> None:
+    """Show how a search stands; `clear` wipes a terminal before."""
+    from rich.table import Table
+
+    screen = console()
+    if clear and screen.is_terminal:
+        screen.clear()
+    states = ", ".join(f"{count} {state}" for state, count in found.states.items()) or "none yet"
+    screen.print(f"{found.search}: {found.state} · trials, of {found.asked}: {states}", markup=False)
+    if found.best is not None:
+        screen.print(f"best so far {found.best:.3f} ({found.best_name}), for {found.objective}", markup=False)
+    if found.left_s is not None:
+        screen.print(f"about {duration_text(found.left_s)} left")
+    if found.running:
+        table = Table(box=None)
+        for column in ("trial", "state", "step", "best", "last heard"):
+            table.add_column(column, justify="left" if column in ("trial", "state") else "right")
+        for trial in found.running:
+            heard = f"{duration_text(trial.heard_s)} ago" + (" (stalled)" if trial.stalled else "")
+            table.add_row(trial.name, trial.state, str(trial.step), number_text(trial.value), heard)
+        screen.print(table)
+    for rung in found.rungs:
+        screen.print(f"rung {rung.step}: {rung.reached} came, {rung.continued} went on")
+    for name, reason in found.failures.items():
+        screen.print(f"{name} failed: {reason}", markup=False, soft_wrap=True)
+
+
+def show_reranked(board: "Leaderboard") -> None:
+    """Show the configurations that were trained again on other seeds, if there are any."""
+    from rich.table import Table
+
+    if not board.reranked:
+        return
+    table = Table(title=f"trained again on {len(board.reranked[0].values)} other seeds", box=None)
+    for column in ("configuration of", "mean", "95 % interval", "behind the first", "by seed"):
+        table.add_column(column, justify="left" if column == "configuration of" else "right")
+    for found in board.reranked:
+        behind = "-" if found.behind is None else f"{found.behind:.3f} ± {number_text(found.behind_half_width)}"
+        by_seed = " ".join(f"{value:.3f}" for value in found.values)
+        table.add_row(found.name, f"{found.mean:.3f}", f"± {number_text(found.half_width)}", behind, by_seed)
+    screen = console()
+    screen.print(table)
+    screen.print(board.verdict)
+
+
+def show_selection(board: "Leaderboard") -> None:
+    """Show what each label-free score would have chosen and lost."""
+    from rich.table import Table
+
+    screen = console()
+    if not board.selection:
+        screen.print("Nothing to compare: no trial has both label-free scores and target mIoU.")
+        return
+    table = Table(title="choosing by a label-free score instead, judged by target_val/miou", box=None)
+    for column in ("score", "trials", "rank correlation", "would choose", "its target_val/miou", "regret"):
+        table.add_column(column, justify="left" if column in ("score", "would choose") else "right")
+    for choice in board.selection:
+        numbers = (number_text(value) for value in (choice.target_miou, choice.regret))
+        table.add_row(choice.score, str(choice.trials), number_text(choice.correlation), choice.chosen, *numbers)
+    screen.print(table)
+
+
+def show_finish(result: "FinishResult") -> None:
+    """Show a model before and after self-training."""
+    from rich.table import Table
+
+    table = Table(title=f"{result.name}: self-training of {result.from_run}", box=None)
+    for column in ("metric", "before", "after", "change"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for metric in sorted(result.after, key=lambda text: ("/iou/" in text, text)):
+        before, after = result.before[metric], result.after[metric]
+        table.add_row(metric, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    screen = console()
+    screen.print(table)
+    for number, found in enumerate(result.rounds, 1):
+        miou = number_text(found.get("target_val/miou"))
+        screen.print(f"round {number}: {found['labelled_share']:.1%} of the target labelled, target_val/miou {miou}")
+    for name, path in (("best", result.checkpoint), ("last", result.last)):
+        if path:
+            screen.print(f"{name} checkpoint: {path}", soft_wrap=True)
+
+
+def show_seeds(results: "Sequence[FinishResult]") -> None:
+    """Show what several seeds of a finish, best first, have reached after the last step."""
+    from statistics import mean, stdev
+
+    screen = console()
+    for metric in ("target_val/miou", "source_val/miou"):
+        values = [result.after[metric] for result in results if metric in result.after]
+        if len(values) > 1:
+            each = ", ".join(f"{value:.3f}" for value in values)
+            screen.print(f"{metric} over {len(values)} seeds: {mean(values):.3f} +- {stdev(values):.3f} ({each})")
+    screen.print(f"best: {results[0].name}")
+
+
+def show_evaluation(result: "EvaluationResult") -> None:
+    """Show how well a network labels a set."""
+    from rich.table import Table
+
+    screen = console()
+    title = f"{result.run} at step {result.step} on {result.images} target images: {result.protocol}, {result.how}"
+    screen.print(title, markup=False, soft_wrap=True)
+    table = Table("class", box=None)
+    table.add_column("IoU", justify="right")
+    for name, iou in result.iou.items():
+        table.add_row(name, number_text(iou))
+    screen.print(table)
+    for name, value in result.metrics.items():
+        if "/iou/" not in name:
+            screen.print(f"{name} {value:.4f}    in MLflow: {result.tracked}/{name}", soft_wrap=True)
+    if result.predictions is not None:
+        screen.print(f"predictions: {result.predictions}", soft_wrap=True, markup=False)
+
+
+def show_cache(found: "CacheContent") -> None:
+    """Show the shared stages, the leases on them and what was left over."""
+    from rich.table import Table
+
+    screen = console()
+    table = Table(box=None)
+    for column in ("stage", "by", "data", "network", "seed", "steps", "size", "age", "unused", "hash", "needed by"):
+        table.add_column(column, justify="right" if column in ("seed", "steps", "size", "age", "unused") else "left")
+    for stage in found.stages:
+        told = stage.description
+        what = (
+            [told.stage, told.method, told.data, told.network, str(told.seed), str(told.steps)] if told else ["?"] * 6
+        )
+        times = [duration_text(stage.age_s), duration_text(stage.unused_s)]
+        table.add_row(*what, size_text(stage.bytes), *times, stage.hash[:12], ", ".join(stage.needed_by) or "-")
+    if found.stages:
+        screen.print(table)
+    for lease in found.leases:
+        screen.print(_lease_text(lease), markup=False, soft_wrap=True)
+    if found.left_over:
+        screen.print(f"{len(found.left_over)} left-over copies of dead processes; `segadapt cache prune` removes them")
+    screen.print(f"{len(found.stages)} stages, {size_text(found.bytes)}")
+
+
+def show_pruned(pruned: "Pruned", *, dry_run: bool) -> None:
+    """Show what was removed from the stage cache."""
+    screen = console()
+    removed = "would be removed" if dry_run else "removed"
+    for stage in pruned.stages:
+        screen.print(f"{removed}: {_stage_text(stage)}, {size_text(stage.bytes)}", markup=False, soft_wrap=True)
+    for stage in pruned.kept:
+        why = f"needed by {', '.join(stage.needed_by)}" if stage.needed_by else "an experiment began to need it"
+        screen.print(f"kept: {_stage_text(stage)}, {why}", markup=False, soft_wrap=True)
+    for lease in pruned.leases:
+        screen.print(f"{removed}: the lease of a dead process: {_lease_text(lease)}", markup=False, soft_wrap=True)
+    if pruned.left_over:
+        screen.print(f"{removed}: {len(pruned.left_over)} left-over copies of dead processes")
+    screen.print(f"{'would free' if dry_run else 'freed'} {size_text(pruned.bytes)}")
+
+
+def show_findings(found: "Iterable[Finding]") -> "list[Finding]":
+    """Show what a check-up finds as it comes; returns it."""
+    from rich.text import Text
+
+    screen = console()
+    styles = {"ok": "green", "warning": "yellow", "fault": "bold red", "repaired": "green"}
+    findings = []
+    for finding in found:
+        findings.append(finding)
+        level = "repaired" if finding.repaired else finding.level
+        parts = [finding.text, finding.meaning, "" if finding.repaired else finding.advice]
+        line = Text.assemble((f"{level:9}", styles[level]), (f"{finding.subject}: ", "bold"))
+        screen.print(line.append(". ".join(part.rstrip(".") for part in parts if part)), soft_wrap=True)
+    count = {level: sum(entry.level == level and not entry.repaired for entry in findings) for level in styles}
+    repaired = sum(entry.repaired for entry in findings)
+    mendable = sum(entry.repair is not None for entry in findings)
+    screen.print(
+        f"\n{count['fault']} faults, {count['warning']} warnings"
+        + (f", {repaired} repaired" if repaired else "")
+        + (f"; `segadapt doctor --fix` repairs {mendable}" if mendable else "")
+    )
+    return findings
+
+
+def _stage_text(stage: "CachedStage") -> str:
+    told = stage.description
+    what = f"{told.stage} ({told.data}, {told.network}, seed {told.seed}, {told.steps} steps)" if told else "a stage"
+    return f"{stage.hash[:12]} {what}, unused for {duration_text(stage.unused_s)}"
+
+
+def _lease_text(lease: "RunningLease") -> str:
+    state = "computes" if lease.alive else f"gave no sign for {duration_text(lease.age_s)} while computing"
+    return f"{lease.owner} {state} {lease.stage} {lease.hash[:12]}"
+
+
+def show_prediction(result: "PredictionResult") -> None:
+    """Show how many images were labelled, and which could not be read."""
+    screen = console()
+    for image in result.unreadable:
+        screen.print(f"unreadable: {image.path}: {image.reason}", markup=False, soft_wrap=True)
+    parts = [f"{result.written} images labelled in {result.folder}"]
+    parts += [f"{result.skipped} were before"] * (result.skipped > 0)
+    parts += [f"{len(result.unreadable)} unreadable"] * (len(result.unreadable) > 0)
+    screen.print(", ".join(parts), markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> "Iterator[Callable[[int, int], None]]":
+    """Show a bar on a terminal; yields what moves it by a number of steps out of a total."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    screen = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, advance=done, total=total)
+
+
+def show_dataset(report: "DatasetReport") -> None:
+    """Show what a dataset holds and all that is wrong with it."""
+    from itertools import groupby
+
+    from rich.table import Table
+
+    screen = console()
+    for name, split in report.splits.items():
+        sizes = ", ".join(f"{size} ({count})" for size, count in list(split.sizes.items())[:_SHOWN_SIZES])
+        more = len(split.sizes) - _SHOWN_SIZES
+        sizes += f" and {more} more" if more > 0 else ""
+        screen.print(
+            f"{name}: {split.images} images, {split.labels} labels, about {size_text(split.packed_bytes)} packed"
+        )
+        screen.print(f"  sizes: {sizes or '-'}", soft_wrap=True)
+        labelled = sum(split.pixels.values())
+        if labelled:
+            table = Table(box=None, title=f"{report.kind} {name}: classes")
+            for column in ("class", "pixels", "labels with it"):
+                table.add_column(column, justify="left" if column == "class" else "right")
+            for label, pixels in split.pixels.items():
+                table.add_row(label, f"{pixels / labelled:.2%}", str(split.images_with.get(label, "")))
+            screen.print(table)
+    for note in report.notes:
+        screen.print(f"note: {note}", markup=False, soft_wrap=True)
+    for problem, faults in groupby(sorted(report.faults, key=lambda fault: fault.problem), lambda fault: fault.problem):
+        found = list(faults)
+        screen.print(f"\n{problem} ({len(found)}):", markup=False)
+        for fault in found:
+            screen.print(f"  {fault.path}  {fault.detail}".rstrip(), markup=False, soft_wrap=True)
+    screen.print(f"\n{len(report.faults)} faults in {report.root}" if report.faults else f"{report.root} is sound.")

@@ -1,0 +1,1 @@
+"""Ray clusters: what they have, how they are joined, and jobs on them."""

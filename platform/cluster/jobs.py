@@ -1,0 +1,225 @@
+"""Commands handed to a cluster as Ray Jobs: they run there, on after this machine is switched off."""
+
+import contextlib
+import json
+import logging
+import secrets
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from segadapt.platform.errors import UsageError, redacted
+from segadapt.platform.ray_internals.start import authenticated
+from segadapt.platform.settings.config import read_experiment
+from segadapt.platform.storage.folders import check_name
+
+_COMMANDS = ("search", "train", "finish")
+"""Those that train."""
+
+
+_ENDED = ("succeeded", "failed", "stopped")
+
+
+_POLL_S = 1.0
+"""Between two looks at a job's log."""
+
+
+_READY_S = 120.0
+"""For a head that was just started to take jobs."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command on a cluster."""
+
+    name: str
+    state: str
+    """pending, running, succeeded, failed or stopped."""
+    command: str
+    started: str | None
+    """In UTC."""
+    message: str
+
+
+def is_jobs_address(address: str | None) -> bool:
+    """Return whether an address is that of Ray Jobs rather than of a cluster to join."""
+    return address is not None and address.startswith(("http://", "https://"))
+
+
+def submit(words: Sequence[str], *, address: str, name: str | None = None) -> str:
+    """Start a command on a cluster and return the job's name.
+
+    Nothing but the command is sent; an experiment file's settings become part of it.
+
+    Args:
+        words: The command, such as `search sdca --storage /mnt/segadapt/runs`.
+        address: Of the cluster's Ray Jobs, http://HOST:PORT.
+        name: Of the job; None makes one.
+
+    Raises:
+        UsageError: If the command cannot run there, or the cluster does not answer.
+    """
+    _check_command(words)
+    if name is not None:
+        check_name(name)
+    words = _self_contained(words)
+    name = name or f"{words[0]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    command = shlex.join(["python", "-m", "segadapt.platform.cli", *words])
+    with _client(address) as client:
+        if any(job.submission_id == name for job in client.list_jobs()):
+            raise UsageError(f"--name must be new, but the cluster has a job {name!r}. Choose another.")
+        _start(client, f"PYTHONUNBUFFERED=1 exec {command}", name)
+    return name
+
+
+def _start(client: Any, command: str, name: str) -> None:
+    """Start a job, as soon as the head's agent is ready for one."""
+    deadline = time.monotonic() + _READY_S
+    while True:
+        try:
+            client.submit_job(entrypoint=command, submission_id=name)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
+
+
+def jobs(address: str) -> list[Job]:
+    """Return the jobs that a cluster knows, oldest first.
+
+    Raises:
+        UsageError: If the cluster does not answer.
+    """
+    with _client(address) as client:
+        found = [job for job in client.list_jobs() if job.submission_id is not None]
+    return [_job(job) for job in sorted(found, key=lambda job: job.start_time or 0)]
+
+
+def logs(name: str, address: str, *, follow: bool) -> Iterator[str]:
+    """Yield what a job has printed, and with `follow` what it prints until it ends.
+
+    Raises:
+        UsageError: If there is no such job, or the cluster does not answer.
+    """
+    shown = 0
+    with _client(address) as client:
+        while True:
+            state = _known(client, name).state
+            text = client.get_job_logs(name)
+            yield text[shown:]
+            shown = len(text)
+            if not follow or state in _ENDED:
+                return
+            time.sleep(_POLL_S)
+
+
+def stop(name: str, address: str) -> bool:
+    """End a job as SIGTERM does; returns False if it had ended. What it was doing goes on with `--resume`.
+
+    Raises:
+        UsageError: If there is no such job, or the cluster does not answer.
+    """
+    with _client(address) as client:
+        _known(client, name)
+        return bool(client.stop_job(name))
+
+
+@contextlib.contextmanager
+def _client(address: str) -> Iterator[Any]:
+    """Connect to Ray Jobs, with the token that Ray finds.
+
+    Raises:
+        UsageError: If it does not answer, or refuses a request.
+    """
+    from ray.exceptions import RayError
+    from ray.job_submission import JobSubmissionClient
+
+    if not is_jobs_address(address):
+        raise UsageError(
+            f"--address must be that of Ray's dashboard, such as http://127.0.0.1:8265, but got {address!r}. "
+            "`ssh -N -L 8265:127.0.0.1:8265 HEAD` brings it here."
+        )
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    with authenticated(local=False):
+        try:
+            yield JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError, RayError) as error:
+            answer = redacted(error).strip().splitlines()[0]
+            raise UsageError(
+                f"--address must be Ray's dashboard on the cluster's head, but {redacted(address)} answered: {answer}\n"
+                "Is the tunnel open (`ssh -N -L 8265:127.0.0.1:8265 HEAD`), and the cluster's token in "
+                "~/.ray/auth_token, RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN?"
+            ) from error
+
+
+def _known(client: Any, name: str) -> Job:
+    found = {job.submission_id: job for job in client.list_jobs() if job.submission_id is not None}
+    if name not in found:
+        raise UsageError(f"JOB must be known to the cluster, but got {name!r}. Known: {', '.join(found) or 'none'}.")
+    return _job(found[name])
+
+
+def _job(details: Any) -> Job:
+    started = details.start_time and f"{datetime.fromtimestamp(details.start_time / 1000, UTC):%Y-%m-%d %H:%M:%S}"
+    command = details.entrypoint.partition(" -m segadapt.platform.cli ")[2] or details.entrypoint
+    return Job(details.submission_id, str(details.status.value).lower(), command, started, details.message or "")
+
+
+def _check_command(words: Sequence[str]) -> None:
+    """Refuse what would run elsewhere than meant, or show a password to whoever lists the jobs."""
+    if not words or words[0] not in _COMMANDS:
+        raise UsageError(
+            f"A command to submit must be one of {', '.join(_COMMANDS)}, but got {' '.join(words[:1]) or 'none'}. "
+            "Example: segadapt submit -- search sdca --storage /mnt/segadapt/runs"
+        )
+    if _option(words, "--address") is not None:
+        raise UsageError("A command to submit must have no --address, since it runs where it is sent to. Leave it out.")
+    storage = _option(words, "--storage")
+    if storage is None or not Path(storage).is_absolute():
+        raise UsageError(
+            "A command to submit must have --storage with an absolute path, a folder that all nodes see, but "
+            f"got {storage or 'none'}. Example: --storage /mnt/segadapt/runs"
+        )
+    for option in ("--study-uri", "--tracking-uri"):
+        if urlsplit(_option(words, option) or "").password is not None:
+            raise UsageError(
+                f"{option} of a command to submit must hold no password, since the cluster shows commands to whoever "
+                "reaches it. PostgreSQL's is read from ~/.pgpass or PGPASSWORD on the head, MLflow's from "
+                "MLFLOW_TRACKING_PASSWORD."
+            )
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    """Return the value of an option in a command."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == name:
+            return following
+        if word.startswith(f"{name}="):
+            return word.removeprefix(f"{name}=")
+    return None
+
+
+def without_option(words: Sequence[str], name: str) -> list[str]:
+    """Return a command without an option and its value."""
+    kept = [word for word in words if not word.startswith(f"{name}=")]
+    if name in kept:
+        index = kept.index(name)
+        del kept[index : index + 2]
+    return kept
+
+
+def _self_contained(words: Sequence[str]) -> list[str]:
+    """Return a command that holds the settings of its experiment file: the cluster does not have the file."""
+    path = _option(words, "--config")
+    if path is None:
+        return list(words)
+    kept = without_option(words, "--config")
+    given = {word.partition("=")[0] for word in kept}
+    settings = read_experiment(Path(path))
+    return [*kept, *(f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in given)]

@@ -1,0 +1,76 @@
+"""What a deployed network says about itself, beside and inside its files."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from segadapt.trainables.core.deployed import SMALLEST_SIDE
+
+_PREFIX = "segadapt."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a deployed network says about itself; the metadata of an exported file."""
+
+    classes: tuple[str, ...]
+    """In the order of the channels of the output; a label is the index of its class."""
+    colors: tuple[tuple[int, int, int], ...]
+    """RGB, of each class."""
+    input: str = "images: uint8 (batch, 3, height, width), RGB, 0 to 255"
+    output: str = "probabilities: float32 (batch, class, height, width), of the size of the image"
+    smallest_side: int = SMALLEST_SIDE
+    """Least height and width of an image, in pixels."""
+    whole_pixels: int
+    """`segadapt predict` looks at larger images in parts, or reduced if `input_size` is given."""
+    input_size: tuple[int, int] | None
+    """Height and width that the network itself brings images to, as in training; None leaves them as they are."""
+    normalisation: Mapping[str, Any]
+    """What the network itself does with pixel values: bgr, then (value - mean) / std."""
+    aggregation: float
+    """Weight of similar pixels of the same image in the prediction (PLCA); 0 if there is none."""
+    metrics: Mapping[str, float]
+    """Of the checkpoint: mIoU on both validation sets and, on the target's, IoU of each class."""
+    search: str
+    run: str
+    run_id: str
+    """In MLflow."""
+    checkpoint_sha256: str
+    step: int
+    """Training steps of the checkpoint."""
+    data_fingerprint: str
+    """Of the data it was trained on."""
+    config: Mapping[str, Any]
+    """Configuration of the run."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return dataclasses.asdict(self)
+
+    def as_strings(self) -> dict[str, str]:
+        """Return what ONNX takes: each field as JSON."""
+        return {_PREFIX + name: json.dumps(value) for name, value in self.as_dict().items()}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Card":
+        """Rebuild what `as_dict` returned, also after a way through JSON."""
+        size = content["input_size"]
+        own = {
+            "classes": tuple(content["classes"]),
+            "colors": tuple(tuple(color) for color in content["colors"]),
+            "input_size": None if size is None else tuple(size),
+        }
+        return cls(**{**content, **own})
+
+    @classmethod
+    def from_strings(cls, content: Mapping[str, str]) -> "Card":
+        """Rebuild what `as_strings` returned."""
+        return cls.from_dict(
+            {
+                name.removeprefix(_PREFIX): json.loads(value)
+                for name, value in content.items()
+                if name.startswith(_PREFIX)
+            }
+        )

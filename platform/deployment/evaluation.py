@@ -1,0 +1,381 @@
+"""Evaluate a checkpoint as papers do: a deployed network, full label resolution, one of the published class subsets."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from segadapt.platform.errors import UsageError
+from segadapt.platform.results.leaderboard import find_run, run_tags
+from segadapt.platform.settings.config import TrialConfig, Values, flatten, keys, resolve
+from segadapt.platform.storage.checkpoints import CONFIG, EVALUATION
+from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.tags import KEY_TAG
+from segadapt.platform.tracking.tracker import Tracker
+from segadapt.platform.trial.training import build_method
+from segadapt.trainables.core.checkpoint import CorruptCheckpointError, load_state
+from segadapt.trainables.core.data.batch import IGNORE_INDEX, ClassList, LabelledImages
+from segadapt.trainables.core.data.class_lists import CITYSCAPES_IDS, SUBSETS, duplicates
+from segadapt.trainables.core.data.datasets import load_data
+from segadapt.trainables.core.data.loading import evaluation_for_network
+from segadapt.trainables.core.evaluation import DomainEvaluation, Inference, Protocol, evaluate_domain, score
+from segadapt.trainables.core.networks import NetworkConfig, Segmenter
+
+PROTOCOLS = ("auto", *(f"cityscapes-{size}" for size in SUBSETS))
+"""Class subsets to average over; `auto` takes all classes of the run."""
+
+
+AGGREGATION = "method.inference_aggregation"
+"""Setting of methods whose network can aggregate when it predicts."""
+
+
+_SETTINGS = ("data.", "augmentation.target_size", "augmentation.interpolation", "trainer.eval_")
+"""What may differ from the run."""
+
+
+_LEAST_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A trained network, ready to predict, and what it was trained as."""
+
+    network: Segmenter
+    config: TrialConfig
+    names: tuple[str, ...]
+    """Of its classes, in the order of its logits."""
+    step: int
+    """Training steps it has seen."""
+
+
+def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> Deployed:
+    """Rebuild the network that a trial deploys from its checkpoint folder.
+
+    Args:
+        checkpoint: The folder.
+        overrides: Settings to use in place of the trial's, by dotted key.
+        device: Where the network goes.
+
+    Raises:
+        UsageError: If the checkpoint is missing or damaged, or a setting is not as it must be.
+    """
+    try:
+        content = json.loads((checkpoint / CONFIG).read_text())
+        summary = json.loads((checkpoint / EVALUATION).read_text())
+        state = load_state(checkpoint)
+    except OSError as error:
+        raise UsageError(
+            f"The checkpoint of the run must lie in {checkpoint}, but cannot be read: {error.strerror}. "
+            "Name another run, or run the trial again."
+        ) from error
+    except CorruptCheckpointError as error:
+        raise UsageError(str(error)) from error
+    method = content.pop("method_name")
+    if AGGREGATION in overrides and AGGREGATION not in keys(method):
+        raise UsageError(
+            f"--aggregation must be left out for a network that was trained by {method}: it does not offer aggregation."
+        )
+    config = resolve(method, {**dict(flatten(content)), **overrides})
+    names = tuple(summary["classes"])
+    prefix = state["deployed"] + "."
+    own = {name.removeprefix(prefix): value for name, value in state["state"].items() if name.startswith(prefix)}
+    built = build_method(dataclasses.replace(config, network=_untrained(config.network, own)), len(names))
+    built.deployed.load_state_dict(own)
+    return Deployed(built.deployed.to(device).eval(), config, names, int(summary["metrics"]["step"]))
+
+
+def _untrained(network: NetworkConfig, deployed: Collection[str]) -> NetworkConfig:
+    """Return the configuration of the same network without the weights it started from, which need not be at hand.
+
+    Args:
+        network: As it was trained. Whether its batch norm was frozen may have followed from the weights.
+        deployed: Names in the state of the deployed network.
+    """
+    backbone = [name for name in deployed if name.startswith("backbone.")]
+    has_norm = any(name.endswith("running_var") for name in backbone)
+    frozen = has_norm and not any(name.endswith("num_batches_tracked") for name in backbone)
+    return dataclasses.replace(network, weights=None, freeze_norm=frozen)
+
+
+def data_settings(values: Values) -> Values:
+    """Return `values` if an evaluation may change them.
+
+    Raises:
+        UsageError: If one decides more than what is evaluated.
+    """
+    others = [key for key in values if not key.startswith(_SETTINGS)]
+    if others:
+        raise UsageError(
+            f"Settings of an evaluation must start with one of {', '.join(_SETTINGS)}, but got {', '.join(others)}: "
+            "the run has the others."
+        )
+    return values
+
+
+class _Renumbered:
+    """A set whose labels number the classes as the network does.
+
+    Args:
+        images: The set.
+        table: The network's class, or 255, of each value in a label of the set; (256,) uint8.
+    """
+
+    def __init__(self, images: LabelledImages, table: Tensor) -> None:
+        self.ids = images.ids
+        self._images = images
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def image(self, index: int) -> Tensor:
+        """Return an RGB image, (3, H, W) uint8."""
+        return self._images.image(index)
+
+    def label(self, index: int) -> Tensor:
+        """Return its class indices, (H, W) uint8, 255 = ignore."""
+        return self._table[self._images.label(index).int()]
+
+
+def _index_of(name: str, names: Sequence[str]) -> int | None:
+    """Return the place of the class that `name` stands for, if it is among `names`."""
+    return next((index for index, own in enumerate(names) if duplicates((own, name))), None)
+
+
+def target_images(config: TrialConfig, names: Sequence[str]) -> tuple[LabelledImages, list[str]]:
+    """Return the target validation set at the size the network sees, and those of its classes that the set labels.
+
+    Args:
+        config: Whose data are evaluated.
+        names: Of the network's classes; labels are numbered in their order.
+
+    Raises:
+        UsageError: If the data are missing or malformed, or share no class with the network.
+    """
+    try:
+        _, data = load_data(config.data)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    table = torch.full((256,), IGNORE_INDEX, dtype=torch.uint8)
+    labelled = []
+    for index, name in enumerate(data.classes.names):
+        own = _index_of(name, names)
+        if own is not None:
+            table[index] = own
+            labelled.append(names[own])
+    if not labelled:
+        raise UsageError(
+            f"The data must share classes with the network, which has {', '.join(names)}, but have "
+            f"{', '.join(data.classes.names)}."
+        )
+    images = evaluation_for_network(data, config.augmentation).target
+    if tuple(names) == data.classes.names:
+        return images, labelled
+    return _Renumbered(images, table), labelled
+
+
+def protocol_of(name: str, names: Sequence[str], labelled: Sequence[str]) -> Protocol:
+    """Return what a protocol counts and averages.
+
+    The 13 classes are averaged over what the 16 count, as the papers do: wall, fence and pole still count as misses.
+
+    Args:
+        name: One of `PROTOCOLS`.
+        names: Of the network's classes.
+        labelled: Those of them that the evaluated data label.
+
+    Raises:
+        UsageError: If a class of the protocol is missing.
+    """
+    if name == "auto":
+        return Protocol("miou", None, frozenset(labelled))
+    if name not in PROTOCOLS:
+        raise UsageError(f"--protocol must be one of {', '.join(PROTOCOLS)}, but got {name!r}.")
+    size = name.removeprefix("cityscapes-")
+    places = {wanted: _index_of(wanted, names) for wanted in SUBSETS[size]}
+    for where, having in (("network was trained for", names), ("data label", labelled)):
+        missing = [wanted for wanted in places if _index_of(wanted, having) is None]
+        if missing:
+            raise UsageError(
+                f"--protocol {name} must find its {size} classes, but lacks {', '.join(missing)}: the {where} "
+                f"{len(having)} classes, {', '.join(having)}. Use --protocol auto to average over those."
+            )
+    averaged = frozenset(names[place] for place in places.values() if place is not None)
+    counted = averaged if size != "13" else frozenset(own for own in names if _index_of(own, SUBSETS["16"]) is not None)
+    return Protocol(f"miou_{size}", counted, averaged)
+
+
+class Submission:
+    """Writes predictions as Cityscapes takes them: 8-bit PNGs of `labelIds`, named as their image.
+
+    Args:
+        folder: New or empty: `cityscapesscripts` refuses two predictions of one image.
+        names: Of the network's classes.
+
+    Raises:
+        UsageError: If the folder holds something already, or a class is none of Cityscapes'.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        known = list(CITYSCAPES_IDS)
+        places = [_index_of(name, known) for name in names]
+        unknown = [name for name, place in zip(names, places, strict=True) if place is None]
+        if unknown:
+            raise UsageError(
+                f"--save-predictions needs a network of Cityscapes classes, but it also has {', '.join(unknown)}: "
+                "they have no label id. Leave it out."
+            )
+        self._ids = torch.tensor([CITYSCAPES_IDS[known[place]] for place in places if place is not None])
+        self.folder = new_folder(folder)
+
+    def __call__(self, image_id: str, prediction: Tensor) -> None:
+        """Write the prediction, (H, W) class indices, of an image."""
+        ids = self._ids.to(prediction.device, torch.uint8)[prediction]
+        Image.fromarray(ids.cpu().numpy()).save(self.folder / f"{Path(image_id).name}.png")
+
+
+def new_folder(folder: Path) -> Path:
+    """Make a folder and return it; it may exist if it is empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"The folder to write must be new or empty, but {folder} is not. Choose another.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"The folder {folder} must be writable, but is not: {error.strerror}. Choose another."
+        ) from error
+    return folder
+
+
+def variant_name(protocol_name: str, inference: Inference, aggregation: float | None, settings: Values) -> str:
+    """Return what tells evaluations of a run apart in the names of their metrics, such as `cityscapes-16-flip`."""
+    parts = [protocol_name]
+    if inference.scales != (1.0,):
+        parts.append("scales-" + "-".join(f"{scale:g}" for scale in inference.scales))
+    if inference.flip:
+        parts.append("flip")
+    if aggregation is not None:
+        parts.append(f"aggregation-{aggregation:g}")
+    if settings:
+        content = json.dumps(settings, sort_keys=True, default=str)
+        parts.append(f"data-{hashlib.sha256(content.encode()).hexdigest()[:8]}")
+    return "-".join(parts)
+
+
+def aggregation_text(config: TrialConfig) -> str:
+    """Return whether the network of a trial aggregates when it predicts."""
+    weight = getattr(config.method, AGGREGATION.removeprefix("method."), 0.0)
+    return f"aggregation {weight:g}" if weight else "no aggregation"
+
+
+def evaluate_target(
+    deployed: Deployed,
+    images: LabelledImages,
+    inference: Inference,
+    device: torch.device,
+    submission: Submission | None = None,
+) -> DomainEvaluation:
+    """Count what a network predicts of a set, at label size; shows its progress in a terminal."""
+    from rich.progress import Progress
+
+    from segadapt.platform.experiment.progress import console
+
+    batch_size = deployed.config.trainer.eval_batch_size if max(inference.scales) <= 1 else 1
+    threads = max(_LEAST_THREADS, torch.get_num_threads()) if device.type == "cuda" else 0
+    classes = ClassList(deployed.names, ((0, 0, 0),) * len(deployed.names))
+    shown = console(stderr=True)
+    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as progress:
+        task = progress.add_task("evaluating", total=len(images))
+
+        def see(image_id: str, prediction: Tensor) -> None:
+            if submission is not None:
+                submission(image_id, prediction)
+            progress.advance(task)
+
+        return evaluate_domain(
+            deployed.network, images, classes, device, batch_size, threads=threads, inference=inference, see=see
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """How well a run's network labels the target validation set."""
+
+    run: str
+    checkpoint: str
+    step: int
+    """Training steps of the checkpoint."""
+    protocol: str
+    how: str
+    """Scales, flip and aggregation."""
+    images: int
+    metrics: Mapping[str, float]
+    """`target_val/miou`, with the size of the subset in its name, and `target_val/iou/CLASS`."""
+    iou: Mapping[str, float | None]
+    """Of the averaged classes; None for one that is neither present nor predicted, which the mean leaves out."""
+    classes: Sequence[str]
+    """Of the confusion matrix."""
+    confusion: Sequence[Sequence[int]]
+    """Pixels; rows are the truth, columns the prediction."""
+    tracked: str
+    """Prefix of the metrics in the MLflow run."""
+    predictions: str | None
+    """Folder of the saved predictions."""
+
+
+def evaluate_run(
+    run: str,
+    search: str,
+    settings: Values,
+    *,
+    protocol: str,
+    scales: Sequence[float],
+    flip: bool,
+    aggregation: float | None,
+    save_predictions: str | None,
+    place: Place,
+) -> EvaluationResult:
+    """Evaluate a run's network on the target validation set; see `api.evaluate`."""
+    try:
+        inference = Inference(scales=tuple(scales), flip=flip)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    settings = data_settings(settings)
+    overrides = dict(settings) if aggregation is None else {**settings, AGGREGATION: float(aggregation)}
+    row = find_run(run, search, place, kinds=("trial", "finish"))
+    assert row.checkpoint is not None
+    key = run_tags(row, place)[KEY_TAG]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    deployed = load_deployed(Path(row.checkpoint), overrides, device)
+    images, labelled = target_images(deployed.config, deployed.names)
+    chosen = protocol_of(protocol, deployed.names, labelled)
+    submission = Submission(Path(save_predictions), deployed.names) if save_predictions is not None else None
+    inference = dataclasses.replace(inference, window=deployed.config.trainer.eval_window)
+    confusion = evaluate_target(deployed, images, inference, device, submission).confusion
+    scored = score(confusion, deployed.names, chosen)
+    result = EvaluationResult(
+        run=row.name,
+        checkpoint=row.checkpoint,
+        step=deployed.step,
+        protocol=protocol,
+        how=f"{inference}, {aggregation_text(deployed.config)}",
+        images=len(images),
+        metrics=scored.metrics("target_val", chosen),
+        iou={name: iou if iou == iou else None for name, iou in scored.iou.items()},
+        classes=deployed.names,
+        confusion=confusion.tolist(),
+        tracked=f"evaluation/{variant_name(protocol, inference, aggregation, settings)}",
+        predictions=save_predictions,
+    )
+    tracker = Tracker(place)
+    metrics = {f"{result.tracked}/{name}": value for name, value in result.metrics.items()}
+    tracker.log_summary(key, metrics, result.step)
+    tracker.log_json(key, {**dataclasses.asdict(result), "settings": dict(settings)}, f"{result.tracked}.json")
+    tracker.close()
+    return result

@@ -1,0 +1,324 @@
+"""Bring a run's network into use: as files that any program can load, and in MLflow's registry."""
+
+import json
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from segadapt.platform.deployment import evaluation as evaluating
+from segadapt.platform.deployment import registry
+from segadapt.platform.deployment.card import Card
+from segadapt.platform.errors import UsageError
+from segadapt.platform.results.leaderboard import find_run, open_client, run_tags
+from segadapt.platform.storage.checkpoints import EVALUATION
+from segadapt.platform.storage.folders import Place
+from segadapt.trainables.core.checkpoint import MANIFEST, STATE
+from segadapt.trainables.core.data.datasets import load_data
+from segadapt.trainables.core.deployed import SMALLEST_SIDE, DeployedNetwork, stride
+
+ONNX = "model.onnx"
+
+
+PT2 = "model.pt2"
+
+
+CARD = "model.json"
+
+
+OPSET = 18
+"""Of ONNX; what PyTorch's exporter writes without conversion."""
+
+
+TOLERANCE = 1e-3
+"""Largest difference of a class probability between an exported file and the network it was made from."""
+
+
+LARGEST_SIDE = 2**15
+
+
+_LARGEST_BATCH = 1024
+
+
+_WHOLE_PIXELS = 2**22
+
+
+_WHOLE_CELLS = 2**14
+"""Of the feature map, if they are aggregated: the exported network holds two matrices of this number squared."""
+
+
+_CHECKED_SHAPES = ((2, 64, 96), (1, 131, 173))
+"""Batch, height and width of the images that exported files are compared on."""
+
+
+_EXAMPLE_SHAPE = (2, 96, 128)
+
+
+class ExportError(RuntimeError):
+    """An exported file does not compute what the network computes."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a network comes from."""
+
+    search: str
+    run: str
+    run_id: str
+    checkpoint: Path
+    data_fingerprint: str
+
+
+def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork, Card]:
+    """Return the network that a run deploys, without teacher and extra heads, and what is known of it.
+
+    Raises:
+        UsageError: If its checkpoint is missing or damaged.
+    """
+    deployed = evaluating.load_deployed(origin.checkpoint, {}, device)
+    network, config = deployed.network, deployed.config
+    summary = json.loads((origin.checkpoint / EVALUATION).read_text())
+    aggregation = float(getattr(config.method, evaluating.AGGREGATION.removeprefix("method."), 0.0))
+    size = config.augmentation.target_size
+    pixels = _WHOLE_PIXELS
+    if aggregation and size is None:
+        pixels = min(pixels, _WHOLE_CELLS * stride(network) ** 2)
+    mean, std = (part.flatten().tolist() for part in (network.mean, network.std))
+    card = Card(
+        classes=deployed.names,
+        colors=_colors(summary, deployed),
+        whole_pixels=pixels,
+        input_size=size,
+        normalisation={"bgr": network.normalisation.bgr, "mean": mean, "std": std},
+        aggregation=aggregation,
+        metrics={
+            name: value for name, value in summary["metrics"].items() if name.startswith(("target_val/", "source_val/"))
+        },
+        search=origin.search,
+        run=origin.run,
+        run_id=origin.run_id,
+        checkpoint_sha256=json.loads((origin.checkpoint / MANIFEST).read_text())["sha256"][STATE],
+        step=deployed.step,
+        data_fingerprint=origin.data_fingerprint,
+        config=config.as_dict(),
+    )
+    return DeployedNetwork(network, size, config.augmentation.interpolation).to(device), card
+
+
+def from_run(origin: Origin, device: torch.device) -> tuple["Predict", Card]:
+    """Return what `open_exported` returns of the run's file, without exporting it."""
+    network, card = load_network(origin, device)
+
+    def predict(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            probabilities: Tensor = network(images.to(device))
+        return probabilities
+
+    return predict, card
+
+
+def _colors(summary: Mapping[str, Any], deployed: evaluating.Deployed) -> tuple[tuple[int, int, int], ...]:
+    """Return the classes' colours, from the data if the checkpoint is older than colours in checkpoints."""
+    if "colors" in summary:
+        return tuple(tuple(color) for color in summary["colors"])
+    try:
+        return load_data(deployed.config.data)[0].classes.colors
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def write(network: DeployedNetwork, card: Card, folder: Path) -> dict[str, float]:
+    """Write a network in both formats with its card, compare them with it, and return their largest differences.
+
+    Args:
+        network: On the CPU.
+        card: What is written beside and into the files.
+        folder: New or empty. Written whole or not at all.
+
+    Raises:
+        UsageError: If the folder holds something, or the network has an operation that cannot be exported.
+        ExportError: If a file computes something else than the network.
+    """
+    target = evaluating.new_folder(folder.expanduser().absolute())
+    target.rmdir()  # it appears with its content
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        whole = Path(temporary) / "whole"
+        whole.mkdir()
+        content = json.dumps(card.as_dict(), indent=1)
+        (whole / CARD).write_text(content)
+        with warnings.catch_warnings():  # about PyTorch's own use of its exporter
+            warnings.simplefilter("ignore")
+            program = _program(network)
+            torch.export.save(program, whole / PT2, extra_files={CARD: content})
+            _write_onnx(program, card, whole / ONNX)
+        differences = {name: _difference(network, open_exported(whole / name)[0]) for name in (PT2, ONNX)}
+        wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
+        if wrong:
+            raise ExportError(
+                f"Class probabilities of exported files must be within {TOLERANCE:g} of the network's, but "
+                + ", ".join(f"those of {name} differ by {value:.3g}" for name, value in wrong.items())
+                + ". Nothing was written."
+            )
+        whole.rename(target)
+    return differences
+
+
+def _program(network: DeployedNetwork) -> ExportedProgram:
+    batch, height, width = _EXAMPLE_SHAPE
+    sides = {
+        2: Dim("height", min=SMALLEST_SIDE, max=LARGEST_SIDE),
+        3: Dim("width", min=SMALLEST_SIDE, max=LARGEST_SIDE),
+    }
+    shapes = ({0: Dim("batch", min=1, max=_LARGEST_BATCH), **sides},)
+    example = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
+    try:
+        with torch.no_grad():
+            return torch.export.export(network, (example,), dynamic_shapes=shapes)
+    except Exception as error:  # torch.export has many and names no common one
+        raise _not_exportable("torch.export", error) from error
+
+
+def _write_onnx(program: ExportedProgram, card: Card, path: Path) -> None:
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _not_exportable("ONNX", error) from error
+    assert exported is not None
+    exported.model.metadata_props.update(card.as_strings())
+    exported.save(path)
+
+
+def _not_exportable(form: str, error: Exception) -> UsageError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UsageError(
+        f"A network must consist of operations that {form} takes, but this one does not: {reason} "
+        "`segadapt predict` takes the run itself."
+    )
+
+
+def _difference(network: DeployedNetwork, exported: "Predict") -> float:
+    """Return the largest difference of a class probability over images of several sizes."""
+    generator = torch.Generator().manual_seed(0)
+    differences = []
+    for batch, height, width in _CHECKED_SHAPES:
+        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+        with torch.no_grad():
+            expected = network(images)
+        found = exported(images)
+        if found.shape != expected.shape:
+            return float("inf")
+        differences.append((found - expected).abs().max())
+    return float(torch.stack(differences).max())  # NaN if one is
+
+
+Predict = Callable[[Tensor], Tensor]
+"""Class probabilities, (B, C, H, W) float32, of RGB images, (B, 3, H, W) uint8 on the CPU."""
+
+
+def open_exported(path: Path, device: torch.device | None = None) -> tuple[Predict, Card]:
+    """Open a file that `write` made.
+
+    Args:
+        path: Ends in .onnx or .pt2.
+        device: Where it computes; None for the CPU. ONNX takes a GPU only with a build of onnxruntime for it.
+
+    Raises:
+        UsageError: If it is missing, damaged, or was made by another program.
+    """
+    if not path.is_file():
+        raise UsageError(f"An exported network must be a file, but there is none at {path}. Correct the path.")
+    device = device or torch.device("cpu")
+    try:
+        return _open_onnx(path, device) if path.suffix == ".onnx" else _open_pt2(path, device)
+    except Exception as error:  # both libraries have many, and the file may hold anything
+        raise UsageError(
+            f"An exported network must be a whole file that `segadapt export` wrote, but {path} is not: "
+            f"{type(error).__name__}: {error}. Export the run again."
+        ) from error
+
+
+def _open_onnx(path: Path, device: torch.device) -> tuple[Predict, Card]:
+    import onnxruntime
+
+    providers = ["CPUExecutionProvider"]
+    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, "CUDAExecutionProvider")
+    session = onnxruntime.InferenceSession(path, providers=providers)
+
+    def predict(images: Tensor) -> Tensor:
+        (probabilities,) = session.run(None, {"images": images.numpy()})
+        return torch.from_numpy(probabilities)
+
+    return predict, Card.from_strings(session.get_modelmeta().custom_metadata_map)
+
+
+def _open_pt2(path: Path, device: torch.device) -> tuple[Predict, Card]:
+    from torch.export.passes import move_to_device_pass
+
+    extra = {CARD: ""}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.load(path, extra_files=extra)
+    if device.type != "cpu":
+        program = move_to_device_pass(program, device)
+    module = program.module()
+
+    def predict(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            probabilities: Tensor = module(images.to(device))
+        return probabilities
+
+    return predict, Card.from_dict(json.loads(extra[CARD]))
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A run's network in files and in MLflow's registry."""
+
+    run: str
+    folder: str
+    """Holds model.onnx, model.pt2 and model.json."""
+    differences: Mapping[str, float]
+    """Largest difference of a class probability from the run's network, by file."""
+    model: str
+    """Name in the registry."""
+    version: str
+
+
+def origin_of(run: str, search: str, place: Place) -> Origin:
+    """Return where the network of a run comes from.
+
+    Raises:
+        UsageError: If there is no such run.
+    """
+    row = find_run(run, search, place, kinds=("trial", "finish"))
+    assert row.checkpoint is not None
+    fingerprint = run_tags(row, place).get("segadapt.data", "")
+    return Origin(search, row.name, row.run_id, Path(row.checkpoint), fingerprint)
+
+
+def export_run(run: str, search: str, out: str | None, register: str | None, place: Place) -> ExportResult:
+    """Export a run's network and register it in MLflow; see `api.export`."""
+    name = register or search
+    registry.check_name(name)
+    origin = origin_of(run, search, place)
+    network, card = load_network(origin, torch.device("cpu"))
+    folder = Path(out or re.sub(r"[^\w.-]", "-", f"{origin.search}-{origin.run}")).expanduser()  # a server named it
+    differences = write(network, card, folder)
+    version = registry.register(open_client(place), name, card, folder / ONNX)
+    return ExportResult(origin.run, str(folder), differences, name, version)

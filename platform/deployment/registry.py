@@ -1,0 +1,81 @@
+"""Exported networks in MLflow's registry."""
+
+import logging
+import os
+import re
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segadapt.platform.deployment.card import Card
+from segadapt.platform.errors import UsageError
+
+_SERVED_EXAMPLE_SIZE = (64, 96)
+
+
+def check_name(name: str) -> None:
+    """Raise a UsageError unless MLflow and its search expressions take `name` for a model."""
+    if not re.fullmatch(r"[\w .-]+", name):
+        raise UsageError(
+            f"--register must be letters, digits, spaces, '.', '_' or '-', but got {name!r}. Choose another name."
+        )
+
+
+def register(client: Any, name: str, card: Card, onnx: Path) -> str:
+    """Put an exported network into MLflow's registry as a version that links to its run; returns the version.
+
+    A checkpoint that is a version of that name already gets no second one.
+
+    Args:
+        client: An `MlflowClient`.
+        name: Of the registered model; made if there is none.
+        card: Of the network.
+        onnx: The exported file.
+    """
+    from mlflow.exceptions import MlflowException
+
+    tags = {
+        "segadapt.search": card.search,
+        "segadapt.trial": card.run,
+        "segadapt.checkpoint_sha256": card.checkpoint_sha256,
+        "segadapt.data": card.data_fingerprint,
+    }
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for known in client.search_model_versions(f"name = '{name}'"):
+        if known.run_id == card.run_id and tags.items() <= known.tags.items():
+            return str(known.version)
+    place = f"exported-{card.checkpoint_sha256[:8]}"
+    with tempfile.TemporaryDirectory(prefix="segadapt-") as temporary:
+        _save_pyfunc(Path(temporary) / "model", card, onnx)
+        client.log_artifacts(card.run_id, str(Path(temporary) / "model"), place)
+    source = f"{client.get_run(card.run_id).info.artifact_uri}/{place}"
+    miou = card.metrics.get("target_val/miou")
+    described = f"{card.run} of {card.search} at step {card.step}" + (f", target mIoU {miou:.3f}" if miou else "")
+    return str(client.create_model_version(name, source, card.run_id, tags, description=described).version)
+
+
+def _save_pyfunc(folder: Path, card: Card, onnx: Path) -> None:
+    """Write the model as MLflow loads and serves it: the ONNX file and code that needs no segadapt."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # standard output is ours
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # it misses pip, which uv leaves out
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    images, labels = (TensorSpec(np.dtype(np.uint8), shape) for shape in ((-1, 3, -1, -1), (-1, -1, -1)))
+    mlflow.pyfunc.save_model(
+        str(folder),
+        python_model=str(Path(__file__).with_name("served_model.py")),
+        artifacts={"network": str(onnx)},
+        signature=ModelSignature(Schema([images]), Schema([labels])),
+        input_example=np.random.default_rng(0).integers(0, 256, (1, 3, *_SERVED_EXAMPLE_SIZE), np.uint8),
+        pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime")],
+        metadata=card.as_dict(),
+    )

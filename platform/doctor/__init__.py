@@ -1,0 +1,1 @@
+"""Whether everything is sound and the ledgers of each experiment agree."""

@@ -1,0 +1,89 @@
+"""The trials in Ray's saved state."""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from segadapt.platform.settings.config import Values
+from segadapt.platform.settings.states import INFEASIBLE
+from segadapt.trainables.core.checkpoint import MANIFEST, STATE
+
+
+@dataclass(frozen=True)
+class RayTrial:
+    """A trial in Ray's saved state."""
+
+    trial_id: str
+    status: str
+    config: Values
+    last: Mapping[str, Any]
+    """Its last report; empty before the first one."""
+    heard: float | None
+    """Unix time of it."""
+    error_file: str | None
+
+    @property
+    def state(self) -> str | None:
+        """How it ended, in our words; None if it can go on."""
+        if self.status == "ERROR":
+            return "infeasible" if self.reason.startswith(INFEASIBLE) else "failed"
+        if self.status == "TERMINATED":
+            return "finished" if self.last.get("finished") else "stopped early"
+        return None
+
+    @property
+    def reported(self) -> bool:
+        """Whether it was ever evaluated, or failed; otherwise it may never have had a run."""
+        return "step" in self.last or self.status == "ERROR"
+
+    @property
+    def reason(self) -> str:
+        """Why it failed."""
+        if "failure" in self.last:
+            return str(self.last["failure"])
+        try:
+            return Path(self.error_file or "").read_text().strip().splitlines()[-1]
+        except (OSError, IndexError):
+            return "unknown; see the trial's folder"
+
+
+def ray_trials(folder: Path) -> dict[str, RayTrial] | None:
+    """Return the trials in the last state that Ray saved of an experiment, by id and in order; None if it saved none.
+
+    Nothing is unpickled.
+
+    Raises:
+        ValueError: If the state cannot be read.
+    """
+    saved = max(folder.glob("experiment_state-*.json"), default=None)
+    if saved is None:
+        return None
+    try:
+        pairs = [[json.loads(part) for part in pair] for pair in json.loads(saved.read_text())["trial_data"]]
+        pairs.sort(key=lambda pair: int(pair[0]["experiment_tag"].partition("_")[0]))  # `2_lr=0.1` is the second
+        return {
+            trial["trial_id"]: RayTrial(
+                trial["trial_id"],
+                trial["status"],
+                trial["config"],
+                more["last_result"],
+                more["last_result_time"] if more["last_result"] else None,
+                more["error_filename"] and str(folder / trial["trial_id"] / more["error_filename"]),
+            )
+            for trial, more in pairs
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{saved} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def is_sound(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is there and was not cut short. Its end is looked at; loading compares the hash."""
+    try:
+        json.loads((checkpoint / MANIFEST).read_text())["sha256"][STATE]
+        zipfile.ZipFile(checkpoint / STATE).close()  # reads the table at its end
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return False
+    return True

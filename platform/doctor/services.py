@@ -1,0 +1,210 @@
+"""Do tracking, studies and the cluster answer?"""
+
+import contextlib
+import importlib.metadata
+import os
+import socket
+import sqlite3
+import time
+import urllib.request
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from packaging.version import Version
+
+from segadapt.platform.doctor.findings import Examination, Finding, fault
+from segadapt.platform.errors import UsageError, redacted
+from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.tracking import outbox
+from segadapt.platform.tracking.client import mlflow_client, waiting_folder
+from segadapt.platform.tracking.sender import send_waiting
+
+NEW_DATABASE = "Move it away, or copy a backup in its place"
+
+
+# Tracking and studies.
+
+
+def waiting_findings(what: Examination) -> Iterator[Finding]:
+    """Find records that ended commands left for a server, and those that a server refused."""
+    own = waiting_folder(what.place)
+    for server in sorted(path for path in what.storage.tracking.glob("*") if path.is_dir()):
+        boxes = outbox.box_contents(server)
+        lives = any(box.alive for box in boxes)
+        left = [box for box in boxes if not box.alive]
+        waiting = sum(box.waiting for box in left)
+        for file, count in outbox.refused(server).items():
+            text = f"MLflow refused {count} records for good: {file}"
+            yield Finding("tracking", "warning", text, "They are missing there", "Read the reasons; delete the file")
+        if not left:
+            continue
+        text = f"{waiting} records of {len(left)} ended commands wait in {server}"
+        meaning = "Their driver was killed, or the server was away: MLflow is behind"
+        if lives:
+            yield Finding("tracking", "ok", text, "", "A command that runs now sends them")
+        elif server == own:
+            yield Finding("tracking", "fault", text, meaning, "--fix sends them", partial(_send, what, server))
+        else:
+            yield Finding("tracking", "warning", text, meaning, "Give that server's --tracking-uri")
+
+
+def tracking_findings(what: Examination) -> Iterator[Finding]:
+    """Look whether MLflow answers, with the schema of the installed version."""
+    if what.place.tracking_uri is None:
+        if not what.storage.mlflow_database.is_file():
+            yield Finding("tracking", "ok", "No runs yet: the first search makes MLflow's database")
+            return
+        problem = next(_database_problems(what.storage.mlflow_database), None)
+        if problem is not None:
+            yield problem
+            return
+    shown = redacted(what.place.tracking_url)
+    try:
+        mlflow_client(what.place.tracking_url).search_experiments(max_results=1)
+    except Exception as error:  # whatever the client raises for what does not answer
+        reason = _first_line(error)
+        advice = "Start the server, or correct --tracking-uri; records wait on disk meanwhile"
+        yield fault("tracking", f"{shown} does not answer: {reason}", "Runs cannot be seen or compared", advice)
+        return
+    yield from _server_version(what.place.tracking_uri, shown)
+
+
+def _server_version(uri: str | None, shown: str) -> Iterator[Finding]:
+    own = importlib.metadata.version("mlflow")
+    if uri is None or not uri.startswith("http"):
+        yield Finding("tracking", "ok", f"{shown} answers, schema of MLflow {own}")
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=5) as answer:
+            theirs = answer.read().decode().strip()
+    except OSError:
+        yield Finding("tracking", "ok", f"{shown} answers, but does not tell its version")
+        return
+    if Version(theirs).release[:2] == Version(own).release[:2]:
+        yield Finding("tracking", "ok", f"{shown} answers, MLflow {theirs}, {own} here")
+    else:
+        text = f"{shown} runs MLflow {theirs}, but {own} is here"
+        meaning = "They may not understand each other's requests"
+        yield Finding("tracking", "warning", text, meaning, f"Install mlflow {own} on the server")
+
+
+def _database_problems(path: Path) -> Iterator[Finding]:
+    """Find out, without a change, whether an SQLite database is MLflow's and of this MLflow's schema."""
+    from mlflow.store.db import utils
+    from mlflow.store.db.base_sql_model import Base
+
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
+            found = database.execute("select version_num from alembic_version").fetchone() if tables else None
+            runs = database.execute("select count(*) from runs").fetchone()[0] if "runs" in tables else 0
+    except sqlite3.OperationalError as error:
+        if "no such table" not in str(error):
+            yield fault("tracking", f"{path} cannot be read: {error}", "No run can be seen or tracked", NEW_DATABASE)
+            return
+        found, runs = None, 0
+    except sqlite3.DatabaseError as error:
+        yield fault("tracking", f"{path} is damaged: {error}", "No run can be seen or tracked", NEW_DATABASE)
+        return
+    wanted = utils._get_latest_schema_revision()  # type: ignore[no-untyped-call]
+    version = found[0] if found else None
+    if version == wanted and set(Base.metadata.tables) <= tables:
+        return
+    if not runs:
+        text = f"{path} was left half made, without a run"
+        advice = "--fix sets it aside; the next command makes it anew"
+        repair = partial(_set_aside, path)
+        yield Finding("tracking", "fault", text, "A command was killed while it made it", advice, repair)
+        return
+    own = importlib.metadata.version("mlflow")
+    text = f"{path} holds {runs} runs in another schema ({version}) than MLflow {own} has ({wanted})"
+    advice = f"Use the MLflow that wrote it; or, if it is older, copy it and `mlflow db upgrade sqlite:///{path}`"
+    yield fault(
+        "tracking", text, "It was written by another version of MLflow, or a change of it was cut short", advice
+    )
+
+
+def _set_aside(path: Path) -> None:
+    path.rename(path.with_name(f"{path.name}.half-made-{time.time():.0f}"))
+
+
+def _send(what: Examination, server: Path) -> None:
+    send_waiting(what.place)
+    left = [box for box in outbox.box_contents(server) if not box.alive]
+    if left:
+        raise RuntimeError(f"{sum(box.waiting for box in left)} records still wait; is the server there?")
+
+
+def study_findings(what: Examination) -> Iterator[Finding]:
+    """Look whether Optuna's database answers."""
+    if what.place.study_uri is None and not what.storage.study_database.is_file():
+        yield Finding("study", "ok", "No studies yet: the first search makes their database")
+        return
+    url = what.place.study_url
+    try:
+        names = _studies(url)
+    except UsageError as error:
+        yield fault("study", str(error), "Searches cannot begin or go on", "")
+    except Exception as error:  # of another version, or no database of Optuna's
+        reason = _first_line(error)
+        text = f"{redacted(url)} cannot be used: {reason}"
+        yield fault("study", text, "Searches cannot begin or go on", "Use the Optuna that made it, or a backup")
+    else:
+        yield Finding("study", "ok", f"{redacted(url)} answers, {names} studies")
+
+
+def _studies(url: str) -> int:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return len(optuna.get_all_study_names(open_study_storage(url)))
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of a message, without logins."""
+    return redacted(str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Cluster.
+
+
+def cluster_findings(what: Examination) -> Iterator[Finding]:
+    """Look whether the cluster answers, and what its nodes have and see."""
+    address = what.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        yield Finding("cluster", "ok", "No --address: commands start Ray on this machine, and end it with themselves")
+        return
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            advice = "Start it with `ray start --head`, or correct --address"
+            yield fault("cluster", f"Nothing listens at {address}: {error}", "No search can join it", advice)
+            return
+    try:
+        yield from _nodes(what, address)
+    except Exception as error:  # whatever Ray raises for a cluster that refuses or does not answer
+        reason = _first_line(error)
+        meaning = "The cluster asks for a token that this machine lacks, runs another Ray, or is ending"
+        advice = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on the head; compare `ray --version`"
+        yield fault("cluster", f"{address} refuses: {reason}", meaning, advice)
+
+
+def _nodes(what: Examination, address: str) -> Iterator[Finding]:
+    """Join the cluster, and have its nodes look at what they have installed and see."""
+    from segadapt.platform.cluster.connection import connect
+    from segadapt.platform.cluster.preflight import node_problems
+
+    with connect(address) as capacity:
+        authenticated = "with a token" if os.environ.get("RAY_AUTH_MODE") == "token" else "without a token"
+        yield Finding("cluster", "ok", f"{address} answers, {authenticated}: {capacity}")
+        if not what.storage.root.is_dir():
+            return
+        problems = node_problems(what.storage.root)
+        for problem in problems:
+            advice = "Install the same wheel on all nodes, and mount the storage folder there"
+            yield fault("cluster", problem, "A search refuses to begin on such a cluster", advice)
+        if not problems:
+            yield Finding("cluster", "ok", "All nodes have the same versions as this machine, and write to the storage")

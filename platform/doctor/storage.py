@@ -1,0 +1,187 @@
+"""Is the storage folder sound?"""
+
+import contextlib
+import fcntl
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from segadapt.platform.doctor.drivers import Drivers, experiment_of
+from segadapt.platform.doctor.findings import Examination, Finding, fault
+from segadapt.platform.doctor.ray_state import is_sound
+from segadapt.platform.errors import UsageError
+from segadapt.platform.experiment.record import BEGUN
+from segadapt.platform.storage import cache
+from segadapt.platform.storage.folders import Storage, open_storage
+from segadapt.platform.tracking import outbox
+
+_OLD_S = 3600.0
+"""What is in work changes more often than this."""
+
+
+_NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse.sshfs", "9p", "afs")
+
+
+_OWN_LOCKS = ("nolock", "noflock", "localflock", "local_lock=all", "local_lock=flock")
+"""Mount options under which nodes do not see each other's locks."""
+
+
+# Storage.
+
+
+def storage_findings(what: Examination) -> Iterator[Finding]:
+    """Look whether the storage folder can be written and locked, and what dead processes left in it."""
+    storage = what.storage
+    if not storage.root.exists():
+        text = f"{storage.root} does not exist yet"
+        yield Finding(
+            "storage", "warning", text, "", "The first search makes it; name the folder of your runs by --storage"
+        )
+        return
+    try:
+        open_storage(str(storage.root))  # writes a probe
+    except UsageError as error:
+        yield fault("storage", str(error), "Nothing can be run or repaired there", "")
+        return
+    free = shutil.disk_usage(storage.root).free / 2**30
+    kind, options = file_system(storage.root, Path("/proc/self/mounts"))
+    yield Finding("storage", "ok", f"{storage.root} can be written, {free:.3g} GiB free, {kind}")
+    yield from _locks(storage, kind, options)
+    yield from _in_work(storage)
+    yield from _stage_cache(storage)
+
+
+def file_system(path: Path, mounts: Path) -> tuple[str, str]:
+    """Return the kind of file system that a folder lies on, and how it is mounted; `unknown` where nothing tells.
+
+    Args:
+        path: The folder.
+        mounts: The system's table, `/proc/self/mounts` on Linux.
+    """
+    try:
+        lines = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return "unknown", ""
+    path = path.resolve()
+    found = [line for line in lines if path.is_relative_to(line[1].replace("\\040", " "))]
+    best = max(found, key=lambda line: len(line[1]), default=None)
+    return (best[2], best[3]) if best is not None else ("unknown", "")
+
+
+def keeps_locks_apart(kind: str, options: str) -> bool:
+    """Return whether a file system is mounted so that nodes do not see each other's locks."""
+    return kind.startswith(_NETWORK) and bool(set(options.split(",")) & set(_OWN_LOCKS))
+
+
+def _locks(storage: Storage, kind: str, options: str) -> Iterator[Finding]:
+    """Locks tell which drivers live."""
+    with tempfile.NamedTemporaryFile(dir=storage.root) as probe, Path(probe.name).open() as other:
+        try:
+            fcntl.flock(probe, fcntl.LOCK_EX)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                raise OSError("two processes hold one lock")
+        except OSError as error:
+            advice = "Mount it with locks, or choose another folder"
+            yield fault("storage", f"Files cannot be locked ({kind}: {error})", "Searches cannot be told apart", advice)
+            return
+    if keeps_locks_apart(kind, options):
+        yield fault(
+            "storage",
+            f"{kind} is mounted without locks that all nodes see ({options})",
+            "A search that another node drives looks dead; no experiment is touched",
+            "Mount it without nolock, local_lock or localflock",
+        )
+
+
+def _in_work(storage: Storage) -> Iterator[Finding]:
+    making = storage.mlflow_database.with_name(f".{storage.mlflow_database.name}.new")
+    with _alone(storage) as alone:
+        if alone and making.is_dir():
+            text = f"{making} is MLflow's database, half made"
+            repair = partial(shutil.rmtree, making)
+            yield _left(text, "A command was killed while it made it; the next one begins anew", repair)
+    for server in sorted(storage.tracking.glob("*")):
+        for folder in outbox.abandoned(server, _OLD_S) if server.is_dir() else ():
+            repair = partial(shutil.rmtree, folder)
+            yield _left(f"{folder} holds no record", "A command was killed as it began", repair)
+
+
+@contextlib.contextmanager
+def _alone(storage: Storage) -> Iterator[bool]:
+    """Keep others from making MLflow's database; yields False if one is at it."""
+    with (storage.root / ".mlflow.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _left(text: str, meaning: str, repair: Callable[[], None]) -> Finding:
+    return Finding("storage", "fault", text, meaning, "--fix removes it", repair)
+
+
+def _stage_cache(storage: Storage) -> Iterator[Finding]:
+    found, drivers = cache.content(storage), Drivers.of(storage)
+    tidy = partial(_tidy, storage)
+    for lease in found.leases:
+        if lease.alive:
+            yield Finding("storage", "ok", f"The stage {lease.stage} is computed by {lease.owner}")
+        else:
+            text = f"The lease on the stage {lease.stage} {lease.hash[:12]} is stale"
+            yield _left(text, f"{lease.owner} gave no sign for {lease.age_s:.0f} s", tidy)
+    for name in found.left_over:
+        yield _left(f"stages/{name} is a copy that was never finished", "Its process died an hour ago or more", tidy)
+    for stage in found.stages:
+        folder = storage.stages / stage.hash
+        if not is_sound(folder):
+            needed = f"; {', '.join(stage.needed_by)} need it" if stage.needed_by else ""
+            text = f"The shared stage {stage.hash[:12]} is cut short{needed}"
+            if any(drivers.drive(name) for name in stage.needed_by):
+                yield fault("storage", text, "Trials that load it fail", "Stop the command that runs now, then --fix")
+                continue
+            advice = "--fix removes it; who needs it computes it anew"
+            yield Finding(
+                "storage",
+                "fault",
+                text,
+                "Trials that load it fail",
+                advice,
+                partial(_remove_stage, storage, stage.hash),
+            )
+    yield from _begun_stages(storage, drivers)
+
+
+def _tidy(storage: Storage) -> None:
+    cache.prune(storage, math.inf)  # no stage is that old
+
+
+def _remove_stage(storage: Storage, stage_hash: str) -> None:
+    aside = storage.stages / f".{stage_hash}.broken"
+    (storage.stages / stage_hash).rename(aside)  # at once: nobody loads half of it
+    shutil.rmtree(aside)
+
+
+def _begun_stages(storage: Storage, drivers: Drivers) -> Iterator[Finding]:
+    """Find folders in which shared stages were begun that nobody will go on with."""
+    for note in sorted(storage.experiments.glob(f"*/{BEGUN}")):
+        experiment = experiment_of(storage, note.parent.name)
+        if drivers.drive(experiment):
+            continue
+        hashes = json.loads(note.read_text())
+        if all((storage.stages / stage_hash).is_dir() for stage_hash in hashes):
+            why = "Another search has computed them since"
+        elif not storage.experiment(experiment).is_dir():
+            why = f"The search {experiment} is gone"
+        else:
+            yield Finding("storage", "ok", f"{note.parent.name} is unfinished", "", f"`--resume {experiment}` goes on")
+            continue
+        text = f"{note.parent.name} holds shared stages that were begun and never finished"
+        advice = "--fix notes that it ended; its folder may be deleted"
+        yield Finding("storage", "fault", text, why, advice, note.unlink)

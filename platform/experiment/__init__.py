@@ -1,0 +1,1 @@
+"""The driver: an experiment from its plan to its end."""

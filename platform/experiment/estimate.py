@@ -1,0 +1,309 @@
+"""What a search will take: what follows from a few measured steps of each method."""
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from segadapt.platform.cluster.capacity import resources_of, this_machine
+from segadapt.platform.errors import UsageError
+from segadapt.platform.experiment.probe import PROBE_STEPS, Probe, run_probe
+from segadapt.platform.experiment.record import Options, Record
+from segadapt.platform.experiment.session import check_gpu_hours
+from segadapt.platform.settings.config import TrialConfig, resolve
+from segadapt.platform.settings.objective import Objective
+from segadapt.platform.settings.resources import Allocation
+from segadapt.platform.storage.folders import Storage
+from segadapt.platform.storage.stage_keys import own_steps, split_plan, stage_keys
+from segadapt.platform.storage.stages import find
+from segadapt.trainables.core.method import Stage
+from segadapt.trainables.core.trainer import stage_steps
+
+KEPT_CHECKPOINTS = 2
+"""Checkpoints that are kept of a trial: the best and the last one."""
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """What the trials of one method are predicted to take, at the settings of its first trial."""
+
+    probe: Probe
+    trial_s: float
+    """A full trial, without the shared stages."""
+    first_rung_s: float
+    """From its start to the first comparison with other trials."""
+    early_stopped_s: float
+    """A trial on average, if half of the trials end at each rung."""
+    shared_s: float
+    """Its shared stages, those left out that are computed already or come with a method before it."""
+    trial_bytes: int
+    """The checkpoints of a trial and what its stages write."""
+    checkpoints_bytes: int
+    """The checkpoints alone."""
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a search is predicted to take. Times are wall times in seconds."""
+
+    methods: Mapping[str, MethodCost]
+    concurrent: int
+    """Trials at a time."""
+    device: str
+    """What the memory is of: `GPU` or `process`."""
+    memory_limit: int | None
+    """Bytes that a worker may take; None for a cluster that was not asked."""
+    free_bytes: int
+    """On the disk of the storage folder."""
+    shared_s: float
+    search_s: float
+    """Shared stages, all trials without early stopping, equally many of each method, and those of `--rerank`."""
+    early_stopped_s: float
+    """The same if half of the trials end at each rung."""
+    gpu_hours: float
+    """Of `search_s`."""
+    storage_bytes: int
+    notes: Sequence[str]
+    problems: Sequence[str]
+    """Why the search cannot run as asked."""
+
+    def check(self) -> None:
+        """Refuse what cannot fit.
+
+        Raises:
+            UsageError: If there are problems; names all of them.
+        """
+        if self.problems:
+            raise UsageError("\n".join(self.problems))
+
+
+def estimate(record: Record, options: Options) -> Estimate:
+    """Measure a few steps of each method of a planned search on this machine and predict what the search takes.
+
+    Leaves nothing behind and starts no Ray.
+
+    Raises:
+        UsageError: If this machine can never run a trial, or a probe fails.
+    """
+    capacity = this_machine()
+    resources, concurrent = _resources(record, options)
+    threads = resources_of(options.resources, capacity, 1, 1)[0].cpus if options.address is None else capacity.cpus
+    configs = record.configs()
+    probes = {}
+    for method, config in configs.items():
+        options.say(f"measuring {PROBE_STEPS} steps of each stage of {method} ...")
+        probes[method] = run_probe(method, _one_worker(config, resources.workers), resources.cpus, threads)
+
+    storage = options.place.folders
+    computed: set[str] = set()
+    methods = {}
+    for method, probe in probes.items():
+        shared_config = resolve(method, record.candidates[method].fixed)
+        keys = stage_keys(shared_config, probe.fingerprint)
+        missing = [key for key in keys if key.hash not in computed and find(storage, key) is None]
+        computed |= {key.hash for key in keys}
+        rungs = _rungs(configs) if record.scheduler != "none" else []
+        methods[method] = _method_cost(configs[method], probe, rungs, tuple(key.stage for key in missing))
+
+    shared_s = sum(cost.shared_s for cost in methods.values())
+    shared_bytes = sum(cost.shared_bytes for cost in methods.values())
+    per_trial = record.trials / len(methods)
+    trial_s = mean(cost.trial_s for cost in methods.values())
+    stopped_s = mean(cost.early_stopped_s for cost in methods.values())
+    waves = math.ceil(record.trials / concurrent)
+    again = record.rerank * record.seeds
+    warm_ups_s = record.seeds * mean(_warm_ups(configs, probes))
+    again_s = math.ceil(again / concurrent) * trial_s + warm_ups_s
+    longest = max(cost.trial_s for cost in methods.values())
+    on_gpu = resources.gpus > 0 and torch.cuda.is_available()
+    found = Estimate(
+        methods=methods,
+        concurrent=concurrent,
+        device="GPU" if on_gpu else "process",
+        memory_limit=None if options.address else _memory_limit(resources, concurrent, on_gpu=on_gpu),
+        free_bytes=shutil.disk_usage(_existing(storage.root)).free,
+        shared_s=shared_s,
+        search_s=shared_s + waves * trial_s + again_s,
+        early_stopped_s=shared_s + max(longest, record.trials / concurrent * stopped_s) + again_s,
+        gpu_hours=(shared_s + warm_ups_s + (record.trials + again) * trial_s)
+        * resources.workers
+        * resources.gpus
+        / 3600,
+        storage_bytes=round(
+            shared_bytes
+            + (per_trial + again / len(methods)) * sum(cost.trial_bytes for cost in methods.values())
+            - _removed(record, concurrent) * mean(cost.checkpoints_bytes for cost in methods.values())
+            + max(probe.checkpoint_bytes for probe in probes.values())  # the best one's copy in MLflow
+        ),
+        notes=tuple(_notes(record, options, resources, probes, configs)),
+        problems=(),
+    )
+    return dataclasses.replace(found, problems=tuple(_problems(found, record, storage)))
+
+
+def _resources(record: Record, options: Options) -> tuple[Allocation, int]:
+    """Return what a trial takes and how many run at a time; on a cluster that is not asked, what this machine can."""
+    capacity = this_machine()
+    if options.address is None:
+        resources, concurrent = resources_of(options.resources, capacity, record.trials, record.concurrent)
+        check_gpu_hours(record, resources)
+        return resources, concurrent
+    gpus = options.resources.gpus if options.resources.gpus is not None else float(capacity.gpus > 0)
+    return Allocation(options.resources.workers, gpus, 1, options.resources.launcher), min(
+        record.concurrent or 1, record.trials
+    )
+
+
+def _one_worker(config: TrialConfig, workers: int) -> TrialConfig:
+    """Return the configuration of the share that one of several workers has."""
+    size = max(1, config.trainer.batch_size // workers)
+    return dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, batch_size=size))
+
+
+def _method_cost(config: TrialConfig, probe: Probe, rungs: Sequence[int], missing: tuple[Stage, ...]) -> MethodCost:
+    own = split_plan(config)[1]
+    steps = stage_steps(own, config.warmup.steps, config.trainer.steps)
+    total = sum(steps.values())
+    levels = [rung for rung in rungs if rung < total]
+    shared_steps = stage_steps(missing, config.warmup.steps, config.trainer.steps)
+    return MethodCost(
+        probe=probe,
+        trial_s=_seconds(probe, own, steps, config, total),
+        first_rung_s=_seconds(probe, own, steps, config, levels[0] if levels else total),
+        early_stopped_s=_early_stopped([_seconds(probe, own, steps, config, step) for step in (*levels, total)]),
+        shared_s=_seconds(probe, missing, shared_steps, config, sum(shared_steps.values())) if missing else 0.0,
+        trial_bytes=KEPT_CHECKPOINTS * probe.checkpoint_bytes + sum(probe.stages[s.name].artifact_bytes for s in own),
+        checkpoints_bytes=KEPT_CHECKPOINTS * probe.checkpoint_bytes,
+        shared_bytes=(len(missing) + KEPT_CHECKPOINTS) * probe.checkpoint_bytes if missing else 0,
+    )
+
+
+def _removed(record: Record, concurrent: int) -> int:
+    """Return the trials whose checkpoints are gone when the search ends and takes the most space.
+
+    Paused trials keep theirs until the end, and of several goals nobody knows beforehand how many trials are best.
+    """
+    if (
+        record.keep_top is None
+        or record.scheduler == "asha-promote"
+        or len(Objective.parse(record.objective).goals) > 1
+    ):
+        return 0
+    held = max(record.keep_top, record.rerank) + concurrent
+    return max(0, record.trials - held) + max(0, record.rerank * record.seeds - held)
+
+
+def _warm_ups(configs: Mapping[str, TrialConfig], probes: Mapping[str, Probe]) -> list[float]:
+    """Return how long the shared stages of each method take, computed anew."""
+    seconds = []
+    for method, config in configs.items():
+        shared = split_plan(config)[0]
+        steps = stage_steps(shared, config.warmup.steps, config.trainer.steps)
+        seconds.append(_seconds(probes[method], shared, steps, config, sum(steps.values())) if shared else 0.0)
+    return seconds
+
+
+def _rungs(configs: Mapping[str, TrialConfig]) -> list[int]:
+    """Return the steps at which the search compares trials, as `experiments` plans them."""
+    from segadapt.platform.search.schedulers import levels
+
+    steps = max(own_steps(config) for config in configs.values())
+    return levels(min(steps, *(config.trainer.eval_every for config in configs.values())), steps)
+
+
+def _early_stopped(seconds: Sequence[float]) -> float:
+    """Return the mean time of a trial; `seconds` is what it takes to reach each rung and the end."""
+    from segadapt.platform.search.schedulers import REDUCTION_FACTOR
+
+    parts = [after - before for before, after in zip((0.0, *seconds), seconds, strict=False)]
+    return sum((part / REDUCTION_FACTOR**passed for passed, part in enumerate(parts)), 0.0)
+
+
+def _seconds(probe: Probe, plan: Sequence[Stage], steps: Mapping[str, int], config: TrialConfig, until: int) -> float:
+    """Return the time from the start of a trial of these stages to the evaluation at step `until`."""
+    done, seconds = 0, probe.start_s + probe.evaluation_s * config.trainer.evaluate_start
+    for stage in plan:
+        if done >= until and steps[stage.name] > 0:
+            break
+        taken = min(steps[stage.name], until - done)
+        found, every = probe.stages[stage.name], config.trainer.eval_every
+        evaluations = (done + taken) // every - done // every
+        ends_between = taken == steps[stage.name] and (taken == 0 or (done + taken) % every != 0)
+        seconds += found.preparation_s + taken * found.step_s + (evaluations + ends_between) * probe.evaluation_s
+        done += taken
+    return seconds
+
+
+def _memory_limit(resources: Allocation, concurrent: int, *, on_gpu: bool) -> int:
+    if on_gpu:
+        return int(torch.cuda.get_device_properties(0).total_memory * min(1.0, resources.gpus))
+    return available_memory() // (concurrent * resources.workers)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that new processes may take on this machine, or in this container."""
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if Path("/proc/meminfo").is_file():  # counts what the system would give up, such as cached files
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found = [int(lines["MemAvailable"].split()[0]) * 1024]
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        found.append(int(limit) - int((group / "memory.current").read_text()))
+    return max(0, min(found))
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else _existing(folder.parent)
+
+
+def _notes(
+    record: Record,
+    options: Options,
+    resources: Allocation,
+    probes: Mapping[str, Probe],
+    configs: Mapping[str, TrialConfig],
+) -> Iterator[str]:
+    if options.address is not None:
+        yield (
+            f"The probe ran on this machine; the cluster {options.address} was not asked. Counted with "
+            f"{record.concurrent or 1} trials at a time (--concurrent)."
+        )
+    if resources.workers > 1:
+        yield "The probe ran one worker's share of the batch; what workers exchange is not in its times."
+    if resources.gpus < 1 and torch.cuda.is_available() and resources.gpus > 0:
+        yield "The probe had the GPU to itself; trials that share one are slower than its times."
+    for method, probe in probes.items():
+        asked = _one_worker(configs[method], resources.workers).trainer.batch_size
+        if probe.micro_batch < asked:
+            yield f"{method}: {asked} images do not fit the device; micro-batches of {probe.micro_batch} are used."
+
+
+def _problems(found: Estimate, record: Record, storage: Storage) -> Iterator[str]:
+    for method, cost in found.methods.items():
+        if found.memory_limit is not None and cost.probe.memory_bytes > found.memory_limit:
+            yield (
+                f"A worker of {method} must fit {_gib(found.memory_limit)} ({found.device} memory, {found.concurrent} "
+                f"trials at a time), but takes {_gib(cost.probe.memory_bytes)}. Lower --concurrent, "
+                "trainer.batch_size (and raise trainer.accumulate) or augmentation.crop, or raise --gpus-per-trial."
+            )
+        if record.time_budget_s is not None and record.time_budget_s < cost.first_rung_s:
+            yield (
+                f"--time-budget must let a trial of {method} reach the first rung, after about "
+                f"{cost.first_rung_s:.0f} s, but is {record.time_budget_s:g} s. Raise it, or lower trainer.eval_every."
+            )
+    if found.storage_bytes > found.free_bytes:
+        yield (
+            f"The disk of --storage must have about {_gib(found.storage_bytes)} free, but {storage.root} has "
+            f"{_gib(found.free_bytes)}. Free some space, choose another folder, lower --trials or take --keep-top."
+        )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

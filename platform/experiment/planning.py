@@ -1,0 +1,364 @@
+"""Checking what is asked for, and planning a search or a run."""
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+from segadapt import search_spaces
+from segadapt.platform.errors import UsageError, redacted
+from segadapt.platform.experiment.candidates import forked_candidates, new_candidates, preset_settings, space_of
+from segadapt.platform.experiment.record import Candidate, Record
+from segadapt.platform.results.leaderboard import open_client
+from segadapt.platform.search.samplers import check_sampler
+from segadapt.platform.search.schedulers import SCHEDULERS
+from segadapt.platform.settings.config import TrialConfig, Values, anchored, read_experiment, resolve
+from segadapt.platform.settings.objective import TARGET, Objective
+from segadapt.platform.storage.folders import Place
+from segadapt.trainables.core.networks import build_segmenter
+
+
+class SearchChoices(TypedDict, total=False):
+    """What may be asked of a search besides its methods and settings; the fields of `SearchRequest` explain each."""
+
+    config: str | None
+    skip_bad: bool
+    preset: str | None
+    time_budget_s: float | None
+    max_gpu_hours: float | None
+    concurrent: int | None
+    sampler: str | None
+    scheduler: str | None
+    seed: int | None
+    rerank: int | None
+    seeds: int | None
+    keep_top: int | None
+    resume: str | None
+    extend: str | None
+    fork: str | None
+    warm_start: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """What is asked of a search, by the shell or a notebook. What is None, empty or False was not asked for."""
+
+    methods: Sequence[str] = ()
+    """Names of the methods to search, or `all` for every method that adapts."""
+    settings: Values = field(default_factory=dict)
+    """Settings that no trial changes, by dotted key; after `METHOD.`, of that method alone. A range
+    (`interval(0.1, 10)`, `log_interval(0.1, 10)` or `choice(a, b)`) is searched instead."""
+    config: str | None = None
+    """Experiment file with more settings; `settings` override it."""
+    skip_bad: bool = False
+    """Leave out files that cannot be decoded."""
+    preset: str | None = None
+    """Where the search starts, by default at `paper`: its searched settings are tried first, its others are fixed."""
+    trials: int | None = None
+    """Trials to run, by default 20; with `extend`, trials to add."""
+    time_budget_s: float | None = None
+    """Seconds after which the search stops."""
+    max_gpu_hours: float | None = None
+    """GPU hours of trials and shared stages after which the search stops."""
+    concurrent: int | None = None
+    """Trials at a time, by default as many as fit."""
+    objective: str | None = None
+    """One of `GOALS`, or several (see `Objective`); by default target mIoU."""
+    sampler: str | None = None
+    """One of `SAMPLERS`, by default `auto`."""
+    scheduler: str | None = None
+    """One of `SCHEDULERS`, by default `asha`, or `none` where trials are compared by dominance."""
+    seed: int | None = None
+    """Seed of the sampler, by default 0."""
+    rerank: int | None = None
+    """Number of the best configurations that are trained again on other seeds."""
+    seeds: int | None = None
+    """Number of those seeds, by default 3."""
+    keep_top: int | None = None
+    """Number of the best trials that keep their checkpoints; by default all do."""
+    name: str | None = None
+    """Name of the search, by default made from methods and data."""
+    resume: str | None = None
+    """Search to go on with."""
+    extend: str | None = None
+    """Search that runs more trials."""
+    fork: str | None = None
+    """Search whose methods, settings and ranges this one begins with; what else is asked changes them."""
+    warm_start: Sequence[str] = ()
+    """Searches whose trials count as prior points where this one could have run them."""
+    dry_run: bool = False
+    """Whether it is only planned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What is asked of a single run. What is None, empty or False was not asked for."""
+
+    method: str | None = None
+    settings: Values = field(default_factory=dict)
+    """Settings by dotted key."""
+    config: str | None = None
+    """Experiment file with more settings; `settings` override it."""
+    skip_bad: bool = False
+    """Leave out files that cannot be decoded."""
+    preset: str | None = None
+    """Preset of the method to start from, by default `paper`."""
+    name: str | None = None
+    """Name of the run, by default made from method and data."""
+    resume: str | None = None
+    """Run to go on with."""
+
+
+_ACTS_WITH = {
+    "resume": {"rerank", "seeds", "keep_top"},
+    "extend": {"trials", "time_budget_s", "rerank", "seeds", "keep_top"},
+    "fork": {entry.name for entry in fields(SearchRequest)} - {"methods", "preset"},
+}
+"""What can be asked of a search that was begun before, by how it is named; the rest was decided when it began."""
+
+_DEFAULT_TRIALS, _DEFAULT_SEEDS = 20, 3
+
+
+def plan_search(request: SearchRequest, place: Place) -> Record:
+    """Check what is asked of a search and return what it would do; touches nothing.
+
+    Args:
+        request: What is asked.
+        place: Where the search is kept and tracked.
+
+    Raises:
+        UsageError: If a method, a setting, a range or a number is not as it must be, or something that is asked for
+            could not act.
+    """
+    _refuse_idle(request)
+    if request.resume is not None:
+        record = _changed(Record.load(place.folders, request.resume), request)
+    elif request.extend is not None:
+        record = _extended(search_only(Record.load(place.folders, request.extend), "--extend"), request)
+    else:
+        record = _new_search(request, place)
+    if record.kind == "search":
+        check_plan(record, Objective.parse(record.objective))
+    return record
+
+
+def plan_training(request: TrainRequest, place: Place) -> Record:
+    """Check what is asked of a single run and return what it would do; touches nothing.
+
+    Raises:
+        UsageError: If a method or setting is not as it must be, or something that is asked for could not act.
+    """
+    if request.resume is not None:
+        if idle := [shown for name, shown in _given(request).items() if name != "resume"]:
+            raise UsageError(
+                f"--resume takes method and settings from the run {request.resume!r}, but got {' '.join(idle)}. "
+                "Leave them out, or begin a new run."
+            )
+        return Record.load(place.folders, request.resume)
+    if request.method is None:
+        raise UsageError("METHOD must be given, or --resume NAME. `segadapt list` shows the methods.")
+    resolve(request.method, {})
+    preset = request.preset or search_spaces.DEFAULT_PRESET
+    base = preset_settings(request.method, preset) if preset != search_spaces.DEFAULT_PRESET else {}
+    settings = anchored({**base, **_settings(request)})
+    config = checked_config(request.method, settings)
+    return Record(
+        kind="train",
+        name=free_name(place, request.name, f"train-{request.method}-{config.data.name}"),
+        candidates={request.method: Candidate(settings)},
+        objective=TARGET,
+    )
+
+
+def _settings(request: SearchRequest | TrainRequest) -> dict[str, Any]:
+    """Return the settings that are asked for, those of the experiment file included."""
+    from_file = read_experiment(Path(request.config)) if request.config is not None else {}
+    return {**from_file, **({"data.skip_bad": True} if request.skip_bad else {}), **request.settings}
+
+
+def _given(request: SearchRequest | TrainRequest) -> dict[str, str]:
+    """Return what is asked for, by field, as the command line spells it."""
+    shown = {}
+    for entry in fields(request):
+        value = getattr(request, entry.name)
+        if value is None or value is False or (isinstance(value, Sized) and not len(value)):
+            continue
+        if entry.name == "settings":
+            shown[entry.name] = " ".join(f"{key}={setting}" for key, setting in value.items())
+        elif entry.name in ("methods", "method"):
+            shown[entry.name] = value if isinstance(value, str) else " ".join(value)
+        else:
+            shown[entry.name] = "--" + entry.name.removesuffix("_s").replace("_", "-")
+    return shown
+
+
+def _refuse_idle(request: SearchRequest) -> None:
+    """Refuse what could not act, by name.
+
+    Raises:
+        UsageError: If there is such a thing.
+    """
+    given = _given(request)
+    for begun in ("resume", "extend", "fork"):
+        if begun not in given:
+            continue
+        idle = [shown for name, shown in given.items() if name != begun and name not in _ACTS_WITH[begun]]
+        if idle:
+            source = getattr(request, begun)
+            what = "its methods" if begun == "fork" else "methods and settings"
+            hint = "" if begun == "fork" else "; --fork begins a new search with changed settings"
+            raise UsageError(
+                f"--{begun} takes {what} from the search {source!r}, but got {' '.join(idle)}. Leave them out{hint}."
+            )
+    if request.seeds is not None and not request.rerank:
+        raise UsageError(
+            f"--seeds must come with --rerank, whose runs they are for, but got --seeds {request.seeds} without it."
+        )
+
+
+def _changed(record: Record, request: SearchRequest) -> Record:
+    """Return the record of an experiment that goes on, with what is asked of it anew."""
+    if request.rerank is not None:
+        seeds = _DEFAULT_SEEDS if request.seeds is None else request.seeds
+        seeds = seeds if request.rerank else 0
+        record = replace(search_only(record, "--rerank"), rerank=request.rerank, seeds=seeds)
+    if request.keep_top is not None:
+        record = replace(search_only(record, "--keep-top"), keep_top=request.keep_top)
+    return record
+
+
+def _extended(record: Record, request: SearchRequest) -> Record:
+    """Return the record of a search with more trials."""
+    trials = _DEFAULT_TRIALS if request.trials is None else request.trials
+    if trials < 1:
+        raise UsageError(f"--trials must be positive, but got {trials}.")
+    return _changed(replace(record, trials=record.trials + trials, time_budget_s=request.time_budget_s), request)
+
+
+def _new_search(request: SearchRequest, place: Place) -> Record:
+    """Return the record of a new search."""
+    values, folders = _settings(request), place.folders
+    parent = search_only(Record.load(folders, request.fork), "--fork") if request.fork is not None else None
+    for earlier in request.warm_start:
+        search_only(Record.load(folders, earlier), "--warm-start")
+    if parent is not None:
+        candidates = forked_candidates(parent, values)
+    else:
+        candidates = new_candidates(request.methods, values, request.preset or search_spaces.DEFAULT_PRESET)
+    base = parent or Record("search", "", {}, TARGET, trials=_DEFAULT_TRIALS)
+    objective = Objective.parse(request.objective or base.objective)
+    configs = {method: checked_config(method, {**each.fixed, **each.first}) for method, each in candidates.items()}
+    methods = "-".join(candidates) if len(candidates) <= 3 else f"{len(candidates)}-methods"
+    earlier_searches = dict.fromkeys([*([request.fork] if request.fork is not None else []), *request.warm_start])
+    seeds = _DEFAULT_SEEDS if request.seeds is None else request.seeds
+    return Record(
+        kind="search",
+        name=free_name(place, request.name, f"{methods}-{next(iter(configs.values())).data.name}"),
+        candidates=candidates,
+        objective=str(objective),
+        seed=base.seed if request.seed is None else request.seed,
+        trials=base.trials if request.trials is None else request.trials,
+        concurrent=request.concurrent,
+        time_budget_s=request.time_budget_s,
+        max_gpu_hours=request.max_gpu_hours,
+        sampler=request.sampler or base.sampler,  # type: ignore[arg-type]  # `check_plan` looks at both
+        scheduler=request.scheduler or ("none" if objective.is_front else base.scheduler),  # type: ignore[arg-type]
+        forked_from=request.fork,
+        warm_start=list(earlier_searches),
+        rerank=request.rerank or 0,
+        seeds=seeds if request.rerank else 0,
+        keep_top=request.keep_top,
+    )
+
+
+def check_plan(record: Record, objective: Objective) -> None:
+    """Make sure that the parts of a planned search fit together."""
+    given = (record.trials, record.concurrent, record.time_budget_s, record.max_gpu_hours)
+    if any(number is not None and number <= 0 for number in given):
+        raise UsageError(
+            "--trials, --concurrent, --time-budget and --max-gpu-hours must be positive, but got "
+            f"{', '.join(map(str, given))}."
+        )
+    spaces = record.settings().spaces
+    if len(spaces) == 1 and not any(spaces.values()):
+        fixed = ", ".join(key for method in spaces for key in space_of(method)[0])
+        raise UsageError(f"A search must vary something, but KEY=VALUE fixes all of {fixed}. Free one.")
+    check_sampler(record.sampler, spaces, objective)
+    if record.scheduler not in SCHEDULERS:
+        raise UsageError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, but got {record.scheduler!r}.")
+    if objective.is_front and record.scheduler != "none":
+        raise UsageError(
+            f"--scheduler must be none for a Pareto front, since trials are compared at their end, but got "
+            f"{record.scheduler!r}. Leave it out, or join the goals by '+' to rank trials."
+        )
+    if len(objective.goals) > 1 and record.scheduler in ("median", "hyperband"):
+        raise UsageError(
+            f"--scheduler {record.scheduler} must have one goal, but got {objective}. Use asha or asha-promote."
+        )
+    if record.rerank < 0 or (record.rerank > 0 and record.seeds < 2):
+        raise UsageError(
+            "--rerank must not be negative and --seeds at least 2, since one seed tells nothing of their noise, but "
+            f"got {record.rerank} and {record.seeds}."
+        )
+    if record.keep_top is not None and record.keep_top < 1:
+        raise UsageError(f"--keep-top must be at least 1, so that a trial can be finished, but got {record.keep_top}.")
+
+
+def search_only(record: Record, option: str) -> Record:
+    """Return the record of a search.
+
+    Raises:
+        UsageError: If it is that of another kind of experiment.
+    """
+    if record.kind != "search":
+        raise UsageError(f"{option} must name a search, but {record.name!r} is a {record.kind}.")
+    return record
+
+
+def checked_config(method: str, values: Values) -> TrialConfig:
+    """Return the configuration, having looked at everything that can be wrong before a process is started."""
+    from segadapt.trainables.core.data.datasets import load_data
+
+    config = resolve(method, values)
+    try:
+        if config.data.name != "streets":  # generated, nothing can be missing
+            load_data(config.data)
+        if config.network.weights is not None:
+            build_segmenter(num_classes=2, **vars(config.network))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return config
+
+
+def free_name(place: Place, name: str | None, default: str) -> str:
+    """Return `name`, or else `default` with a number if it is taken in the storage folder or on the MLflow server.
+
+    Raises:
+        UsageError: If `name` is taken, or the server does not answer.
+    """
+    opened = place.folders
+    server = open_client(place) if place.tracking_uri is not None else None
+
+    def taken(candidate: str) -> bool:
+        if opened.experiment(candidate).exists():
+            return True
+        try:
+            return server is not None and server.get_experiment_by_name(candidate) is not None
+        except Exception as error:  # whatever the client raises for an address that is none of a server's
+            raise UsageError(
+                f"--tracking-uri must name an MLflow server that answers, but {redacted(place.tracking_uri)} does not: "
+                f"{redacted(error)}"
+            ) from error
+
+    if name is not None:
+        if taken(name):
+            raise UsageError(
+                f"--name must be new, but {name!r} exists in {opened.root} or on the MLflow server. "
+                f"Go on with it by `--resume {name}`, or choose another."
+            )
+        return name
+    candidate, number = default, 1
+    while taken(candidate):
+        number += 1
+        candidate = f"{default}-{number}"
+    return candidate

@@ -1,0 +1,96 @@
+"""segadapt: search, train and finish unsupervised domain-adaptive semantic segmentation on Ray.
+
+    >>> import segadapt
+    >>> segadapt.Place("runs").folders.mlflow_database.name
+    'mlflow.db'
+
+Names are looked up when they are first used, so that importing this takes milliseconds and starts nothing.
+"""
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from segadapt.platform.api.data import data_check, data_make, data_pack, data_show
+    from segadapt.platform.api.methods import describe, list_methods
+    from segadapt.platform.api.models import evaluate, export, predict
+    from segadapt.platform.api.operation import (
+        cache_list,
+        cache_prune,
+        doctor,
+        jobs,
+        logs,
+        stop,
+        submit,
+        ui,
+    )
+    from segadapt.platform.api.results import report, runs, status, trial_log
+    from segadapt.platform.api.training import Finish, Plan, Result, finish, plan, search, train
+    from segadapt.platform.errors import UsageError
+    from segadapt.platform.settings.resources import Resources, Tolerance
+    from segadapt.platform.storage.folders import Place
+
+_MODULES = {
+    "api.data": ("data_check", "data_make", "data_pack", "data_show"),
+    "api.methods": ("describe", "list_methods"),
+    "api.models": ("evaluate", "export", "predict"),
+    "api.operation": ("cache_list", "cache_prune", "doctor", "jobs", "logs", "stop", "submit", "ui"),
+    "api.results": ("report", "runs", "status", "trial_log"),
+    "api.training": ("Finish", "Plan", "Result", "finish", "plan", "search", "train"),
+    "errors": ("UsageError",),
+    "settings.resources": ("Resources", "Tolerance"),
+    "storage.folders": ("Place",),
+}
+"""Where each public name is defined, below `segadapt.platform`."""
+
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "Finish",
+    "Place",
+    "Plan",
+    "Resources",
+    "Result",
+    "Tolerance",
+    "UsageError",
+    "cache_list",
+    "cache_prune",
+    "data_check",
+    "data_make",
+    "data_pack",
+    "data_show",
+    "describe",
+    "doctor",
+    "evaluate",
+    "export",
+    "finish",
+    "jobs",
+    "list_methods",
+    "logs",
+    "plan",
+    "predict",
+    "report",
+    "runs",
+    "search",
+    "status",
+    "stop",
+    "submit",
+    "train",
+    "trial_log",
+    "ui",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("segadapt")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'segadapt' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
+    value = getattr(importlib.import_module(f"segadapt.platform.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, "__version__"})

@@ -1,0 +1,1 @@
+"""What came out, read from MLflow and the study without Ray."""

@@ -1,0 +1,151 @@
+"""How a search stands, read from where its driver writes: MLflow and the study. Needs no Ray, so it runs anywhere."""
+
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from segadapt.platform.search.study import decisions
+from segadapt.platform.settings.objective import TARGET, Objective
+from segadapt.platform.tracking.tags import FAILURE_TAG, KIND_TAG, STATE_TAG
+
+_OPEN = ("running", "paused")
+
+
+_STALLED = 5
+"""A trial is stalled that is silent for so many times the longest silence between two reports of any running one."""
+
+
+_STALLED_S = 60.0
+"""At least, in seconds."""
+
+
+@dataclass(frozen=True)
+class RunningTrial:
+    """A trial that has not ended."""
+
+    name: str
+    state: str
+    step: int
+    value: float | None
+    """The leading goal, when last evaluated."""
+    heard_s: float
+    """Seconds since it last reported, or since it began."""
+    longest_s: float
+    """The longest that it was silent between two reports."""
+    stalled: bool = False
+    """Silent for much longer than any trial was between two reports."""
+
+
+@dataclass(frozen=True)
+class RungStatus:
+    """How trials fared at a rung."""
+
+    step: int
+    reached: int
+    continued: int
+
+
+@dataclass(frozen=True)
+class SearchStatus:
+    """How a search stands."""
+
+    search: str
+    state: str
+    objective: str
+    asked: int
+    """Trials it is to run in all."""
+    states: Mapping[str, int]
+    """Trials by state."""
+    best: float | None
+    """Leading goal of the best trial so far, whether it has ended or not."""
+    best_name: str | None
+    running: Sequence[RunningTrial]
+    rungs: Sequence[RungStatus]
+    failures: Mapping[str, str]
+    """Reasons by trial."""
+    left_s: float | None
+    """Judged from the trials that have ended; None before there is one, and for a search that is over."""
+
+
+def search_status(search: str, entries: Sequence[Any], client: Any, study: Any | None) -> SearchStatus:
+    """Return how a search stands.
+
+    Args:
+        search: Its name.
+        entries: Its MLflow runs.
+        client: Of MLflow.
+        study: Its Optuna study, for the rungs; None leaves them out.
+    """
+    parent = next(entry for entry in entries if entry.data.tags.get(KIND_TAG) == "search")
+    trials = [entry for entry in entries if entry.data.tags.get(KIND_TAG) == "trial"]
+    goal = Objective.parse(parent.data.params.get("objective", TARGET)).leading
+    state = {entry.info.run_name: entry.data.tags.get(STATE_TAG, "running") for entry in trials}
+    running = [_running(client, entry, goal) for entry in trials if state[entry.info.run_name] in _OPEN]
+    values = {entry.info.run_name: entry.data.metrics.get(f"best/{goal}") for entry in trials}
+    values |= {trial.name: trial.value for trial in running}
+    known = {name: value for name, value in values.items() if value is not None}
+    best = max(known, key=lambda name: known[name], default=None)
+    asked = int(parent.data.tags.get("segadapt.trials", len(trials)))
+    names = list(state.values())
+    is_over = parent.info.status != "RUNNING"
+    return SearchStatus(
+        search=search,
+        state=parent.data.tags.get(STATE_TAG, parent.info.status.lower()),
+        objective=str(parent.data.params.get("objective", TARGET)),
+        asked=asked,
+        states={found: names.count(found) for found in sorted(set(names))},
+        best=known[best] if best is not None else None,
+        best_name=best,
+        running=[] if is_over else _judged(running),
+        rungs=_rungs(study) if study is not None else (),
+        failures={
+            entry.info.run_name: entry.data.tags[FAILURE_TAG] for entry in trials if FAILURE_TAG in entry.data.tags
+        },
+        left_s=None if is_over else _left(trials, asked, sum(trial.state == "running" for trial in running)),
+    )
+
+
+def _judged(running: Sequence[RunningTrial]) -> list[RunningTrial]:
+    """Say which trials are stalled; of a search in which none has reported twice, nobody knows."""
+    longest_s = max((trial.longest_s for trial in running), default=0.0)
+    limit_s = max(_STALLED_S, _STALLED * longest_s) if longest_s else math.inf
+    return [replace(trial, stalled=trial.state == "running" and trial.heard_s > limit_s) for trial in running]
+
+
+def _running(client: Any, entry: Any, goal: str) -> RunningTrial:
+    history = client.get_metric_history(entry.info.run_id, goal)
+    times = sorted(found.timestamp for found in history)
+    last = max(history, key=lambda found: found.step, default=None)
+    heard_ms = last.timestamp if last is not None else entry.info.start_time
+    return RunningTrial(
+        name=entry.info.run_name,
+        state=entry.data.tags.get(STATE_TAG, "running"),
+        step=last.step if last is not None else 0,
+        value=max((found.value for found in history), default=None),
+        heard_s=max(0.0, time.time() - heard_ms / 1000),
+        longest_s=max((later - earlier for earlier, later in itertools.pairwise(times)), default=0) / 1000,
+    )
+
+
+def _rungs(study: Any) -> list[RungStatus]:
+    """Return what the scheduler decided at each rung, from the study's record."""
+    found: dict[int, list[bool]] = {}
+    for trial in study.get_trials(deepcopy=False):
+        for rung, decision in decisions(trial).items():
+            found.setdefault(rung, []).append(decision["continues"])
+    return [RungStatus(rung, len(went), sum(went)) for rung, went in sorted(found.items())]
+
+
+def _left(trials: Sequence[Any], asked: int, at_a_time: int) -> float | None:
+    """Return the seconds that the missing trials may take: as long as those that ended took on average."""
+    took = [
+        (entry.info.end_time - entry.info.start_time) / 1000
+        for entry in trials
+        if entry.info.end_time is not None and entry.info.status in ("FINISHED", "FAILED")
+    ]
+    if not took:
+        return None
+    return float(sum(took) / len(took) * max(0, asked - len(took)) / max(1, at_a_time))

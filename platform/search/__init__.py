@@ -1,0 +1,1 @@
+"""How a search proposes and stops trials, with the Optuna study as its memory."""

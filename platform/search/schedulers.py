@@ -1,0 +1,279 @@
+"""Early stopping whose memory is the study, so that its decisions survive a restart of the driver."""
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
+
+from segadapt.platform.ray_internals.tune import pace
+from segadapt.platform.search.study import RUNG, TRIAL_ID, decisions, record_values
+from segadapt.platform.settings.objective import Objective
+
+SchedulerName = Literal["asha", "asha-promote", "median", "hyperband", "none"]
+
+
+SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
+
+
+STEP = "step"
+"""Reported time axis: training steps, never Tune's count of reports, which restarts with a trial."""
+
+
+REDUCTION_FACTOR = 2
+"""The better 1/REDUCTION_FACTOR of the trials that reached a rung go on."""
+
+
+def levels(grace_steps: int, steps: int) -> list[int]:
+    """Return the steps at which ASHA compares trials: the first evaluation, then REDUCTION_FACTOR times as many."""
+    found = [grace_steps]
+    while found[-1] * REDUCTION_FACTOR < steps:
+        found.append(found[-1] * REDUCTION_FACTOR)
+    return [level for level in found if level < steps]
+
+
+def scheduler(
+    name: SchedulerName, study: Any, objective: Objective, *, grace_steps: int, steps: int, concurrent: int
+) -> "StudyScheduler":
+    """Return the scheduler of this name.
+
+    Args:
+        name: One of `SCHEDULERS`.
+        study: The search's Optuna study.
+        objective: What trials are compared by.
+        grace_steps: Steps before a trial may be stopped.
+        steps: Steps of the longest trial.
+        concurrent: Trials at a time.
+    """
+    from optuna.pruners import HyperbandPruner, MedianPruner
+
+    rungs = levels(grace_steps, steps)
+    match name:
+        case "none":
+            return StudyScheduler(study, objective)
+        case "asha":
+            return StudyRungs(study, objective, rungs)
+        case "asha-promote":
+            return PromotingRungs(study, objective, rungs, concurrent)
+        case "median":
+            return StudyPruner(study, objective, MedianPruner(n_warmup_steps=grace_steps - 1))
+        case "hyperband":
+            return StudyPruner(study, objective, HyperbandPruner(grace_steps, steps, REDUCTION_FACTOR))
+
+
+class StudyScheduler(FIFOScheduler):
+    """Write every value to the study at its training step, and let trials run to their end.
+
+    Args:
+        study: The search's Optuna study.
+        objective: What trials are compared by.
+    """
+
+    def __init__(self, study: Any, objective: Objective) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._study = study
+        self._objective = objective
+        self._ids: dict[str, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_study": None}  # its address may hold a password; a resumed search makes a new one
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """See to it that Tune's state is not saved too often; Tune shows its controller to schedulers alone."""
+        pace(tune_controller)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Record an evaluation, then decide whether the trial goes on."""
+        values = {goal: result.get(goal, math.nan) for goal in self._objective.goals}
+        if STEP not in result or not all(map(math.isfinite, values.values())):
+            return str(self.CONTINUE)
+        own = self._own(trial.trial_id)
+        record_values(self._handle(own), own, int(result[STEP]), values)
+        if result.get("finished"):
+            return str(self.CONTINUE)
+        return self._decide(tune_controller, trial, result[STEP], values)
+
+    def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
+        return str(self.CONTINUE)
+
+    def _own(self, trial_id: str) -> Any:
+        """Return the study's record of a trial."""
+        if trial_id not in self._ids:
+            self._ids = {
+                trial.user_attrs[TRIAL_ID]: trial._trial_id
+                for trial in self._study.get_trials(deepcopy=False)
+                if TRIAL_ID in trial.user_attrs
+            }
+        return self._study._storage.get_trial(self._ids[trial_id])
+
+    def _handle(self, own: Any) -> Any:
+        import optuna
+
+        return optuna.trial.Trial(self._study, own._trial_id)
+
+
+class StudyPruner(StudyScheduler):
+    """Stop a trial where an Optuna pruner says so.
+
+    Args:
+        study: The search's Optuna study.
+        objective: One goal.
+        pruner: Decides from the study's intermediate values.
+    """
+
+    def __init__(self, study: Any, objective: Objective, pruner: Any) -> None:
+        super().__init__(study, objective)
+        self._pruner = pruner
+
+    def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
+        own = self._own(trial.trial_id)
+        decision = own.user_attrs.get(f"{RUNG}{step}")
+        if decision is None:
+            decision = {"values": values, "continues": not self._pruner.prune(self._study, own)}
+            self._handle(own).set_user_attr(f"{RUNG}{step}", decision)
+        return str(self.CONTINUE if decision["continues"] else self.STOP)
+
+
+class StudyRungs(StudyScheduler):
+    """Stop a trial at a rung if it lies below the best 1/REDUCTION_FACTOR of the trials there before it.
+
+    Ray's `ASHAScheduler` decides the same, but forgets its rungs when the driver restarts. Here each decision is an
+    attribute of the trial in the study: a trial that reaches a rung again after a restart is told the same again.
+
+    Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020, in the stopping variant.
+
+    Args:
+        study: The search's Optuna study.
+        objective: What trials are compared by.
+        rungs: Training steps at which trials are compared, rising.
+    """
+
+    def __init__(self, study: Any, objective: Objective, rungs: Sequence[int]) -> None:
+        super().__init__(study, objective)
+        self._rungs = tuple(rungs)
+        self._reached: defaultdict[str, list[Mapping[str, float]]] | None = None
+
+    def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
+        reached = [rung for rung in self._rungs if rung <= step]
+        if not reached:
+            return str(self.CONTINUE)
+        rung = f"{RUNG}{reached[-1]}"
+        own = self._own(trial.trial_id)
+        if rung not in own.user_attrs:
+            return self._arrive(tune_controller, trial, rung, values)
+        return str(self.CONTINUE if own.user_attrs[rung]["continues"] else self._halt(tune_controller, trial))
+
+    def _arrive(self, tune_controller: Any, trial: Any, rung: str, values: Mapping[str, float]) -> str:
+        """Compare a trial that has just reached a rung with those there before it."""
+        import numpy as np
+
+        others = self._values_at(rung)
+        *before, own = self._objective.scores([*others, values])
+        continues = not before or own >= float(np.percentile(before, 100 * (1 - 1 / REDUCTION_FACTOR)))
+        self._set_decision(trial.trial_id, rung, values, continues=continues)
+        others.append(values)
+        return str(self.CONTINUE if continues else self.STOP)
+
+    def _values_at(self, rung: str) -> list[Mapping[str, float]]:
+        """Return what trials reached at a rung; the study is gone through once, since this scheduler alone decides."""
+        if self._reached is None:
+            self._reached = defaultdict(list)
+            for trial in self._study.get_trials(deepcopy=False):
+                for name, decision in trial.user_attrs.items():
+                    if name.startswith(RUNG):
+                        self._reached[name].append(decision["values"])
+        return self._reached[rung]
+
+    def _halt(self, tune_controller: Any, trial: Any) -> str:
+        return str(self.STOP)
+
+    def _set_decision(self, trial_id: str, rung: str, values: Mapping[str, float], *, continues: bool) -> None:
+        decision = {"values": dict(values), "continues": continues}
+        self._handle(self._own(trial_id)).set_user_attr(rung, decision)
+
+
+class PromotingRungs(StudyRungs):
+    """Pause a trial at a rung until it is among the best 1/REDUCTION_FACTOR there, as later trials may make it.
+
+    A paused trial keeps its checkpoint. Those promoted go before new ones. When nothing else is left to do, the paused
+    ones are stopped; if none has run to its end by then, the best of the highest rung goes on.
+
+    Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020, Algorithm 2.
+
+    Args:
+        study: The search's Optuna study.
+        objective: What trials are compared by.
+        rungs: Training steps at which trials are compared, rising.
+        concurrent: Trials at a time; paused ones do not count.
+    """
+
+    def __init__(self, study: Any, objective: Objective, rungs: Sequence[int], concurrent: int) -> None:
+        super().__init__(study, objective, rungs)
+        self._concurrent = concurrent
+        self._promoted: deque[str] = deque()
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Keep a trial that an earlier session left at a rung waiting there."""
+        super().on_trial_add(tune_controller, trial)
+        if trial.status == Trial.PENDING and trial.last_result:
+            found = decisions(self._own(trial.trial_id))
+            if found and not found[max(found)]["continues"]:
+                trial.set_status(Trial.PAUSED)
+                tune_controller.search_alg.searcher.on_pause(trial.trial_id)
+
+    def _arrive(self, tune_controller: Any, trial: Any, rung: str, values: Mapping[str, float]) -> str:
+        others = [other for other in self._study.get_trials(deepcopy=False) if rung in other.user_attrs]
+        self._set_decision(trial.trial_id, rung, values, continues=False)
+        own = self._own(trial.trial_id)
+        population = [*others, own]
+        scores = self._objective.scores([other.user_attrs[rung]["values"] for other in population])
+        ranking = sorted(zip(scores, population, strict=True), key=lambda entry: (-entry[0], entry[1].number))
+        action = self._halt(tune_controller, trial)
+        for _, other in ranking[: len(population) // REDUCTION_FACTOR]:
+            decision = other.user_attrs[rung]
+            if not decision["continues"] and not other.state.is_finished():
+                other_id = other.user_attrs[TRIAL_ID]
+                self._set_decision(other_id, rung, decision["values"], continues=True)
+                tune_controller.search_alg.searcher.on_unpause(other_id)
+                if other_id == trial.trial_id:
+                    action = str(self.CONTINUE)
+                else:
+                    self._promoted.append(other_id)
+        return action
+
+    def _halt(self, tune_controller: Any, trial: Any) -> str:
+        tune_controller.search_alg.searcher.on_pause(trial.trial_id)
+        return str(self.PAUSE)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Return a promoted trial when there is room; end the paused ones when nothing else is left."""
+        live = {trial.trial_id: trial for trial in tune_controller.get_live_trials()}
+        active = [trial for trial in live.values() if trial.status in (Trial.PENDING, Trial.RUNNING)]
+        if len(active) < self._concurrent:
+            for trial_id in self._promoted:
+                if trial_id in live and live[trial_id].status == Trial.PAUSED:  # else it is still being saved
+                    self._promoted.remove(trial_id)
+                    return live[trial_id]
+        paused = {trial_id for trial_id, trial in live.items() if trial.status == Trial.PAUSED}
+        if paused and not active and not self._promoted and tune_controller.search_alg.is_finished():
+            return self._conclude(tune_controller, {trial_id: live[trial_id] for trial_id in paused})
+        return None
+
+    def _conclude(self, tune_controller: Any, paused: Mapping[str, Any]) -> Any:
+        """Stop the paused trials; but return the best of them if no trial has run to its end."""
+        from optuna.trial import TrialState
+
+        if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            own = [self._own(trial_id) for trial_id in paused]
+            rung = max(max(decisions(trial)) for trial in own)
+            highest = [trial for trial in own if rung in decisions(trial)]
+            scores = self._objective.scores([decisions(trial)[rung]["values"] for trial in highest])
+            best = highest[scores.index(max(scores))].user_attrs[TRIAL_ID]
+            self._set_decision(best, f"{RUNG}{rung}", decisions(self._own(best))[rung]["values"], continues=True)
+            tune_controller.search_alg.searcher.on_unpause(best)
+            return paused[best]
+        for trial in paused.values():
+            tune_controller.stop_trial(trial)
+        return None

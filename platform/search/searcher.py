@@ -1,0 +1,216 @@
+"""Tune's Optuna searcher over one method or several, whose memory is the study."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher, SearchGenerator
+from ray.tune.search.optuna import OptunaSearch
+
+from segadapt.platform.search.study import LOST, PRIOR, TRIAL_ID, Spaces, choice_of, propose, study_point
+from segadapt.platform.settings.config import METHOD, Values
+from segadapt.platform.settings.objective import Objective
+from segadapt.platform.settings.states import INFEASIBLE
+from segadapt.trainables.core.data.sampling import derived_seed
+
+FLOOR = 0.5
+"""Part of an equal share of the trials that every method of a search gets, however badly it begins."""
+
+
+class StudySearch(OptunaSearch):
+    """`OptunaSearch` over a conditional space whose whole memory is the study, in storage that outlives the driver.
+
+    The base class records trials stopped early as complete, at a value that fewer steps gave; here they are pruned.
+    With several methods, the method is a choice of its own and the parameters of each depend on it. Values during a
+    trial are recorded by its scheduler (`StudyScheduler`), this class asks and tells.
+
+    Args:
+        spaces: What varies, by method.
+        first: What is tried first of each method, if the study is new.
+        objective: Goals of the study.
+        sampler: Makes a sampler from its `seed`: a proposal follows from the search's seed, its number and the study
+            alone, so that a resumed search proposes what an undisturbed one would.
+        seed: Of the search.
+        concurrent: Trials at a time; paused ones do not count.
+        study_name: Created in `storage`, or continued there.
+        storage: Optuna's.
+    """
+
+    def __init__(
+        self,
+        *,
+        spaces: Spaces,
+        first: Mapping[str, Values],
+        objective: Objective,
+        sampler: Callable[..., BaseSampler],
+        seed: int,
+        concurrent: int,
+        study_name: str,
+        storage: Any,
+    ) -> None:
+        self._spaces = spaces
+        self._make_sampler = sampler
+        self._base_seed = seed
+        self._concurrent = concurrent
+        self._live: set[str] | None = None
+        self._paused: set[str] = set()
+        self._ot_study: Any
+        points: list[dict[str, Any]] = []
+        if study_name not in optuna.get_all_study_names(storage):
+            points = [study_point(spaces, method, first[method]) for method in spaces]
+        goals, modes = list(objective.goals), objective.modes
+        super().__init__(
+            space=partial(propose, spaces),
+            points_to_evaluate=[point for point in points if point],
+            metric=goals if len(goals) > 1 else goals[0],
+            mode=modes if len(modes) > 1 else modes[0],
+            study_name=study_name,
+            storage=storage,
+        )
+
+    @property
+    def study(self) -> Any:
+        """The Optuna study."""
+        return self._ot_study
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the study: its address may hold a password, and a resumed search makes a new searcher."""
+        return {**self.__dict__, "_ot_study": None, "_storage": None, "_ot_trials": {}}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write nothing that the study does not hold, and no empty file, which would look cut short."""
+        Path(checkpoint_path).write_text("null")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Read nothing; the study is the memory."""
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Return the searched values of a new trial: its method, if there are several, and settings by dotted key.
+
+        None if as many trials run as may at a time.
+        """
+        if self._live is None:
+            running = self._ot_study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            self._live = {trial.user_attrs[TRIAL_ID] for trial in running if TRIAL_ID in trial.user_attrs}
+        if len(self._live - self._paused) >= self._concurrent:
+            return None
+        proposed = self._proposed()
+        seed = derived_seed(self._base_seed, len(proposed)) % 2**32
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            self._ot_study.sampler = self._make_sampler(seed=seed)
+        starved = self._starved([trial.params.get(METHOD) for trial in proposed])
+        if starved is not None:
+            self._ot_study.enqueue_trial(choice_of(self._spaces, starved))
+        trial = self._ot_study.ask()
+        trial.set_user_attr(TRIAL_ID, trial_id)
+        self._ot_trials[trial_id] = trial
+        self._live.add(trial_id)
+        return propose(self._spaces, trial)
+
+    def on_pause(self, trial_id: str) -> None:
+        """Let another trial run while this one waits at a rung."""
+        self._paused.add(trial_id)
+
+    def on_unpause(self, trial_id: str) -> None:
+        """Count a trial again that goes on."""
+        self._paused.discard(trial_id)
+
+    def _proposed(self) -> list[FrozenTrial]:
+        """Return the study's trials that this search proposed so far, each once."""
+        trials: list[FrozenTrial] = self._ot_study.get_trials(deepcopy=False)
+        return [
+            trial
+            for trial in trials
+            if trial.state != TrialState.WAITING and LOST not in trial.user_attrs and PRIOR not in trial.user_attrs
+        ]
+
+    def _starved(self, tried: list[str | None]) -> str | None:
+        """Return the method that has the fewest trials, if they are fewer than its floor."""
+        if not len(tried) >= len(self._spaces) > 1:  # the published settings come first
+            return None
+        method = min(self._spaces, key=tried.count)
+        return method if tried.count(method) < FLOOR * (len(tried) + 1) / len(self._spaces) else None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Note a trial that can never fit; values are recorded by the scheduler, which Tune asks first."""
+        if str(result.get("failure", "")).startswith(INFEASIBLE):  # fails, without a value that the sampler would learn
+            self._handle(trial_id).set_user_attr("infeasible", True)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the study how the trial ended: complete, pruned (None to the base class) or failed."""
+        if result is not None and (error or not result.get("finished")):
+            result = None
+        self._handle(trial_id)
+        super().on_trial_complete(trial_id, result=result, error=error)
+        del self._ot_trials[trial_id]
+        self._paused.discard(trial_id)
+        if self._live is not None:
+            self._live.discard(trial_id)
+
+    def _handle(self, trial_id: str) -> Any:
+        """Return the study's handle of a trial, which an earlier session may have proposed."""
+        if trial_id not in self._ot_trials:
+            found = [t for t in self._ot_study.get_trials(deepcopy=False) if t.user_attrs.get(TRIAL_ID) == trial_id]
+            self._ot_trials[trial_id] = optuna.trial.Trial(self._ot_study, found[0]._trial_id)
+        return self._ot_trials[trial_id]
+
+
+class ListedTrials(Searcher):
+    """Propose a list of trials in order.
+
+    Args:
+        values: Of each trial, by dotted key.
+        concurrent: Trials at a time.
+    """
+
+    def __init__(self, values: Sequence[Values], concurrent: int) -> None:
+        super().__init__()
+        self._values = values
+        self._concurrent = concurrent
+        self._proposed: list[str] = []
+        self._ended: set[str] = set()
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Return the values of the next trial; None if as many run as may at a time."""
+        if len(self._proposed) - len(self._ended) >= self._concurrent:
+            return None
+        self._proposed.append(trial_id)
+        return dict(self._values[len(self._proposed) - 1])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Make room for another trial."""
+        self._ended.add(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Keep how far the list was proposed."""
+        Path(checkpoint_path).write_text(json.dumps([self._proposed, sorted(self._ended)]))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Go on in the list where an earlier session was."""
+        proposed, ended = json.loads(Path(checkpoint_path).read_text())
+        self._proposed, self._ended = proposed, set(ended)
+
+
+class Proposals(SearchGenerator):
+    """Tune's trials from a searcher; a search that goes on may have more of them than it began with.
+
+    Args:
+        searcher: Proposes values.
+        trials: To run in all, those of earlier sessions included.
+    """
+
+    def __init__(self, searcher: Searcher, trials: int) -> None:
+        super().__init__(searcher)
+        self._trials = trials
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Take over what an earlier session did, but not how far it was to go."""
+        super().set_state({**state, "total_samples": self._trials, "finished": False})

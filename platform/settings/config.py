@@ -1,0 +1,264 @@
+"""One path from defaults, experiment file, `KEY=VALUE` and searched values to a frozen, validated `TrialConfig`."""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from segadapt.platform.errors import UsageError
+from segadapt.trainables import method_class
+from segadapt.trainables.core.data.datasets import DataConfig
+from segadapt.trainables.core.data.transforms import AugmentationConfig
+from segadapt.trainables.core.method import Method, WarmupConfig
+from segadapt.trainables.core.networks import NetworkConfig, base_lr
+from segadapt.trainables.core.trainer import OptimizerConfig, TrainerConfig
+
+Values = Mapping[str, Any]
+"""Settings by dotted key, such as {"method.temperature": 10.0}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialConfig:
+    """Everything that decides a trial."""
+
+    method_name: str
+    data: DataConfig
+    network: NetworkConfig
+    warmup: WarmupConfig
+    method: Method.Config
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    augmentation: AugmentationConfig
+    seed: int = 0
+    """Decides initialisation, sample order and augmentation."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain nested values, as they are logged."""
+        return dataclasses.asdict(self)
+
+    def as_settings(self) -> dict[str, Any]:
+        """Return the settings by dotted key, as `resolve` takes them."""
+        content = self.as_dict()
+        content.pop("method_name")
+        return dict(flatten(content))
+
+
+def sections(method: str) -> dict[str, type]:
+    """Return the configuration classes of a trial of `method` by the first part of their keys."""
+    return {
+        "data": DataConfig,
+        "network": NetworkConfig,
+        "warmup": WarmupConfig,
+        "method": method_class(method).Config,
+        "optimizer": OptimizerConfig,
+        "trainer": TrainerConfig,
+        "augmentation": AugmentationConfig,
+    }
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting of a method's trials."""
+
+    name: str
+    type: str
+    default: Any
+    doc: str
+
+
+@functools.cache
+def keys(method: str) -> dict[str, Key]:
+    """Return all settings of a method's trials by dotted name."""
+    found = {"seed": Key("seed", "int", 0, "Decides initialisation, sample order and augmentation.")}
+    for section, cls in sections(method).items():
+        found.update({key.name: key for key in _keys_of(section, cls)})
+    return found
+
+
+def _keys_of(prefix: str, cls: type) -> Iterator[Key]:
+    docs = _field_docs(cls)
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name = f"{prefix}.{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _keys_of(name, hints[field.name])
+            continue
+        hint = hints[field.name]
+        shown = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        yield Key(name, shown, field.default, docs.get(field.name, ""))
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """Read the docstrings under the fields of a dataclass."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, body.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                match following:
+                    case ast.Expr(value=ast.Constant(value=str(text))):
+                        docs[statement.target.id] = " ".join(text.split())
+    return docs
+
+
+def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
+    """Parse `KEY=VALUE` words; values are JSON or YAML, otherwise text."""
+    values: dict[str, Any] = {}
+    for word in assignments:
+        key, separator, text = word.partition("=")
+        if not separator or not key:
+            raise UsageError(f"A setting must be written KEY=VALUE, but got {word!r}. Example: trainer.steps=100")
+        if key in values:
+            raise UsageError(f"A setting must be given once, but {key!r} came twice. Keep one.")
+        values[key] = _parse_value(text)
+    return values
+
+
+def _parse_value(text: str) -> Any:
+    for parse in (json.loads, yaml.safe_load):  # JSON first: YAML 1.1 takes 1e-3 for text
+        try:
+            return parse(text)
+        except (ValueError, yaml.YAMLError):
+            continue
+    return text
+
+
+def read_experiment(path: Path) -> dict[str, Any]:
+    """Read a YAML experiment file into settings by dotted key; nesting and dots mean the same."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"An experiment file must be readable, but {path} is not: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"An experiment file must be YAML, but {path} is not: {error}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"An experiment file must hold KEY: VALUE pairs, but {path} holds {type(content).__name__}.")
+    return dict(flatten(content))
+
+
+def flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings by dotted key."""
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def anchored(values: Values) -> dict[str, Any]:
+    """Return the settings with roots of datasets and files of weights made absolute: trials run in other folders."""
+    found = dict(values)
+    for key in ("data.source", "data.target"):
+        kind, separator, root = str(values.get(key, "")).partition(":")
+        if separator and root and "://" not in root:
+            found[key] = f"{kind}:{Path(root).expanduser().absolute()}"
+    weights = Path(str(values.get("network.weights", "")))
+    if weights.suffix:  # published weights go by a name, without a dot
+        found["network.weights"] = str(weights.expanduser().absolute())
+    return found
+
+
+def resolve(method: str, values: Values) -> TrialConfig:
+    """Build the configuration of a trial.
+
+    Args:
+        method: A name from `METHODS`.
+        values: Settings that differ from the defaults, by dotted key.
+
+    Raises:
+        UsageError: Listing every unknown key, ill-typed value and violated range at once.
+    """
+    try:
+        known = keys(method)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    unknown = [key for key in values if not _is_known(key, known)]
+    faults = [_unknown(key, known) for key in unknown]
+    parts: dict[str, Any] = {}
+    for section, cls in sections(method).items():
+        own = {key: value for key, value in values.items() if key.startswith(section + ".") and key not in unknown}
+        try:
+            parts[section] = _adapter(cls).validate_json(json.dumps(_nest(own, section), allow_nan=True), strict=True)
+        except ValidationError as error:
+            faults += [_ill_typed(section, fault, known) for fault in error.errors()]
+        except TypeError:
+            faults += [f"Settings must be plain values, but {section} holds {own!r}."]
+    seed = values.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        faults.append(f"'seed' must be a non-negative integer, but got {seed!r}.")
+    if "optimizer" in parts and "network" in parts:
+        try:
+            parts["optimizer"] = _with_rates(parts["optimizer"], parts["network"])
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise UsageError("\n".join(faults))
+    return TrialConfig(method_name=method, seed=seed, **parts)
+
+
+def _with_rates(optimizer: OptimizerConfig, network: NetworkConfig) -> OptimizerConfig:
+    """Fill in the learning rates that follow from the network."""
+    pretrained = network.weights not in (None, "none")
+    return dataclasses.replace(
+        optimizer,
+        lr=base_lr(network.name) if optimizer.lr is None else optimizer.lr,
+        head_lr_factor=(10.0 if pretrained else 1.0) if optimizer.head_lr_factor is None else optimizer.head_lr_factor,
+    )
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
+
+
+def _nest(values: Values, section: str) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *path, name = key.removeprefix(section + ".").split(".")
+        inner = nested
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[name] = value
+    return nested
+
+
+def _is_known(key: str, known: Mapping[str, Key]) -> bool:
+    """Return whether there is such a setting; of one that is a mapping, each entry may have a key of its own."""
+    mapping = known.get(key.rpartition(".")[0])
+    return key in known or (mapping is not None and mapping.type.startswith("dict"))
+
+
+def _unknown(key: str, known: Mapping[str, Key]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    section = key.split(".", 1)[0]
+    siblings = sorted(name for name in known if name.startswith(section + ".")) or sorted(known)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"There is no setting {key!r}.{hint} Known: {', '.join(siblings)}."
+
+
+def _ill_typed(section: str, fault: Any, known: Mapping[str, Key]) -> str:
+    key = ".".join([section, *(str(part) for part in fault["loc"] if isinstance(part, str) and part.isidentifier())])
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    while key not in known and "." in key:
+        key = key.rsplit(".", 1)[0]
+    kind = known[key].type if key in known else "different"
+    return f"{key!r} must be of type {kind}, but got {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}."
+
+
+METHOD = "method"
+"""Searched value that names a trial's method, where an experiment has several."""

@@ -1,0 +1,39 @@
+"""Numbers, sizes, durations and errors as people read them."""
+
+from segadapt.platform.errors import redacted
+
+
+def number_text(value: float | None) -> str:
+    """Return a metric with three decimals; `-` for None."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def short_text(text: str, digits: int = 3) -> str:
+    """Return a text that is a number with so many significant digits, and any other as it is."""
+    try:
+        return f"{float(text):.{digits}g}"
+    except ValueError:
+        return text
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes in a binary unit."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a time span in its largest fitting unit."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, without logins."""
+    return redacted(str(error).strip() or type(error).__name__).splitlines()[0]

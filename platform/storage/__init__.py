@@ -1,0 +1,1 @@
+"""The storage folder: experiments, checkpoints, shared stages, and who may write when."""

@@ -1,0 +1,1 @@
+"""MLflow, written through a queue on disk."""

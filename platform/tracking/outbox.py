@@ -1,0 +1,290 @@
+"""Records on their way to a server, kept on disk until it has them: they outlive their process and any outage.
+
+    <server>/.taking              locked by the one process that sends what ended processes left
+    <server>/<time>-<process>/    a box per process, removed when all of it is delivered
+        records.jsonl             a record per line; locked as long as its process lives
+        delivered                 number of the last record that the server has
+        files/<number>/           what that record uploads
+        refused.jsonl             what the server refused for good, and why; stays, with its files
+
+A record is in the system's hands when `append` returns, so a killed process loses none. While records wait for a server
+they are also forced to the disk, by the thread that sends them: a power cut loses at most those of the last moments.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+_RECORDS = "records.jsonl"
+
+
+_REFUSED = "refused.jsonl"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record."""
+
+    number: int
+    """From 1, in the order of `append`."""
+    operation: str
+    arguments: Mapping[str, Any]
+    """Plain JSON values."""
+    files: Path | None
+    """Folder with what it uploads."""
+
+
+class Outbox:
+    """The records of one process, in order.
+
+    `append` and `finish_input` may be called by any thread, everything else by the one thread that sends. Make one with
+    `create` or `take`.
+    """
+
+    def __init__(self, folder: Path, records: Any) -> None:
+        self.folder = folder
+        self._records = records
+        self._marks = os.open(folder / "delivered", os.O_RDWR | os.O_CREAT, 0o666)
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._appending = threading.Lock()
+        self._delivered = _marked(self._marks)
+        self._last = self._delivered
+        self._synced = self._delivered
+
+    @classmethod
+    def create(cls, server: Path) -> "Outbox":
+        """Begin a box in the folder of a server."""
+        folder = server / f"{datetime.now(UTC):%Y%m%d-%H%M%S.%f}-{os.getpid()}"
+        folder.mkdir(parents=True)
+        records = (folder / ".new").open("ab+", buffering=0)
+        fcntl.flock(records, fcntl.LOCK_EX)
+        (folder / ".new").rename(folder / _RECORDS)  # nobody can find it unlocked
+        return cls(folder, records)
+
+    @classmethod
+    def take(cls, folder: Path) -> "Outbox | None":
+        """Take over the box of a process that ended; None if its process lives or all of it is delivered."""
+        try:
+            records = os.fdopen(os.open(folder / _RECORDS, os.O_RDWR | os.O_APPEND), "ab+", buffering=0)  # not created
+        except FileNotFoundError:
+            return None
+        if not _try_lock(records) or not (folder / _RECORDS).exists():  # it lives, or was removed just now
+            records.close()
+            return None
+        box = cls(folder, records)
+        box._load()
+        return box
+
+    @property
+    def waiting(self) -> int:
+        """Number of records that are not delivered."""
+        return self._last - self._delivered
+
+    def append(self, operation: str, arguments: Mapping[str, Any], keep: Callable[[Path], None] | None = None) -> None:
+        """Add a record.
+
+        Args:
+            operation: What is to be done.
+            arguments: With what; other than JSON values become text.
+            keep: Puts what the record uploads into the folder that it is given.
+        """
+        with self._appending:
+            number = self._last + 1
+            files = self.folder / "files" / str(number)
+            if keep is not None:
+                files.mkdir(parents=True)
+                try:
+                    keep(files)
+                except BaseException:
+                    shutil.rmtree(files)
+                    raise
+            content = {"number": number, "operation": operation, "arguments": arguments, "files": keep is not None}
+            line = json.dumps(content, default=str).encode() + b"\n"
+            self._write(line)
+            self._last = number
+            self._lines.put(line)
+
+    def finish_input(self) -> None:
+        """Say that no record will follow."""
+        self._lines.put(None)
+
+    def __iter__(self) -> Iterator[Entry]:
+        """Yield what is not delivered, waiting for more until `finish_input`."""
+        while (line := self._lines.get()) is not None:
+            yield self._entry(json.loads(line))
+
+    def entries(self) -> list[Entry]:
+        """Return all records on disk, delivered ones too."""
+        return [self._entry(content) for content in self._contents()]
+
+    def delivered(self, entry: Entry) -> None:
+        """Note that the server has this record, and remove what it uploaded."""
+        self._delivered = entry.number
+        os.pwrite(self._marks, b"%020d\n" % entry.number, 0)
+        if entry.files is not None:
+            shutil.rmtree(entry.files, ignore_errors=True)
+
+    def refuse(self, entry: Entry, reason: str) -> Path:
+        """Set a record aside that the server will never take; returns the file that tells of it."""
+        content = {**asdict(entry), "reason": reason}
+        with (self.folder / _REFUSED).open("a") as refused:
+            refused.write(json.dumps(content, default=str) + "\n")
+        self.delivered(replace(entry, files=None))  # its files stay
+        return self.folder / _REFUSED
+
+    def sync(self) -> None:
+        """Force what waits to the disk."""
+        last = self._last
+        os.fsync(self._records.fileno())
+        for number in range(self._synced + 1, last + 1):
+            for path in (self.folder / "files" / str(number)).rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+        self._synced = last
+
+    def close(self) -> None:
+        """Let go of the box; it is removed if nothing waits, but what was refused stays."""
+        if self.waiting == 0:
+            (self.folder / _RECORDS).unlink()
+            if not (self.folder / _REFUSED).exists():
+                shutil.rmtree(self.folder)
+        self._records.close()
+        os.close(self._marks)
+
+    def _write(self, line: bytes) -> None:
+        """Write a line, whole or not at all; one that has no room on disk is kept in memory alone."""
+        size = os.fstat(self._records.fileno()).st_size
+        try:
+            if self._records.write(line) != len(line):
+                raise OSError("the disk is full")
+        except OSError as error:
+            os.ftruncate(self._records.fileno(), size)
+            logger.error("A record for tracking is not kept in %s (%s): a kill would lose it.", self.folder, error)
+
+    def _load(self) -> None:
+        whole = (self.folder / _RECORDS).read_bytes().rpartition(b"\n")
+        os.ftruncate(self._records.fileno(), len(whole[0] + whole[1]))  # a kill amid a line: `append` had not returned
+        for content in self._contents():
+            self._last = max(self._last, content["number"])
+            if content["number"] > self._delivered:
+                self._lines.put(json.dumps(content).encode())
+
+    def _contents(self) -> Iterator[dict[str, Any]]:
+        """Yield the records on disk; lines that a disk has damaged are passed over."""
+        with (self.folder / _RECORDS).open("rb") as lines:
+            for line in lines:
+                content = _read(line)
+                if content is not None:
+                    yield content
+                else:
+                    logger.error("A record for tracking in %s is damaged and left out: %.200r", self.folder, line)
+
+    def _entry(self, content: Mapping[str, Any]) -> Entry:
+        files = self.folder / "files" / str(content["number"]) if content["files"] else None
+        return Entry(content["number"], content["operation"], content["arguments"], files)
+
+
+@dataclass(frozen=True)
+class BoxContents:
+    """What a box holds, seen without taking it."""
+
+    folder: Path
+    alive: bool
+    """Whether its process lives."""
+    contents: list[dict[str, Any]]
+    """All records, delivered ones too."""
+    waiting: int
+    """Records that the server does not have."""
+
+
+def box_contents(server: Path) -> list[BoxContents]:
+    """Return the boxes in the folder of a server that are not removed, oldest first; touches none."""
+    return [found for folder in left_over(server) if (found := _contents_of(folder)) is not None]
+
+
+def _contents_of(folder: Path) -> BoxContents | None:
+    try:
+        with (folder / _RECORDS).open("rb") as records:
+            alive = not _try_lock(records, fcntl.LOCK_SH)
+            lines = records.read().rpartition(b"\n")[0].splitlines()  # the last one may be half written
+        marks = folder / "delivered"
+        delivered = _number(marks.read_bytes()) if marks.exists() else 0
+    except FileNotFoundError:  # removed just now
+        return None
+    contents = [content for line in lines if (content := _read(line)) is not None]
+    return BoxContents(folder, alive, contents, sum(content["number"] > delivered for content in contents))
+
+
+def refused(server: Path) -> dict[Path, int]:
+    """Return the files with records that a server refused for good, each with their number."""
+    files = sorted(server.glob(f"*/{_REFUSED}"))
+    return {file: len(file.read_text().splitlines()) for file in files}
+
+
+def abandoned(server: Path, older_than_s: float) -> list[Path]:
+    """Return the folders of boxes that a kill left without any record, so long ago that nobody is making them."""
+    now = time.time()
+    return [
+        folder
+        for folder in sorted(server.iterdir())
+        if folder.is_dir()
+        and not any((folder / name).exists() for name in (_RECORDS, _REFUSED))
+        and now - folder.stat().st_mtime > older_than_s
+    ]
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """Return what a line holds, or None if it is not as it was written."""
+    try:
+        content = json.loads(line)
+        kinds = {"number": int, "operation": str, "arguments": dict, "files": bool}
+        whole = all(isinstance(content[name], kind) for name, kind in kinds.items())
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return content if whole and content["number"] > 0 else None
+
+
+def _marked(marks: int) -> int:
+    """Return the number of the last record that was delivered; all are sent again if that is damaged."""
+    return _number(os.pread(marks, 32, 0))
+
+
+def _number(mark: bytes) -> int:
+    return int(mark) if mark.strip().isdigit() else 0
+
+
+def left_over(server: Path) -> list[Path]:
+    """Return the boxes in the folder of a server that are not removed, oldest first; their processes may live."""
+    return sorted(path.parent for path in server.glob(f"*/{_RECORDS}"))
+
+
+@contextlib.contextmanager
+def taking(server: Path, given_up: threading.Event) -> Iterator[bool]:
+    """Be the only one who sends what others left for a server; yields False if `given_up` came first."""
+    with (server / ".taking").open("a") as lock:
+        while not (locked := _try_lock(lock)) and not given_up.wait(0.1):
+            pass
+        yield locked
+
+
+def _try_lock(file: Any, kind: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,59 @@
+"""MLflow's pages for a storage folder."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+from segadapt.platform.errors import UsageError
+from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.sender import send_waiting
+
+
+def serve(place: Place, port: int) -> int:
+    """Serve MLflow's pages for a storage folder on 127.0.0.1 until interrupted; returns the server's exit status.
+
+    Raises:
+        UsageError: If there is nothing to show, or the port is taken.
+    """
+    opened = place.folders
+    send_waiting(place)
+    if not opened.mlflow_database.is_file():
+        raise UsageError(
+            f"--storage must hold runs, but {opened.root} has none yet. `segadapt search sdca` makes some."
+        )
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UsageError(f"--port must be free, but {port} is in use. Choose another, e.g. --port {port + 1}.")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]  # no other site's name leads here
+    command += ["--backend-store-uri", place.tracking_url]
+    command += ["--artifacts-destination", str(opened.mlflow_artifacts)]
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_for_health(f"http://127.0.0.1:{port}", server)
+        print(f"MLflow shows {opened.root} at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+        server.communicate()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+    return 0
+
+
+def _wait_for_health(address: str, server: "subprocess.Popen[str]", timeout_s: float = 90.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            message = server.stderr.read() if server.stderr else ""
+            raise UsageError(f"The MLflow server must start, but ended: {message.strip()[-2000:]}")
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise UsageError(f"The MLflow server must answer within {timeout_s:.0f} s, but did not. Is the machine busy?")

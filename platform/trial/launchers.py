@@ -1,0 +1,165 @@
+"""Tune's functions for a trial: in its own process, or in Ray Train workers."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from segadapt.platform.settings.states import INFEASIBLE, PREEMPTED
+from segadapt.platform.storage.checkpoints import TRAIN_FOLDER, newest_checkpoint, removed_metrics
+from segadapt.platform.storage.retries import STORAGE_PATIENCE_S, retry
+from segadapt.platform.trial.log import logged
+from segadapt.platform.trial.spec import TrialSpec
+from segadapt.platform.trial.training import train
+from segadapt.trainables.core.memory import InfeasibleError, noted_micro_batch
+from segadapt.trainables.core.preemption import PreemptedError, noted_preemptions
+
+
+@contextlib.contextmanager
+def _reporting_failure(report: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Tell the driver why a trial fails before the error ends it; an error of storage or a machine may be retried."""
+    from ray.exceptions import RayActorError
+
+    try:
+        yield
+    except (OSError, RayActorError):  # the latter if the process died that watches Ray Train's workers
+        raise
+    except Exception as error:
+        reason = _reason(error)
+        report({"preempted": reason} if reason.startswith(PREEMPTED) else {"failure": reason})
+        raise
+
+
+def _reason(error: Exception) -> str:
+    """Return one line that names the error, of a Ray Train worker if one caused it."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        error = next(iter(failures.values()))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    summary = lines[-1] if lines else ""
+    summary = summary if failures else f"{type(error).__name__}: {summary}"
+    for kind, begins in ((InfeasibleError, INFEASIBLE), (PreemptedError, PREEMPTED)):
+        _, name, text = summary.partition(f"{kind.__name__}: ")
+        if name:
+            return f"{begins} {text}"
+    return summary
+
+
+def _had_ended(spec: TrialSpec, trial_id: str) -> bool:
+    """Report once more what a trial reached last if it ended and its checkpoints were removed.
+
+    The driver was killed before it saved that the trial had ended: there is nothing to go on from, and nothing to do.
+    """
+    from ray import tune
+
+    metrics = removed_metrics(spec.folder, trial_id)
+    if metrics is not None:
+        tune.report(metrics)
+    return metrics is not None
+
+
+def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
+    """Tune's function for a trial that trains in its own, reused process."""
+    from ray import tune
+
+    trial_id = tune.get_context().get_trial_id()
+
+    def report(metrics: dict[str, Any], write: Any) -> None:
+        if write is None:
+            tune.report(metrics)
+            return
+        retry(lambda: report_checkpoint(metrics, write), OSError, STORAGE_PATIENCE_S)
+
+    def report_checkpoint(metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
+        with tempfile.TemporaryDirectory(prefix="segadapt-") as folder:
+            write(Path(folder))
+            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    if _had_ended(spec, trial_id):
+        return
+    with _reporting_failure(tune.report), logged(spec.artifacts(trial_id), "rank-0", trial_id, rank=0):
+        # Not Tune's checkpoint: its state may be older than the last one, or name one that was replaced since.
+        train(spec, trial_id, values, report, newest_checkpoint(spec.folder, trial_id))
+
+
+def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
+    """Tune's function for a trial whose workers are Ray Train's; this process starts and watches them."""
+    import ray.train
+    from ray import tune
+
+    from segadapt.platform.ray_internals.train import PreemptibleTorchConfig, ReportToTune, TrialTrainer
+
+    trial_id = tune.get_context().get_trial_id()
+    if _had_ended(spec, trial_id):
+        return
+    resources = spec.resources
+    per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+
+    def fit(max_failures: int) -> Any:
+        return TrialTrainer(
+            train_worker,
+            torch_config=PreemptibleTorchConfig(),
+            train_loop_config={"spec": spec, "trial_id": trial_id, "values": values},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker
+            ),
+            run_config=ray.train.RunConfig(
+                name=trial_id,  # the same name makes every kind of restart go on from the last checkpoint
+                storage_path=str(spec.folder / TRAIN_FOLDER),
+                callbacks=[ReportToTune()],  # type: ignore[list-item]
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
+                ),
+                failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            ),
+        ).fit()
+
+    with _reporting_failure(tune.report), logged(spec.artifacts(trial_id), "train", trial_id):
+        result = _again_if_not_at_fault(fit, spec.artifacts(trial_id), spec.tolerance.max_failures)
+        if result.metrics:  # what Tune missed, if the trial had ended when the driver was killed
+            tune.report(result.metrics)
+
+
+def _again_if_not_at_fault(fit: Callable[[int], Any], folder: Path, max_failures: int) -> Any:
+    """Call `fit` again if its workers left a smaller micro-batch in the folder and failed, or were asked to end.
+
+    Ray Train's own retries are for machines that fail, and too few for a batch that must be halved often. It counts
+    workers that left in good order as well: their number is given back.
+
+    Args:
+        fit: Runs the workers; takes how often Ray Train may start them again.
+        folder: Where the trial notes its micro-batch and preemptions.
+        max_failures: How often they may be started again because a machine failed.
+    """
+    while True:
+        micro_batch, left = noted_micro_batch(folder), noted_preemptions(folder)
+        try:
+            return fit(max_failures)
+        except Exception as error:
+            if _reason(error).startswith(INFEASIBLE):
+                raise
+            if noted_micro_batch(folder) != micro_batch:
+                continue
+            max_failures = noted_preemptions(folder) - left - 1  # of its restarts and this one, so many were no failure
+            if max_failures < 0:
+                raise
+
+
+def train_worker(loop: dict[str, Any]) -> None:
+    """Ray Train's function: one data-parallel worker of a trial."""
+    import ray.train
+
+    def report(metrics: dict[str, Any], write: Any) -> None:
+        if write is None:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory(prefix="segadapt-") as folder:
+            write(Path(folder))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    spec, trial_id = loop["spec"], loop["trial_id"]
+    rank = ray.train.get_context().get_world_rank()
+    with logged(spec.artifacts(trial_id), f"rank-{rank}", trial_id, rank):
+        # Not Ray Train's checkpoint, which may have been damaged; all workers find the same: nobody writes meanwhile.
+        train(spec, trial_id, loop["values"], report, newest_checkpoint(spec.folder, trial_id))

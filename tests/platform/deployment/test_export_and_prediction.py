@@ -1,0 +1,395 @@
+"""A run in use: exported, registered, served, and labelling folders of images."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from mlflow import MlflowClient
+from PIL import Image
+from torch import Tensor, nn
+
+import segadapt as api
+from segadapt.platform.cli.main import main
+from segadapt.platform.deployment import export
+from segadapt.platform.deployment.card import Card
+from segadapt.platform.deployment.evaluation import evaluate_target, load_deployed, target_images
+from segadapt.platform.deployment.export import CARD, ONNX, PT2, ExportError, ExportResult, open_exported, write
+from segadapt.platform.deployment.prediction import Labeller, spans
+from segadapt.platform.errors import UsageError
+from segadapt.platform.settings.config import resolve
+from segadapt.platform.storage.folders import Place
+from segadapt.trainables.core.data.transforms import resized
+from segadapt.trainables.core.deployed import DeployedNetwork, resized_antialiased, stride
+from segadapt.trainables.core.evaluation import Inference
+from segadapt.trainables.core.networks import Segmenter, SegmenterOutput, build_segmenter
+from segadapt.trainables.plca import AggregatingSegmenter
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """The tiny run in files."""
+    folder = tmp_path_factory.mktemp("exported") / "tiny"
+    return api.export("best", search="tiny", out=str(folder), place=Place(str(trained / "runs")))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of images of several sizes, one of them smaller than the network takes, and two that are none."""
+    folder = tmp_path / "photos"
+    (folder / "night").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    sizes = {"a.png": (32, 64), "b.jpg": (32, 64), "night/a.png": (45, 70), "night/small.bmp": (9, 40)}
+    for name, (height, width) in sizes.items():
+        blocks = random.integers(0, 256, (-(-height // 8), -(-width // 8), 3), np.uint8)
+        Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)[:height, :width]).save(folder / name)
+    (folder / "night" / "cut.png").write_bytes((folder / "a.png").read_bytes()[:-40])
+    (folder / "notes.png").write_text("no image")
+    (folder / "readme.txt").write_text("passed over")
+    return folder
+
+
+def labels_in(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
+    return {
+        path.relative_to(folder / "labels").as_posix(): np.array(Image.open(path))
+        for path in sorted(folder.glob("labels/**/*.png"))
+    }
+
+
+def test_exported_files_carry_all_that_is_known_of_the_network(trained: Path, exported: ExportResult) -> None:
+    (row,) = api.runs("tiny", place=Place(str(trained / "runs"))).rows
+    assert row.checkpoint is not None
+    checkpoint = Path(row.checkpoint)
+    card = json.loads((Path(exported.folder) / CARD).read_text())
+    deployed = load_deployed(checkpoint, {}, CPU)
+    assert card["classes"] == list(deployed.names)
+    assert card["colors"][0] == [128, 64, 128]
+    assert card["metrics"]["target_val/miou"] == row.best
+    assert "target_val/iou/road" in card["metrics"]
+    assert card["run_id"] == row.run_id
+    assert card["checkpoint_sha256"] == json.loads((checkpoint / "manifest.json").read_text())["sha256"]["state.pt"]
+    assert len(card["data_fingerprint"]) == 64
+    assert card["normalisation"]["mean"][0] == pytest.approx(0.485 * 255)
+    assert card["config"]["data"]["streets"]["width"] == 64
+    for name in (ONNX, PT2):
+        assert open_exported(Path(exported.folder) / name)[1] == Card.from_dict(card)
+        assert exported.differences[name] <= 1e-5
+    program = torch.export.load(Path(exported.folder) / PT2)
+    assert sum(value.numel() for value in program.parameters()) == sum(
+        value.numel() for value in deployed.network.parameters()
+    )
+
+
+def test_a_checkpoint_is_one_version_of_a_registered_model_and_names_its_run(
+    trained: Path, exported: ExportResult, tmp_path: Path
+) -> None:
+    again = api.export("source_only", search="tiny", out=str(tmp_path / "again"), place=Place(str(trained / "runs")))
+    assert (again.model, again.version) == (exported.model, exported.version) == ("tiny", "1")
+    client = MlflowClient(f"sqlite:///{trained}/runs/mlflow.db")
+    version = client.get_model_version("tiny", "1")
+    (row,) = api.runs("tiny", place=Place(str(trained / "runs"))).rows
+    assert version.run_id == row.run_id
+    card = json.loads((Path(exported.folder) / CARD).read_text())
+    assert version.tags["segadapt.search"] == "tiny"
+    assert version.tags["segadapt.checkpoint_sha256"] == card["checkpoint_sha256"]
+    with pytest.raises(UsageError, match="must be new or empty"):
+        api.export("best", search="tiny", out=exported.folder, place=Place(str(trained / "runs")))
+    with pytest.raises(UsageError, match="--register must be letters"):
+        api.export("best", search="tiny", register="a/b", place=Place(str(trained / "runs")))
+
+
+def test_mlflow_serves_the_registered_model(trained: Path, exported: ExportResult, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["-m", "mlflow", "models", "serve", "-m", f"models:/{exported.model}/{exported.version}"]
+    words += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # mlflow looks for uvicorn there
+    environment = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": f"sqlite:///{trained}/runs/mlflow.db"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, *words], cwd=tmp_path, env=environment, stdout=log, stderr=log, process_group=0
+        )
+    try:
+        images = torch.randint(0, 256, (2, 3, 40, 72), dtype=torch.uint8)
+        wait_for(f"http://127.0.0.1:{port}/ping", server, tmp_path / "log")
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/invocations",
+            json.dumps({"inputs": images.tolist()}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            labels = torch.tensor(json.load(answer)["predictions"])
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+    expected = open_exported(Path(exported.folder) / ONNX)[0](images).argmax(1)
+    assert torch.equal(labels, expected)
+
+
+def wait_for(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
+    for _ in range(600):
+        assert server.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+def test_a_run_and_its_files_label_a_folder_alike(
+    trained: Path, exported: ExportResult, photos: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for source, search in (("best", "tiny"), (f"{exported.folder}/{ONNX}", None), (f"{exported.folder}/{PT2}", None)):
+        out = tmp_path / source.rsplit(".", 1)[-1]
+        result = api.predict(
+            source, str(photos), str(out), search=search, batch_size=2, place=Place(str(trained / "runs"))
+        )
+        assert (result.images, result.written, result.skipped) == (6, 4, 0)
+        found[source] = labels_in(out)
+    run, *files = found.values()
+    assert {name: label.shape for name, label in run.items()} == {
+        "a.png": (32, 64),
+        "b.png": (32, 64),
+        "night/a.png": (45, 70),
+        "night/small.png": (9, 40),
+    }
+    for labels in files:
+        assert all(np.mean(labels[name] == run[name]) > 0.999 for name in run)
+
+
+def test_labels_equal_those_of_the_evaluation(trained: Path, tmp_path: Path) -> None:
+    (row,) = api.runs("tiny", place=Place(str(trained / "runs"))).rows
+    assert row.checkpoint is not None
+    deployed = load_deployed(Path(row.checkpoint), {}, CPU)
+    images, _ = target_images(deployed.config, deployed.names)
+    (tmp_path / "val").mkdir()
+    for index, image_id in enumerate(images.ids):
+        Image.fromarray(images.image(index).permute(1, 2, 0).numpy()).save(tmp_path / "val" / f"{image_id}.png")
+    expected: dict[str, Tensor] = {}
+    evaluate_target(deployed, images, Inference(), CPU, lambda name, label: expected.update({name: label}))  # type: ignore[arg-type]
+    api.predict("best", str(tmp_path / "val"), str(tmp_path / "out"), search="tiny", place=Place(str(trained / "runs")))
+    labels = labels_in(tmp_path / "out")
+    assert len(labels) == len(images)
+    for name, label in expected.items():
+        assert np.array_equal(labels[f"{name}.png"], label.numpy())
+
+
+def test_the_command_names_unreadable_images_writes_pictures_and_goes_on_after_an_interruption(
+    exported: ExportResult,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def status(*words: str) -> Any:
+        monkeypatch.setattr("sys.argv", ["segadapt", "predict", f"{exported.folder}/{ONNX}", "photos", "out", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code
+
+    monkeypatch.chdir(tmp_path)
+    assert status("--confidence") == 1
+    shown = capsys.readouterr().out
+    assert "unreadable: photos/night/cut.png: it is cut off" in shown
+    assert "unreadable: photos/notes.png: cannot identify" in shown
+    assert "4 images labelled in out, 2 unreadable" in shown
+    out = tmp_path / "out"
+    card = json.loads((Path(exported.folder) / CARD).read_text())
+    with Image.open(out / "labels/night/a.png") as label:
+        assert label.mode == "P"
+        painted = np.array(label.convert("RGB"))
+        assert np.array_equal(painted, np.array(card["colors"], np.uint8)[np.array(label)])
+    with Image.open(out / "overlays/night/a.png") as overlay, Image.open(photos / "night/a.png") as photo:
+        blend = (np.array(photo).astype(int) + painted) / 2
+        assert np.abs(np.array(overlay) - blend).max() <= 1
+    with Image.open(out / "confidence/night/a.png") as confidence:
+        assert (confidence.mode, confidence.size) == ("L", (70, 45))
+        assert np.array(confidence).min() >= 255 // len(card["classes"])
+
+    kept = (out / "labels/a.png").stat().st_mtime_ns
+    (out / "labels/b.png").unlink()
+    (photos / "notes.png").unlink()
+    shutil.copy(photos / "a.png", photos / "night/cut.png")
+    assert status("--confidence") == 0
+    assert "2 images labelled in out, 3 were before" in capsys.readouterr().out
+    assert (out / "labels/a.png").stat().st_mtime_ns == kept
+    assert status() == 2
+    assert "out was begun with other confidence" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "best"}, "RUN needs --search NAME, and a file must end in .onnx or .pt2, but got 'best' alone"),
+        ({"source": "absent.onnx"}, "there is none at absent.onnx"),
+        ({"source": "photos/a.onnx"}, "must be a whole file that `segadapt export` wrote, but photos/a.onnx is not"),
+        ({"images": "absent"}, "must be an image or a folder of images"),
+        ({"images": "empty"}, "IMAGES must hold images"),
+        ({"out": "photos"}, "OUT must be new, empty, or begun by the same command"),
+        ({"images": "twins"}, "Images must differ in more than their suffix"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+    ],
+)
+def test_wrong_usage_is_refused(
+    exported: ExportResult,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    (photos / "a.onnx").write_bytes(b"nothing")
+    for name in ("empty", "twins"):
+        Path(name).mkdir()
+    for suffix in ("png", "jpg"):
+        shutil.copy(photos / "a.png", f"twins/a.{suffix}")
+    arguments = {"source": f"{exported.folder}/{ONNX}", "images": "photos", "out": "out", **options}
+    with pytest.raises(UsageError, match=message):
+        api.predict(**arguments)
+    assert not Path("out").exists()
+
+
+def settled(name: str, *, aggregation: float = 0.0) -> Segmenter:
+    """A network of random weights whose batch norm has seen images, so that its logits are of usual size."""
+    torch.manual_seed(0)
+    network = build_segmenter(name, 5)
+    if "resnet" in name:  # the same operations again and again, each of which takes its time to export
+        stages: Any = network.backbone.stages
+        stages.layer2, stages.layer3 = stages.layer2[:2], stages.layer3[:2]
+    network.train()
+    with torch.no_grad():
+        for _ in range(5):
+            network(network.normalise(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)))
+    return AggregatingSegmenter(network, aggregation, 1.0, 1e-10) if aggregation else network
+
+
+def a_card(**changes: Any) -> Card:
+    fields = dict.fromkeys((field.name for field in dataclasses.fields(Card)), "")
+    known: dict[str, Any] = {"classes": ("a", "b"), "colors": ((0, 0, 0), (9, 9, 9)), "smallest_side": 32}
+    return Card(**{**fields, **known, "whole_pixels": 2**22, "input_size": None, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "aggregation", "size"),
+    [
+        ("compact", 0.5, None),
+        ("deeplabv2_resnet101_caffe", 0.0, None),
+        ("deeplabv3_resnet50", 0.0, None),
+        ("lraspp_mobilenet_v3_large", 0.0, (64, 128)),
+    ],
+)
+def test_networks_export(name: str, aggregation: float, size: tuple[int, int] | None, tmp_path: Path) -> None:
+    original = settled(name, aggregation=aggregation).eval()
+    network = DeployedNetwork(original, size, "bicubic")
+    differences = write(network, a_card(), tmp_path / "out")
+    assert max(differences.values()) < 1e-4
+    images = torch.randint(0, 256, (1, 3, 75, 101), dtype=torch.uint8)
+    with torch.no_grad():
+        shown = resized(images, size, "bicubic")
+        logits = original(original.normalise(shown)).logits
+        expected = original.upsample(logits, (75, 101)).softmax(1)
+    found = open_exported(tmp_path / "out" / ONNX)[0](images)
+    # A network of random weights tells rounded pixels from others; torchvision rounds what it resizes.
+    torch.testing.assert_close(found, expected, atol=1e-4 if size is None else 2e-2, rtol=0)
+
+
+class DataDependent(Segmenter):
+    """Looks at values to decide what to compute."""
+
+    def forward(self, images: Tensor) -> SegmenterOutput:
+        features = self.backbone(images)
+        return SegmenterOutput(self.head(features) if features.mean() > 0 else features[:, :2], features)
+
+
+def test_what_cannot_be_exported_or_differs_is_refused_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"feature_channels": 3, "num_classes": 2}
+    depending = DataDependent(nn.Identity(), nn.Conv2d(3, 2, 1), **options)
+    with pytest.raises(UsageError, match=r"must consist of operations that torch\.export takes, but this one does not"):
+        write(DeployedNetwork(depending, None), a_card(), tmp_path / "out")
+    monkeypatch.setattr(export, "_difference", lambda network, exported: float("nan"))
+    plain = Segmenter(nn.AvgPool2d(4), nn.Conv2d(3, 2, 1), **options)
+    with pytest.raises(
+        ExportError, match=r"must be within 0\.001 of the network's, but those of model\.pt2 differ by nan"
+    ):
+        write(DeployedNetwork(plain, None), a_card(), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(64, 96), (200, 300), (131, 173)])
+def test_resizing_is_that_of_training_up_to_rounding(interpolation: Any, size: tuple[int, int]) -> None:
+    images = torch.randint(0, 256, (1, 3, 131, 173), dtype=torch.uint8)
+    difference = resized_antialiased(images, size, interpolation) - resized(images, size, interpolation)
+    assert difference.abs().mean() < 0.5
+    assert difference.abs().quantile(0.99) <= 1.5
+
+
+def test_strides_are_found() -> None:
+    assert stride(build_segmenter("compact", 2)) == 4
+    assert stride(build_segmenter("lraspp_mobilenet_v3_large", 2).eval()) == 8
+
+
+def brightness(images: Tensor) -> Tensor:
+    """Two classes, dark and bright, and how sure that is."""
+    bright = images.float().mean(1, keepdim=True) / 255
+    return torch.cat([1 - bright, bright], 1)
+
+
+@pytest.mark.parametrize("size", [(100, 900), (331, 257), (128, 128)])
+def test_large_images_are_labelled_in_parts_without_seams(size: tuple[int, int]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (1, *size, 3), np.uint8)
+    whole = Labeller(brightness, a_card())(images)
+    parts = Labeller(brightness, a_card(whole_pixels=128 * 128))(images)
+    for expected, found in zip(whole, parts, strict=True):
+        assert np.array_equal(expected, found)
+
+
+def test_large_images_that_the_network_reduces_are_reduced_before() -> None:
+    blocks = np.random.default_rng(0).integers(0, 256, (1, 33, 41, 3), np.uint8)
+    images = blocks.repeat(8, 1).repeat(8, 2)[:, :260, :325]
+    seen = []
+
+    def looking(shown: Tensor) -> Tensor:
+        seen.append(shown.shape[-2:])
+        return brightness(shown)
+
+    labels, confidence = Labeller(looking, a_card(whole_pixels=100 * 100, input_size=(32, 32)))(images)
+    assert seen == [(87, 109)]
+    assert labels.shape == confidence.shape == (1, 260, 325)
+    assert np.mean(labels == Labeller(brightness, a_card())(images)[0]) > 0.85
+
+
+def test_parts_cover_a_side_once() -> None:
+    for length in range(1, 700):
+        covered = np.zeros(length, int)
+        for seen, kept in spans(length, 128):
+            assert seen.stop - seen.start <= 128
+            assert seen.start <= kept.start < kept.stop <= seen.stop
+            covered[kept] += 1
+        assert (covered == 1).all()
+
+
+def test_streets_settings_are_those_of_the_card(exported: ExportResult) -> None:
+    card = json.loads((Path(exported.folder) / CARD).read_text())
+    assert card["config"] == json.loads(json.dumps(resolve("source_only", TINY).as_dict()))

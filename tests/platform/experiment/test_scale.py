@@ -1,0 +1,181 @@
+"""What a search does per trial and report does not grow with how many trials there are or run at a time."""
+
+import io
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.storages._rdb import storage as rdb
+from optuna.trial import TrialState, create_trial
+from ray.tune.execution.tune_controller import TrialRunnerWrapper
+from rich.console import Console
+
+from segadapt.platform.experiment.ledger import LEDGER, Ledger
+from segadapt.platform.experiment.progress import Progress
+from segadapt.platform.ray_internals.tune import pace
+from segadapt.platform.search.samplers import make_sampler
+from segadapt.platform.search.schedulers import scheduler
+from segadapt.platform.search.searcher import StudySearch
+from segadapt.platform.search.study import RUNG, TRIAL_ID
+from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.settings.objective import Objective
+from segadapt.platform.settings.resources import Allocation
+
+MIOU = "target_val/miou"
+SPACE = {"sdca": {"optimizer.lr_factor": FloatDistribution(0.2, 8.0, log=True)}}
+
+
+class Study:
+    """A searcher and a scheduler on a study in SQL with trials that have ended and trials that run."""
+
+    def __init__(self, ended: int, running: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.statements = self.trials_read = 0
+        storage = open_study_storage("sqlite:///:memory:", alone=True)
+        fill(storage, ended)
+        self._count(storage, monkeypatch)
+        self.searcher = StudySearch(
+            spaces=SPACE,
+            first={"sdca": {"optimizer.lr_factor": 1.0}},
+            objective=Objective(),
+            sampler=make_sampler("auto", seed=0, joint=False, concurrent=running + 1),
+            seed=0,
+            concurrent=running + 1,
+            study_name="scale",
+            storage=storage,
+        )
+        self.scheduler: Any = scheduler(
+            "asha", self.searcher.study, Objective(), grace_steps=2, steps=8, concurrent=running + 1
+        )
+        for number in range(running):
+            self.searcher.suggest(f"running-{number}")
+        self.run_trial("first")  # reads what there is
+
+    def _count(self, storage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        from sqlalchemy import event
+
+        def execute(*_: Any) -> None:
+            self.statements += 1
+
+        event.listen(storage._backend.engine, "before_cursor_execute", execute)
+        build = rdb.RDBStorage._build_frozen_trial_from_trial_model
+
+        def built(storage: Any, trial: Any) -> Any:
+            self.trials_read += 1
+            return build(storage, trial)
+
+        monkeypatch.setattr(rdb.RDBStorage, "_build_frozen_trial_from_trial_model", built)
+
+    def run_trial(self, name: str) -> dict[str, int]:
+        """Propose a trial, hear its reports and its end; returns what that took."""
+        self.statements = self.trials_read = 0
+        assert self.searcher.suggest(name) is not None
+        for step in (2, 4, 6, 8):
+            result = {MIOU: 2.0, "step": step, "finished": step == 8}  # better than all
+            assert self.scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), result) == "CONTINUE"
+        self.searcher.on_trial_complete(name, result)
+        assert self.searcher.study.trials[-1].intermediate_values == {2: 2.0, 4: 2.0, 6: 2.0, 8: 2.0}
+        return {"statements": self.statements, "trials read": self.trials_read}
+
+
+def fill(storage: Any, ended: int) -> None:
+    """Make a study of so many trials that were stopped at the first rung."""
+    study = optuna.create_study(study_name="scale", storage=storage, direction="maximize")
+    distributions = SPACE["sdca"]
+    for number in range(ended):
+        value = number / ended
+        decision = {"values": {MIOU: value}, "continues": False}
+        study.add_trial(
+            create_trial(
+                state=TrialState.PRUNED,
+                params={"optimizer.lr_factor": 1.0 + value},
+                distributions=distributions,
+                intermediate_values={2: value},
+                user_attrs={TRIAL_ID: f"ended-{number}", f"{RUNG}2": decision},
+            )
+        )
+
+
+def test_the_study_is_read_and_written_as_much_for_each_trial() -> None:
+    costs = []
+    for ended, running in ((12, 2), (36, 8)):
+        with pytest.MonkeyPatch.context() as patch:
+            costs.append(Study(ended, running, patch).run_trial("next"))
+    assert costs[0] == costs[1]
+    assert costs[0]["trials read"] < 20, "itself, after it was written"
+
+
+def test_accounts_are_written_every_few_seconds_whatever_ends(tmp_path: Path) -> None:
+    now, writes = [0.0], 0
+    ledger = Ledger(tmp_path, Allocation(), clock=lambda: now[0])
+    for number in range(1000):
+        ledger.start(f"t{number}")
+        now[0] += 0.01
+        ledger.stop(f"t{number}")
+        ledger.keep()
+        if (tmp_path / LEDGER).exists():
+            writes += 1
+            (tmp_path / LEDGER).unlink()
+    assert 1 <= writes <= 2
+
+
+class Unread(dict[str, Any]):
+    """A dictionary that nobody goes through."""
+
+    def values(self) -> Any:
+        """Refuse."""
+        raise AssertionError("all trials were gone through")
+
+
+def test_a_report_is_shown_without_going_through_all_trials() -> None:
+    written = io.StringIO()
+    progress = Progress("search", MIOU, trials=4, steps=8, console=Console(file=written, width=160))
+    progress._views = Unread()
+    for number, value in enumerate((0.5, 0.7, 0.6)):
+        progress.started(f"t{number}", f"sdca-{number}", step=2 if number == 2 else 0)
+        progress.result(f"t{number}", 4, value)
+    progress.paused("t0")
+    progress.ended("t1", "finished")
+    assert written.getvalue().splitlines()[-1].startswith("sdca-1 finished · best 0.700 (sdca-1) · 1/4 trials done")
+    assert (progress._taken, progress._missing) == (10, 8 + 4), "of a trial not begun and one that runs"
+
+
+def test_a_search_that_goes_on_counts_what_ended_before() -> None:
+    written = io.StringIO()
+    progress = Progress("search", MIOU, trials=5, steps=8, console=Console(file=written, width=160))
+    progress.ended_before(3)
+    assert written.getvalue().splitlines()[-1] == "search: going on, 3/5 trials done"
+    progress.started("t3", "sdca-003")
+    progress.result("t3", 8, 0.5)
+    progress.ended("t3", "finished")
+    assert "4/5 trials done" in written.getvalue().splitlines()[-1]
+    assert progress._missing == 8
+
+
+@pytest.mark.parametrize("trials", [10, 10_000])
+def test_saving_the_state_takes_a_twentieth_of_the_time(trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving takes 1 ms per trial; each 0.1 s a trial writes a checkpoint and Tune asks for the state to be saved."""
+    now, spent = [0.0], 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "thread_time", lambda: now[0])
+    syncer = SimpleNamespace(sync_up=lambda *_: True, wait=lambda: None)
+    storage = SimpleNamespace(syncer=syncer, experiment_driver_staging_path="here", experiment_fs_path="there")
+    controller = SimpleNamespace(_checkpoint_manager=None, _storage=storage)
+    pace(TrialRunnerWrapper(controller, None))  # type: ignore[arg-type]  # as schedulers are given it
+    found: Any = controller._checkpoint_manager
+
+    def save() -> None:
+        nonlocal spent
+        spent += 1e-3 * trials
+        now[0] += 1e-3 * trials
+
+    while now[0] < 1000:
+        now[0] += 0.1
+        found.on_trial_checkpoint(SimpleNamespace())
+        found.sync_up_experiment_state(save)
+    assert spent <= 60
+    found.sync_up_experiment_state(save, force=True, wait=True)

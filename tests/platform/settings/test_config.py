@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from segadapt.platform.errors import UsageError
+from segadapt.platform.settings.config import keys, parse_assignments, read_experiment, resolve
+from segadapt.trainables import METHODS
+
+
+@pytest.mark.parametrize("method", [method.name for method in METHODS])
+def test_defaults_resolve_and_every_key_is_documented(method: str) -> None:
+    assert resolve(method, {}).method_name == method
+    undocumented = [key.name for key in keys(method).values() if not key.doc]
+    assert not undocumented
+
+
+def test_values_land_where_their_key_says() -> None:
+    config = resolve("sdca", {"method.temperature": 2, "data.streets.shift": 0.5, "seed": 3, "optimizer.lr": 0.1})
+    assert (config.method.temperature, config.data.streets.shift, config.seed, config.optimizer.lr) == (2, 0.5, 3, 0.1)
+
+
+def test_learning_rates_follow_from_the_network_unless_given() -> None:
+    compact, pretrained = (
+        resolve("sdca", {}),
+        resolve("sdca", {"network.name": "deeplabv2_resnet101", "network.weights": "IMAGENET1K_V2"}),
+    )
+    assert (pretrained.optimizer.lr, pretrained.optimizer.head_lr_factor) == (2.5e-4, 10.0)
+    assert compact.optimizer.head_lr_factor == 1.0
+    assert resolve("sdca", {"optimizer.head_lr_factor": 5}).optimizer.head_lr_factor == 5
+
+
+def test_all_faults_are_reported_at_once_with_what_to_do() -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve("sdca", {"method.temperatur": 1, "trainer.steps": "many", "method.confidence_threshold": 2.0})
+    message = str(caught.value)
+    assert "There is no setting 'method.temperatur'. Did you mean 'method.temperature'?" in message
+    assert "'trainer.steps' must be of type int, but got 'many'" in message
+    assert "method.confidence_threshold must lie in [0, 1], but got 2.0" in message
+
+
+def test_entries_of_a_mapping_may_have_keys_of_their_own() -> None:
+    values = {"method.kept_method": "sdca", "method.kept_settings.temperature": 5.0}
+    config = resolve("self_training", values)
+    assert config.method.kept_settings == {"temperature": 5.0}
+    for key in ("seed.temperature", "trainer.steps.temperature"):
+        with pytest.raises(UsageError, match=f"There is no setting '{key}'"):
+            resolve("self_training", {key: 5})
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("a=1", 1), ("a=1e-3", 1e-3), ("a=true", True), ("a=null", None), ("a=x y", "x y"), ("a=[1, 2]", [1, 2])],
+)
+def test_values_are_parsed_by_what_they_look_like(word: str, value: object) -> None:
+    assert parse_assignments([word]) == {"a": value}
+
+
+@pytest.mark.parametrize("words", [["steps"], ["=1"], ["a=1", "a=2"]])
+def test_malformed_assignments_are_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError):
+        parse_assignments(words)
+
+
+def test_an_experiment_file_may_nest_or_dot(tmp_path: Path) -> None:
+    path = tmp_path / "experiment.yaml"
+    path.write_text("trainer:\n  steps: 5\nmethod.temperature: 1.5\n")
+    assert read_experiment(path) == {"trainer.steps": 5, "method.temperature": 1.5}
+    path.write_text("- 1")
+    with pytest.raises(UsageError, match="KEY: VALUE"):
+        read_experiment(path)
+    with pytest.raises(UsageError, match="readable"):
+        read_experiment(tmp_path / "absent.yaml")
+
+
+def test_unknown_method_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="source_only"):
+        resolve("nonesuch", {})

@@ -1,0 +1,558 @@
+"""What the tracker promises, held against a real MLflow server that is killed, hidden behind faults, or never there."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY_WORDS, process_group_is_gone
+from PIL import Image
+from searching import free_port
+
+from segadapt.platform.storage.folders import Place, Storage
+from segadapt.platform.tracking import sender
+from segadapt.platform.tracking.client import mlflow_client
+from segadapt.platform.tracking.tags import KEY_TAG, STATE_TAG
+from segadapt.platform.tracking.tracker import RunInfo, Status, Tracker
+
+LOGGER = "segadapt.platform.tracking.sender"
+
+
+def wait_for(promise: Callable[[], Any], what: str, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not promise():
+        assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
+        time.sleep(0.05)
+
+
+@dataclass
+class Server:
+    """A `mlflow server` on PostgreSQL, through which artifacts go, that comes back on the same port and database."""
+
+    folder: Path
+    database: str
+    port: int = field(default_factory=free_port)
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", self.database, "--serve-artifacts"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0)
+        wait_for(self._is_up, f"the server, see {self.folder}/server.log")
+
+    def _is_up(self) -> bool:
+        assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                return True
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        wait_for(lambda: process_group_is_gone(self.process.pid), "the end of the server's children")
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Kill it with all its processes, and start it again afterwards."""
+        self.kill()
+        try:
+            yield
+        finally:
+            self.start()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"), postgres_url)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again after moments, but often, where the time until the server is back is not the point."""
+    monkeypatch.setattr(sender, "_PAUSES_S", (0.05,))
+    monkeypatch.setattr(sender, "_REFUSALS", 12)  # starting a run is many requests, each fails once
+
+
+def run_of(key: str, parent_key: str | None = None, **params: Any) -> RunInfo:
+    """What starts the run `key`, in the experiment of its first part."""
+    return RunInfo(key, key.split("/")[0], f"name of {key}", {"segadapt.kind": "trial"}, params, parent_key)
+
+
+class Arrived:
+    """The runs of an experiment, as MLflow has them."""
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.client, self.experiment = mlflow_client(uri), experiment
+
+    def runs(self) -> dict[str, Any]:
+        """All runs by key."""
+        found = self.client.get_experiment_by_name(self.experiment)
+        runs = self.client.search_runs([found.experiment_id]) if found else []
+        keys = [run.data.tags.get(KEY_TAG) for run in runs]
+        assert len(set(keys)) == len(keys), f"a run exists twice: {sorted(keys)}"
+        return dict(zip(keys, runs, strict=True))
+
+    def steps(self, key: str, metric: str = "miou") -> list[int]:
+        run = self.runs().get(key)
+        return [entry.step for entry in self.client.get_metric_history(run.info.run_id, metric)] if run else []
+
+    def artifact(self, key: str, name: str) -> str:
+        return Path(self.client.download_artifacts(self.runs()[key].info.run_id, name)).read_text()
+
+
+def refused(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Why records were left out, one reason each."""
+    errors = [record for record in caplog.records if record.name == LOGGER and record.levelno >= logging.ERROR]
+    return [str(record.exc_info[1]) if record.exc_info else record.getMessage() for record in errors]
+
+
+def test_a_record_takes_one_request_and_pictures_are_looked_for_once_per_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Any]:
+        real = getattr(MlflowClient, name)
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            calls[name] += 1
+            return real(*arguments, **named)
+
+        return call
+
+    for name in ("log_batch", "list_artifacts", "search_runs"):
+        monkeypatch.setattr(MlflowClient, name, counted(name))
+    Image.new("RGB", (4, 4)).save(tmp_path / "gallery.png")
+    storage = Storage(tmp_path / "runs")
+    storage.root.mkdir()
+    for _ in range(2):  # a second session sends the same pictures again
+        calls.clear()
+        tracker = Tracker(Place(storage.root))
+        tracker.start(run_of("counted/1", lr=1.0))
+        for step in (1, 2, 3):
+            tracker.log_gallery("counted/1", tmp_path, step)
+        tracker.set_tags("counted/1", {f"tag {number}": "value" for number in range(9)})
+        tracker.end("counted/1", "FINISHED")
+        tracker.close()
+        assert calls == {"search_runs": 1, "log_batch": 2, "list_artifacts": 1}
+    pictures = [path.name for path in storage.mlflow_artifacts.rglob("gallery*.png")]
+    assert len(pictures) == 3, pictures
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_records_of_an_outage_arrive_once_and_in_order(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arrived = Arrived(server.uri, "outage")
+    tracker = Tracker(Place(tmp_path, server.uri))
+    tracker.start(run_of("outage"))
+    tracker.start(run_of("outage/1", parent_key="outage", lr=0.1))
+    tracker.log_json("outage/1", {"seed": 0}, "config.yaml")
+    tracker.set_tags("outage/1", {"state": "running"})
+    for step in range(1, 101):
+        tracker.log_metrics("outage/1", {"miou": step / 200}, step)
+    wait_for(lambda: arrived.steps("outage/1"), "the first metrics")
+    (tmp_path / "gallery.png").write_text("picture")
+    with server.away():  # from amid the metrics on
+        began = time.monotonic()
+        for step in range(101, 111):
+            tracker.log_metrics("outage/1", {"miou": step / 200}, step)
+        tracker.set_tags("outage/1", {"state": "finished"})
+        tracker.log_file("outage/1", tmp_path / "gallery.png", "pictures")
+        tracker.log_json("outage/1", {"best": 110}, "best.json")
+        tracker.end("outage/1", "FINISHED")
+        tracker.end("outage", "KILLED")
+        assert time.monotonic() - began < 1, "logging must not wait for the server"
+        wait_for(lambda: "trying again" in caplog.text, "an attempt at the absent server")
+    tracker.close(timeout_s=60)
+    assert refused(caplog) == []
+    assert arrived.steps("outage/1") == list(range(1, 111))
+    runs = arrived.runs()
+    assert set(runs) == {"outage", "outage/1"}
+    assert {key: run.info.status for key, run in runs.items()} == {"outage": "KILLED", "outage/1": "FINISHED"}
+    assert runs["outage/1"].data.tags["state"] == "finished"
+    assert runs["outage/1"].data.params == {"lr": "0.1"}
+    assert runs["outage/1"].data.tags["mlflow.parentRunId"] == runs["outage"].info.run_id
+    assert arrived.artifact("outage/1", "pictures/gallery.png") == "picture"
+    assert arrived.artifact("outage/1", "config.yaml") == "seed: 0\n"
+    assert json.loads(arrived.artifact("outage/1", "best.json")) == {"best": 110}
+
+
+def waiting(storage: Path) -> list[str]:
+    """The records in all queues of a storage folder, delivered or not."""
+    return [line for path in storage.rglob("records.jsonl") for line in path.read_text().splitlines()]
+
+
+SEARCH_THAT_IS_KILLED = """
+    import os, signal, sys, time
+    from pathlib import Path
+    from segadapt.platform.storage.folders import Storage
+    from segadapt.platform.tracking import METHOD_TAG, RunInfo, Tracker
+
+    storage, uri, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    tracker = Tracker(Place(storage, uri))
+    tracker.start(RunInfo(name, name, name, {"segadapt.kind": "search"}, {"objective": "target_val/miou"}))
+    tags = {"segadapt.kind": "trial", METHOD_TAG: "sdca", "segadapt.state": "running"}
+    tracker.start(RunInfo(f"{name}/1", name, "sdca-001", tags, {"lr": 0.1}, name))
+    for step in range(1, 21):
+        tracker.log_metrics(f"{name}/1", {"miou": step / 40, "time/evaluation": 0.5}, step)
+    print("began", flush=True)
+    sys.stdin.readline()
+    for step in range(21, 41):
+        tracker.log_metrics(f"{name}/1", {"miou": step / 40, "time/evaluation": 0.5}, step)
+    checkpoint = storage / "checkpoint"
+    tracker.log_evaluation(f"{name}/1", checkpoint)
+    tracker.log_file(f"{name}/1", checkpoint, "checkpoint")
+    tracker.log_json(f"{name}/1", {"best": 40}, "best.json")
+    for path in checkpoint.iterdir():
+        path.unlink()  # as Ray removes checkpoints
+    print("logged", flush=True)
+    sys.stdin.readline()
+    """
+
+
+def test_what_a_killed_driver_could_not_send_is_sent_by_the_next_command(server: Server, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "checkpoint")
+    arrived = Arrived(server.uri, "killed")
+    driver = python(SEARCH_THAT_IS_KILLED, str(tmp_path), server.uri, "killed")
+    assert driver.stdout is not None
+    assert driver.stdin is not None
+    assert driver.stdout.readline() == "began\n"
+    wait_for(lambda: arrived.steps("killed/1"), "the first metrics")
+    with server.away():
+        driver.stdin.write("go on\n")
+        driver.stdin.flush()
+        assert driver.stdout.readline() == "logged\n"
+        driver.kill()
+        driver.wait()
+    command = [str(Path(sys.executable).with_name("segadapt")), "runs", "killed", "--json"]
+    command += ["--storage", str(tmp_path), "--tracking-uri", server.uri]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+    assert "records that an earlier command had left" in shown.stderr
+    assert json.loads(shown.stdout)["rows"][0]["state"] == "interrupted"
+    runs = arrived.runs()
+    assert {key: run.info.status for key, run in runs.items()} == {"killed": "KILLED", "killed/1": "KILLED"}
+    history = arrived.client.get_metric_history(runs["killed/1"].info.run_id, "miou")
+    assert [(entry.step, entry.value) for entry in history] == [(step, step / 40) for step in range(1, 41)]
+    times = [entry.timestamp for entry in history]
+    assert times == sorted(times)
+    assert runs["killed/1"].info.end_time == times[-1], "it ended when it was last heard of"
+    assert json.loads(arrived.artifact("killed/1", "best.json")) == {"best": 40}
+    found = {entry.path for entry in arrived.client.list_artifacts(runs["killed/1"].info.run_id)}
+    assert {"gallery.png", "confusion", "per_class_iou.json", "checkpoint"} <= found
+    assert json.loads(arrived.artifact("killed/1", "checkpoint/evaluation.json"))["classes"] == ["road", "car"]
+    assert waiting(tmp_path) == []
+    assert [path for path in (tmp_path / "tracking").rglob("*") if path.is_file() and path.name != ".taking"] == []
+
+
+class FaultyProxy(ThreadingHTTPServer):
+    """Passes requests on to the server, but fails the first of every kind: `lose` its answer, or say `503` instead."""
+
+    def __init__(self, server: Server, fault: str) -> None:
+        super().__init__(("127.0.0.1", 0), _FaultyHandler)
+        self.server_behind, self.fault = server, fault
+        self.failed: set[tuple[str, str, bytes]] = set()
+
+
+class _FaultyHandler(BaseHTTPRequestHandler):
+    server: FaultyProxy
+
+    def _pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        kind = (self.command, self.path, body)
+        is_first = kind not in self.server.failed
+        self.server.failed.add(kind)
+        if is_first and self.server.fault == "503":
+            self.send_error(503)
+            return
+        behind = HTTPConnection("127.0.0.1", self.server.server_behind.port)
+        behind.request(self.command, self.path, body, {**self.headers, "Host": "127.0.0.1"})
+        answer = behind.getresponse()
+        content = answer.read()
+        behind.close()
+        if is_first and self.server.fault == "lose":
+            return
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.headers["Content-Type"])
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = _pass_on  # noqa: N815, the names that the base class asks for
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("fault", ["lose", "503"])
+def test_a_record_whose_first_try_failed_arrives_once(
+    server: Server, fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = f"faulty-{fault}"
+    proxy = FaultyProxy(server, fault)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    tracker = Tracker(Place(tmp_path, f"http://127.0.0.1:{proxy.server_port}"))
+    tracker.start(run_of(name))
+    tracker.start(run_of(f"{name}/1", parent_key=name, lr=0.1))
+    for step in (2, 4, 6):
+        tracker.log_metrics(f"{name}/1", {"miou": 0.5, "loss": 1.0}, step)
+    tracker.log_json(f"{name}/1", {"seed": 0}, "config.yaml")
+    tracker.end(f"{name}/1", "FAILED")
+    tracker.close(timeout_s=60)
+    proxy.shutdown()
+    proxy.server_close()
+
+    assert refused(caplog) == []
+    assert len(proxy.failed) > 10
+    arrived = Arrived(server.uri, name)
+    runs = arrived.runs()
+    assert set(runs) == {name, f"{name}/1"}
+    assert arrived.steps(f"{name}/1") == arrived.steps(f"{name}/1", "loss") == [2, 4, 6]
+    assert runs[f"{name}/1"].info.status == "FAILED"
+    assert runs[f"{name}/1"].data.params == {"lr": "0.1"}
+    assert runs[f"{name}/1"].data.tags["mlflow.parentRunId"] == runs[name].info.run_id
+    assert arrived.artifact(f"{name}/1", "config.yaml") == "seed: 0\n"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_the_server_refuses_is_left_out_and_the_rest_arrives(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(Place(tmp_path, server.uri))
+    tracker.start(run_of("refusal", lr=0.1))
+    tracker.log_metrics("refusal", {"miou": 0.1}, 1)
+    tracker.log_metrics("refusal", {"a metric?": 0.2}, 2)  # the server says 400
+    tracker.log_json("refusal", {}, "%252e%252e/outside.json")  # 400 to an upload
+    tracker.log_json("refusal", {}, "file")
+    tracker.log_json("refusal", {}, "file/below.json")  # 500, however often it is tried
+    tracker.log_file("refusal", tmp_path / "gone.png")
+    tracker.log_metrics("refusal", {"miou": 0.3}, 3)
+    tracker.log_metrics("refusal", {"miou": 0.3}, 3)  # a repeat, nothing to complain about
+    tracker.end("refusal", "FINISHED")
+    tracker.close(timeout_s=60)
+
+    kept = [json.loads(line) for path in tmp_path.rglob("refused.jsonl") for line in path.read_text().splitlines()]
+    assert [record["operation"] for record in kept] == ["log_metrics", "log_json", "log_json", "log_file"]
+    assert waiting(tmp_path) == [], "what is refused for good is not tried again"
+    reasons = refused(caplog)
+    assert len(reasons) == 4, reasons
+    for reason, expected in zip(reasons, ("a metric?", "outside.json", "below.json", "gone.png"), strict=True):
+        assert expected in reason
+    arrived = Arrived(server.uri, "refusal")
+    assert arrived.steps("refusal") == [1, 3]
+    assert arrived.runs()["refusal"].info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("absence", ["refuses", "is silent"])
+def test_close_says_what_waits_when_the_server_never_comes(
+    absence: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        if absence == "is silent":
+            door.listen()
+        tracker = Tracker(Place(tmp_path, f"http://127.0.0.1:{door.getsockname()[1]}"))
+        tracker.start(run_of("lost"))
+        for step in range(10):
+            tracker.log_metrics("lost", {"miou": 0.1}, step)
+        tracker.end("lost", "FINISHED")
+        began = time.monotonic()
+        tracker.close(timeout_s=3)
+        assert time.monotonic() - began < 4
+        assert refused(caplog) == []
+        assert "did not take 12 records within 3 s. They wait in" in caplog.text
+    threads = [thread for thread in threading.enumerate() if thread.name == "segadapt-tracking"]
+    wait_for(lambda: not any(thread.is_alive() for thread in threads), "the writer to give up as well", 5)
+
+
+def python(script: str, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_lost_server_does_not_keep_the_process_alive(tmp_path: Path) -> None:
+    process = python(
+        """
+        import socket, sys, time
+        from pathlib import Path
+        from segadapt.platform.storage.folders import Storage
+        from segadapt.platform.tracking import RunInfo, Tracker
+
+        door = socket.create_server(("127.0.0.1", 0))  # takes a request, never answers
+        tracker = Tracker(Place(Path(sys.argv[1]), f"http://127.0.0.1:{door.getsockname()[1]}"))
+        tracker.start(RunInfo("lost", "lost", "lost", {}, {}))
+        door.accept()
+        tracker.close(timeout_s=0.5)
+        print(time.time())
+        """,
+        str(tmp_path),
+    )
+    closed, said = process.communicate(timeout=60)
+    assert time.time() - float(closed) < 5
+    assert "did not take 3 records" in said, "its start and, as nobody ended it, its end"
+
+
+def checkpoint(folder: Path) -> Path:
+    """What a trial leaves of its best evaluation."""
+    folder.mkdir()
+    domain = {"confusion": [[3, 1], [0, 4]]}
+    metrics = {"target_val/iou/road": 0.75, "target_val/iou/car": 0.8}
+    evaluation = {"classes": ["road", "car"], "target_val": domain, "source_val": domain, "metrics": metrics}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    Image.new("RGB", (4, 4)).save(folder / "gallery.png")
+    return folder
+
+
+def test_a_second_session_continues_a_run_by_its_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    storage, best = Storage(tmp_path), checkpoint(tmp_path / "checkpoint")
+    arrived = Arrived(Place(storage.root).tracking_url, "continued")
+
+    def session(steps: range, state: str, status: Status, *starts: RunInfo) -> dict[str, Any]:
+        tracker = Tracker(Place(storage.root))
+        for info in starts:
+            tracker.start(info)
+        tracker.set_tags("continued/1", {"state": "running"})
+        for step in steps:
+            tracker.log_metrics("continued/1", {"miou": step / 10, "time/evaluation": 1.0}, step)
+        tracker.log_evaluation("continued/1", best)
+        tracker.set_tags("continued/1", {"state": state})
+        tracker.end("continued/1", status)
+        tracker.close()
+        return arrived.runs()
+
+    first = session(range(1, 4), "interrupted", "KILLED", run_of("continued"), run_of("continued/1", "continued", lr=1))
+    assert first["continued/1"].info.status == "KILLED"
+    second = session(range(2, 6), "finished", "FINISHED", run_of("continued/1", "continued", lr=2, batch=4))
+    assert refused(caplog) == []
+    assert {key: run.info.run_id for key, run in second.items()} == {key: run.info.run_id for key, run in first.items()}
+    run = second["continued/1"]
+    assert (run.info.status, run.data.tags["state"]) == ("FINISHED", "finished")
+    assert run.data.tags["mlflow.parentRunId"] == first["continued"].info.run_id
+    assert run.data.params == {"lr": "1", "batch": "4"}, "params stay what they were; missing ones are added"
+    assert arrived.steps("continued/1") == [1, 2, 3, 4, 5]
+    table = json.loads(arrived.artifact("continued/1", "per_class_iou.json"))
+    assert table == {"columns": ["class", "target_val_iou"], "data": [["road", 0.75], ["car", 0.8]]}
+
+
+def test_runs_that_nobody_goes_on_with_are_closed_as_lost(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    killed = Tracker(Place(storage.root))
+    for key in ("town/kept", "town/lost", "other/lost"):
+        killed.start(run_of(key))
+    killed.close()  # closes them as a kill would
+    resumed = Tracker(Place(storage.root))
+    resumed.end_lost("town", "town/", ["town/kept"])
+    resumed.close()
+    client = mlflow_client(Place(storage.root).tracking_url)
+    state = {
+        run.data.tags[KEY_TAG]: (run.info.status, run.data.tags[STATE_TAG])
+        for experiment in client.search_experiments()
+        for run in client.search_runs([experiment.experiment_id])
+    }
+    assert state == {
+        "town/kept": ("KILLED", "interrupted"),
+        "town/lost": ("KILLED", "lost"),
+        "other/lost": ("KILLED", "interrupted"),
+    }
+
+
+def test_a_gallery_that_is_recorded_twice_is_stored_once(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "gallery.png")
+    tracker = Tracker(Place(tmp_path))
+    tracker.start(run_of("galleries"))
+    for step in (10, 20, 10):
+        tracker.log_gallery("galleries", tmp_path, step)
+    tracker.close()
+    arrived = Arrived(Place(tmp_path).tracking_url, "galleries")
+    (run,) = arrived.runs().values()
+    images = [entry.path for entry in arrived.client.list_artifacts(run.info.run_id, "images")]
+    assert sorted(path.split("+")[2] for path in images if path.endswith(".png")) == ["10", "20"]
+
+
+KILLED_IN_A_MIGRATION = """
+import os, signal
+import sqlalchemy
+@sqlalchemy.event.listens_for(sqlalchemy.Engine, "after_cursor_execute")
+def kill(connection, cursor, statement, *_):
+    if statement.strip().startswith("ALTER TABLE"):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+TRACKS = """
+import sys
+from pathlib import Path
+from segadapt.platform.storage.folders import Storage
+from segadapt.platform.tracking import RunInfo, Tracker
+tracker = Tracker(Place(Path(sys.argv[1])))
+tracker.start(RunInfo(sys.argv[2], "kills", sys.argv[2], {}, {}))
+tracker.end(sys.argv[2], "FINISHED")
+tracker.close()
+"""
+
+
+def test_a_kill_while_mlflows_database_is_made_breaks_nothing(tmp_path: Path) -> None:
+    killed = python(KILLED_IN_A_MIGRATION + TRACKS, str(tmp_path), "killed")
+    assert killed.wait(timeout=120) == -signal.SIGKILL
+    others = [python(TRACKS, str(tmp_path), name) for name in ("second", "third")]
+    assert [other.wait(timeout=120) for other in others] == [0, 0]
+
+    client = mlflow_client(Place(tmp_path).tracking_url)
+    (experiment,) = client.search_experiments(filter_string="name = 'kills'")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.data.tags[KEY_TAG] for run in runs} == {"killed", "second", "third"}
+    assert not list(tmp_path.glob(".mlflow.db*"))
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_while_its_server_is_away(server: Server, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("segadapt")), "search", "sdca", "--name", "away", "--trials", "2"]
+    command += ["--scheduler", "none", "--tracking-uri", server.uri, *TINY_WORDS]
+    said = tmp_path / "said.txt"
+    with said.open("w") as output:
+        search = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: "search away" in said.read_text(), "the trials", timeout_s=180)
+        with server.away():
+            wait_for(lambda: "trying again" in said.read_text(), "an attempt at the absent server", timeout_s=180)
+            wait_for(lambda: "sdca-001 step 4/" in said.read_text(), "a result meanwhile", timeout_s=180)
+        assert search.wait(timeout=300) == 0, said.read_text()
+    finally:
+        search.kill()
+        search.wait()
+    arrived = Arrived(server.uri, "away")
+    runs = arrived.runs()
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    trials = [key for key, run in runs.items() if run.data.tags["segadapt.kind"] == "trial"]
+    assert [arrived.steps(key, "target_val/miou") for key in trials] == [[2, 4, 6, 8]] * 2
+    assert waiting(tmp_path) == []
