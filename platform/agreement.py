@@ -37,7 +37,7 @@ from segadapt.platform.tracking import (
     Tracker,
 )
 from segadapt.platform.trial import INFEASIBLE, METHOD
-from segadapt.trainables.core.checkpoint import MANIFEST, STATE
+from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE
 
 DUPLICATE_TAG = "segadapt.duplicate_of"
 """Of a run that was recorded a second time: the run that counts."""

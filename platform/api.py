@@ -38,7 +38,8 @@ from segadapt.platform.trial_log import entries as log_entries
 from segadapt.platform.trial_log import follow as follow_log
 from segadapt.platform.trial_log import log_folder
 from segadapt.trainables import METHODS, method_class
-from segadapt.trainables.core.evaluation import Inference, score
+from segadapt.trainables.core.evaluation.evaluate import score
+from segadapt.trainables.core.evaluation.inference import Inference
 from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.self_training import SelfTraining
 from segadapt.trainables.source_only import SourceOnly
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from segadapt.platform.predicting import PredictionResult
     from segadapt.platform.status import SearchStatus
     from segadapt.trainables.core.data.checking import DatasetReport
-    from segadapt.trainables.core.data.shards import Manifest
+    from segadapt.trainables.core.data.readers.shard_format import Manifest
 
 _INHERITED = ("data.", "network.", "augmentation.", "trainer.batch_size", "trainer.accumulate", "trainer.precision")
 """Settings that a finish takes over from its trial; the others act on the adaptation alone."""
@@ -934,12 +935,12 @@ def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
     Raises:
         UsageError: If the folder holds something already, or a setting or the layout is not known.
     """
-    from segadapt.trainables.core.data.cityscapes import write_cityscapes
     from segadapt.trainables.core.data.datasets import KINDS
-    from segadapt.trainables.core.data.folder import write_folder
-    from segadapt.trainables.core.data.gta5 import write_gta5
+    from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
+    from segadapt.trainables.core.data.readers.folder import write_folder
+    from segadapt.trainables.core.data.readers.gta5 import write_gta5
+    from segadapt.trainables.core.data.readers.synthia import write_synthia
     from segadapt.trainables.core.data.streets import load_streets
-    from segadapt.trainables.core.data.synthia import write_synthia
 
     if layout not in KINDS:
         raise UsageError(f"--format must be one of {', '.join(KINDS)}, but got {layout!r}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from segadapt.platform import leases, stages
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage import Storage
-from segadapt.trainables.core.checkpoint import MANIFEST
+from segadapt.trainables.core.training.checkpoint import MANIFEST
 
 _LEFT_OVER_S = 3600.0
 """A folder that is being written changes more often than this."""

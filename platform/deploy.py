@@ -21,9 +21,9 @@ from torch.export import Dim, ExportedProgram
 from segadapt.platform import evaluating
 from segadapt.platform.checkpoints import EVALUATION
 from segadapt.platform.errors import UsageError
-from segadapt.trainables.core.checkpoint import MANIFEST, STATE
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.deployed import SMALLEST_SIDE, DeployedNetwork, stride
+from segadapt.trainables.core.evaluation.deployed import SMALLEST_SIDE, DeployedNetwork, stride
+from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE
 
 ONNX = "model.onnx"
 PT2 = "model.pt2"

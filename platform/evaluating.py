@@ -15,13 +15,14 @@ from segadapt.platform.checkpoints import EVALUATION
 from segadapt.platform.config import TrialConfig, Values, flatten, keys, resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.trial import CONFIG, build_method
-from segadapt.trainables.core.checkpoint import CorruptCheckpointError, load_state
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, ClassList, LabelledImages
 from segadapt.trainables.core.data.class_lists import CITYSCAPES_IDS, SUBSETS, duplicates
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.data.loading import evaluation_for_network
-from segadapt.trainables.core.evaluation import DomainEvaluation, Inference, Protocol, evaluate_domain
+from segadapt.trainables.core.evaluation.evaluate import DomainEvaluation, Protocol, evaluate_domain
+from segadapt.trainables.core.evaluation.inference import Inference
 from segadapt.trainables.core.networks import NetworkConfig, Segmenter
+from segadapt.trainables.core.training.checkpoint import CorruptCheckpointError, load_state
 
 PROTOCOLS = ("auto", *(f"cityscapes-{size}" for size in SUBSETS))
 """Class subsets to average over; `auto` takes all classes of the run."""

@@ -35,8 +35,8 @@ from segadapt.platform.tracking import (
 from segadapt.platform.trial import INFEASIBLE, TrialSpec
 from segadapt.platform.trial_log import ENDED, FOLDER, STARTED, log_folder, note_by_driver
 from segadapt.platform.tune_state import StateKeeper
-from segadapt.trainables.core.preemption import noted_preemptions
-from segadapt.trainables.core.pseudo_labels import PROVENANCE
+from segadapt.trainables.core.labelling.files import PROVENANCE
+from segadapt.trainables.core.training.interruption import noted_preemptions
 
 logger = logging.getLogger(__name__)
 

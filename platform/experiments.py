@@ -31,7 +31,7 @@ from segadapt.platform.storage import Storage, open_storage
 from segadapt.platform.study import SchedulerName, open_study_storage
 from segadapt.platform.trial import Launcher, Resources, Tolerance, TrialSpec
 from segadapt.platform.tune_state import TUNER, mend
-from segadapt.trainables.core.trainer import stage_steps
+from segadapt.trainables.core.training.config import stage_steps
 
 if TYPE_CHECKING:
     from segadapt.platform.search import TrialResult

@@ -11,7 +11,7 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import get_address_and_port  # type: ignore[attr-defined]
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from segadapt.trainables.core import preemption
+from segadapt.trainables.core.training import interruption as preemption
 
 _stores: list[Any] = []
 """Of this process; the process group's own is the same one as long as this one lives."""

@@ -19,7 +19,7 @@ from segadapt.platform.study import LOST, TRIAL_ID, SchedulerName, Spaces, open_
 from segadapt.platform.tracking import Tracker
 from segadapt.platform.trial import TrialSpec, run_in_process, run_with_ray_train
 from segadapt.platform.tune_state import TUNER
-from segadapt.trainables.core import preemption
+from segadapt.trainables.core.training import interruption as preemption
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from segadapt.trainables.core.selection import SCORES
+from segadapt.trainables.core.evaluation.label_free import SCORES
 
 TARGET = "target_val/miou"
 

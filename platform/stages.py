@@ -25,9 +25,10 @@ from segadapt.platform.config import TrialConfig
 from segadapt.platform.sources import source_hash
 from segadapt.platform.storage import Storage
 from segadapt.trainables import method_class
-from segadapt.trainables.core.checkpoint import MANIFEST, is_whole
 from segadapt.trainables.core.method import Stage
-from segadapt.trainables.core.trainer import Report, stage_steps
+from segadapt.trainables.core.training.checkpoint import MANIFEST, is_whole
+from segadapt.trainables.core.training.config import stage_steps
+from segadapt.trainables.core.training.reporting import Report
 
 DESCRIPTION = "stage.json"
 """File in a stage's folder that says what it is."""
@@ -41,7 +42,11 @@ NEEDS = "stages.json"
 _POLL_S = 1.0
 """Seconds between two looks at a stage that another process computes."""
 
-_WARMUP_SOURCES = tuple(f"segadapt.trainables.core.{name}" for name in ("trainer", "networks", "data.datasets"))
+_WARMUP_SOURCES = (
+    "segadapt.trainables.core.training.trainer",
+    "segadapt.trainables.core.networks",
+    "segadapt.trainables.core.data.datasets",
+)
 """Modules that compute the warm-up; a later stage is computed by its method's besides."""
 
 

@@ -20,14 +20,16 @@ from segadapt.platform.patience import patiently
 from segadapt.platform.storage import Storage
 from segadapt.platform.trial_log import logged
 from segadapt.trainables import method_class
-from segadapt.trainables.core import preemption
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.journal import note
-from segadapt.trainables.core.memory import InfeasibleError, noted_micro_batch
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter
-from segadapt.trainables.core.preemption import PreemptedError, noted_preemptions
-from segadapt.trainables.core.trainer import Report, Trainer, TrainerSettings
+from segadapt.trainables.core.training import interruption as preemption
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.gradients import InfeasibleError, noted_micro_batch
+from segadapt.trainables.core.training.interruption import PreemptedError, noted_preemptions
+from segadapt.trainables.core.training.reporting import Report
+from segadapt.trainables.core.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from segadapt.platform.machine_use import MachineUse

@@ -30,8 +30,8 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.evaluating import evaluate_target, load_deployed, target_images
 from segadapt.platform.predicting import Labeller, spans
 from segadapt.trainables.core.data.transforms import resized
-from segadapt.trainables.core.deployed import DeployedNetwork, resized_antialiased, stride
-from segadapt.trainables.core.evaluation import Inference
+from segadapt.trainables.core.evaluation.deployed import DeployedNetwork, resized_antialiased, stride
+from segadapt.trainables.core.evaluation.inference import Inference
 from segadapt.trainables.core.networks import Segmenter, SegmenterOutput, build_segmenter
 from segadapt.trainables.plca import AggregatingSegmenter
 

@@ -21,12 +21,13 @@ from segadapt.platform.config import resolve
 from segadapt.platform.errors import UsageError
 from segadapt.platform.evaluating import Deployed, Submission, evaluate_target, load_deployed, protocol, target_images
 from segadapt.platform.trial import build_method
-from segadapt.trainables.core.checkpoint import save_state
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.data.class_lists import CITYSCAPES, CITYSCAPES_IDS, SUBSETS
-from segadapt.trainables.core.evaluation import Inference, score
-from segadapt.trainables.core.metrics import confusion_matrix
+from segadapt.trainables.core.evaluation.evaluate import score
+from segadapt.trainables.core.evaluation.inference import Inference
+from segadapt.trainables.core.evaluation.metrics import confusion_matrix
 from segadapt.trainables.core.networks import NetworkConfig, Segmenter, SegmenterOutput
+from segadapt.trainables.core.training.checkpoint import save_state
 
 CPU = torch.device("cpu")
 NAMES = CITYSCAPES.names

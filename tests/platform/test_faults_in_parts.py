@@ -16,7 +16,7 @@ from segadapt.platform.search import _close_unfinished
 from segadapt.platform.storage import Storage
 from segadapt.platform.study import LOST
 from segadapt.platform.trial import Tolerance, TrialSpec, _again_if_not_at_fault
-from segadapt.trainables.core.preemption import note_preemption
+from segadapt.trainables.core.training.interruption import note_preemption
 
 
 class Disk:

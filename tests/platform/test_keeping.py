@@ -24,8 +24,8 @@ from segadapt.platform.experiments import RECORD, Options, finished_trials
 from segadapt.platform.keeping import Keeper
 from segadapt.platform.objective import Objective
 from segadapt.platform.storage import Storage
-from segadapt.trainables.core.checkpoint import MANIFEST, STATE, file_hash
 from segadapt.trainables.core.data.datasets import DataConfig, load_data
+from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE, file_hash
 
 MIOU, OTHER = "target_val/miou", "score/entropy"
 

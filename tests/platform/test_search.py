@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 from segadapt.platform import api
 from segadapt.platform.experiments import Candidate, Options, Record
 from segadapt.platform.storage import Storage
-from segadapt.trainables.core.checkpoint import file_hash, load_state, tensors_hash
+from segadapt.trainables.core.training.checkpoint import file_hash, load_state, tensors_hash
 
 COMMAND = str(Path(sys.executable).with_name("segadapt"))
 

@@ -23,7 +23,7 @@ from segadapt.platform.experiments import Options
 from segadapt.platform.redaction import redacted
 from segadapt.platform.storage import Storage
 from segadapt.platform.tracking import RunInfo, Tracker
-from segadapt.trainables.core.checkpoint import MANIFEST, STATE, CorruptCheckpointError, load_state, save_state
+from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE, CorruptCheckpointError, load_state, save_state
 
 ROOT = Path(__file__).parents[2]
 

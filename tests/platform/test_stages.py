@@ -21,8 +21,8 @@ from segadapt.platform import api, cache, leases, stages
 from segadapt.platform.cli import main
 from segadapt.platform.storage import Storage
 from segadapt.platform.trial import Resources, TrialSpec, train
-from segadapt.trainables.core.checkpoint import MANIFEST, load_state
 from segadapt.trainables.core.method import SOURCE_ONLY, Stage
+from segadapt.trainables.core.training.checkpoint import MANIFEST, load_state
 
 fork = multiprocessing.get_context("fork")  # children start at once: torch is there already
 
@@ -247,7 +247,7 @@ assert root in Path(sources.__file__).parents
 def hashes():
     for cached in (source_hash, sources._imported):
         cached.cache_clear()
-    return source_hash(("segadapt.trainables.core.trainer",)), source_hash(("segadapt.trainables.sdca",))
+    return source_hash(("segadapt.trainables.core.training.trainer",)), source_hash(("segadapt.trainables.sdca",))
 print(*hashes())
 for name in ("sdca.py", "core/losses/cycle_association.py", "core/losses/segmentation.py"):
     path = root / "segadapt" / "trainables" / name

@@ -18,7 +18,7 @@ from segadapt.platform.optuna_search import FLOOR, StudySearch
 from segadapt.platform.storage import Storage
 from segadapt.platform.trial import TrialSpec, train
 from segadapt.trainables import METHODS
-from segadapt.trainables.core.checkpoint import save_state
+from segadapt.trainables.core.training.checkpoint import save_state
 
 SHORT = TINY | {"trainer.steps": 2, "trainer.eval_every": 1, "trainer.batch_size": 2, "warmup.steps": 2}
 

@@ -19,13 +19,13 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.evaluating import load_deployed
 from segadapt.platform.trial import CONFIG, build_method
 from segadapt.trainables import METHODS, method_class
-from segadapt.trainables.core import trainer as trainer_module
-from segadapt.trainables.core.checkpoint import MANIFEST, file_hash, load_state, tensors_hash
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.data.datasets import load_data
+from segadapt.trainables.core.labelling.files import PseudoLabelFolder, PseudoLabelWriter
 from segadapt.trainables.core.method import trained_parameters
-from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder, PseudoLabelWriter
-from segadapt.trainables.core.trainer import Trainer
+from segadapt.trainables.core.training import trainer as trainer_module
+from segadapt.trainables.core.training.checkpoint import MANIFEST, file_hash, load_state, tensors_hash
+from segadapt.trainables.core.training.trainer import Trainer
 from segadapt.trainables.self_training import SelfTraining
 
 PROCESSES = multiprocessing.get_context("forkserver")
