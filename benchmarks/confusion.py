@@ -25,7 +25,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from measuring import parse, write_record
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
-from segadapt.trainables.core.metrics import confusion_matrix
+from segadapt.trainables.core.evaluation.metrics import confusion_matrix
 
 CLASSES = 19
 LABEL_IDS = torch.tensor([trainId2label[index].id for index in range(CLASSES)])

@@ -27,9 +27,10 @@ from segadapt.platform.trial.environment import machine
 from segadapt.platform.trial.training import build_method
 from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core.data.datasets import load_data
+from segadapt.trainables.core.labelling.files import PseudoLabelFolder
 from segadapt.trainables.core.method import SOURCE_ONLY
-from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder
-from segadapt.trainables.core.trainer import Trainer, TrainerSettings
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.trainer import Trainer
 
 METHOD_NAMES = [method.name for method in METHODS if method.name not in ("source_only", "self_training")]
 CHECKPOINT, RESULTS = "checkpoint", "results.json"

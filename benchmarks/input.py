@@ -31,12 +31,12 @@ from torch import Tensor
 
 from measuring import parse, write_record
 from segadapt.trainables.core.data.batch import DomainData, LabelledImages
-from segadapt.trainables.core.data.cityscapes import write_cityscapes
 from segadapt.trainables.core.data.class_lists import CITYSCAPES, CITYSCAPES_IDS
+from segadapt.trainables.core.data.dataset import Dataset
 from segadapt.trainables.core.data.datasets import open_dataset
-from segadapt.trainables.core.data.files import Dataset
 from segadapt.trainables.core.data.loading import BatchSource
 from segadapt.trainables.core.data.packing import PackConfig, pack
+from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
 from segadapt.trainables.core.data.streets import CLASSES, StreetsConfig, load_streets
 from segadapt.trainables.core.data.transforms import AugmentationConfig, Size, resized, resized_label
 

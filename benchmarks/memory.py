@@ -29,7 +29,8 @@ from segadapt.platform.cost import peak_memory
 from segadapt.platform.trial import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.trainer import Trainer, TrainerSettings
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.trainer import Trainer
 
 torch.set_num_threads(1)
 config = resolve(sys.argv[1], json.loads(sys.argv[2]))

@@ -26,7 +26,8 @@ from segadapt.platform.settings.config import resolve
 from segadapt.platform.trial import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.trainer import Trainer, TrainerSettings
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.trainer import Trainer
 
 settings = json.loads(sys.argv[1])
 state = None

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from measuring import parse, write_record
 from segadapt.trainables.core.networks import base_lr
-from segadapt.trainables.core.trainer import OptimizerConfig, TrainerConfig, TrainerSettings
+from segadapt.trainables.core.training.config import OptimizerConfig, TrainerConfig, TrainerSettings
 from step import MEASURED, Clock, MeasuredTrainer, build, pseudo_label, streets_world, write_checkpoint
 
 LARGE = 25_000_000  # values in the exchange that gives the bandwidth

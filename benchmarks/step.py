@@ -42,15 +42,16 @@ from literal.step import LiteralStep, PilImages, endless
 from measuring import cpu_model, peak_tensor_bytes
 from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core.data.batch import DomainData, EvaluationData
-from segadapt.trainables.core.data.cityscapes import write_cityscapes
 from segadapt.trainables.core.data.class_lists import CITYSCAPES, CITYSCAPES_IDS
 from segadapt.trainables.core.data.datasets import DataConfig, load_data, open_dataset
 from segadapt.trainables.core.data.loading import BatchSource
+from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
 from segadapt.trainables.core.data.streets import CLASSES, StreetsConfig, load_streets
 from segadapt.trainables.core.data.transforms import AugmentationConfig, Size
 from segadapt.trainables.core.method import Method, Stage, WarmupConfig
 from segadapt.trainables.core.networks import NETWORKS, base_lr, build_segmenter
-from segadapt.trainables.core.trainer import OptimizerConfig, Trainer, TrainerConfig, TrainerSettings
+from segadapt.trainables.core.training.config import OptimizerConfig, TrainerConfig, TrainerSettings
+from segadapt.trainables.core.training.trainer import Trainer
 
 MEASURED = [method.name for method in METHODS if method.name != "self_training"]
 FORMS = ("trainer", "bare", "literal")

@@ -27,7 +27,8 @@ from segadapt.platform.settings.config import resolve
 from segadapt.platform.trial import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.trainer import Trainer, TrainerSettings
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.trainer import Trainer
 
 torch.set_num_threads(int(sys.argv[1]))
 config = resolve("source_only", {"warmup.steps": 16, "trainer.eval_every": 16, "data.streets.train_images": 32,

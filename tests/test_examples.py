@@ -16,7 +16,7 @@ from segadapt.platform.storage.folders import Place
 from segadapt.trainables.core.data.class_lists import SUBSETS
 from segadapt.trainables.core.data.datasets import DataConfig, load_data
 from segadapt.trainables.core.networks import NETWORKS
-from segadapt.trainables.core.trainer import stage_steps
+from segadapt.trainables.core.training.config import stage_steps
 
 ROOT = Path(__file__).parents[1]
 PAPERS = ROOT / "examples" / "papers"
@@ -229,7 +229,8 @@ def test_the_class_protocol_is_that_of_the_benchmark(source: str, datasets: Path
 def test_a_file_trains_at_a_tiny_size(name: str, datasets: Path, tmp_path: Path) -> None:
     from segadapt.platform.trial.training import build_method
     from segadapt.trainables import method_class
-    from segadapt.trainables.core.trainer import Trainer, TrainerSettings
+    from segadapt.trainables.core.training.config import TrainerSettings
+    from segadapt.trainables.core.training.trainer import Trainer
 
     config = resolve(name.split("_")[0], {**values_of(name), **tiny(name, datasets)})
     data, evaluation = load_data(config.data)

@@ -27,10 +27,11 @@ FORBIDDEN = {
     "search_spaces": {"ray", "mlflow", "torch", "segadapt.platform"},
 }
 ALLOWED = {
-    "trainables/core/data/folder.py": {"yaml"},
-    "trainables/core/data/shards.py": {"pyarrow"},
     "trainables/core/data/packing.py": {"pyarrow"},
-    "trainables/core/pseudo_labels.py": {"pyarrow"},
+    "trainables/core/data/readers/folder.py": {"yaml"},
+    "trainables/core/data/readers/shard_format.py": {"pyarrow"},
+    "trainables/core/data/readers/shards.py": {"pyarrow"},
+    "trainables/core/labelling/files.py": {"pyarrow"},
     "trainables/core/losses/kernels.py": {"triton"},
     "trainables/core/losses/pixel_similarity.py": {"triton"},
 }

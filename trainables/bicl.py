@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import DomainBatch
-from segadapt.trainables.core.label_quality import LabelRule
-from segadapt.trainables.core.label_rules import written_rule
-from segadapt.trainables.core.labels import labels_at_features
+from segadapt.trainables.core.labelling.features import labels_at_features
+from segadapt.trainables.core.labelling.quality import LabelRule
+from segadapt.trainables.core.labelling.rules import written_rule
+from segadapt.trainables.core.labelling.share import label_confident_share
 from segadapt.trainables.core.losses.entropy import shannon_entropy, softened_entropy
 from segadapt.trainables.core.losses.prototype_contrast import fuse_labels, grid_of, prototype_contrast
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, ParameterGroup, Stage, StageData, WarmupConfig
 from segadapt.trainables.core.networks import Backbone, Segmenter, SegmenterOutput, SummedDilatedHead
-from segadapt.trainables.core.state.confident_share import label_confident_share
 from segadapt.trainables.core.state.prototype_calibration import PrototypeCalibration
 from segadapt.trainables.core.validation import check
 

@@ -18,17 +18,18 @@ from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.distributed import rank, world_size
-from segadapt.trainables.core.label_quality import LabelRule
-from segadapt.trainables.core.label_rules import written_rule
-from segadapt.trainables.core.labels import labels_at_features
+from segadapt.trainables.core.labelling.ensemble import label_ensemble
+from segadapt.trainables.core.labelling.features import labels_at_features
+from segadapt.trainables.core.labelling.quality import LabelRule
+from segadapt.trainables.core.labelling.rules import written_rule
+from segadapt.trainables.core.labelling.thresholds import confidence_at, keep_confident
 from segadapt.trainables.core.losses.centroid_contrast import centroid_contrast
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, ParameterGroup, Stage, StageData, WarmupConfig
 from segadapt.trainables.core.networks import Segmenter
 from segadapt.trainables.core.state.class_centroids import ClassCentroids
-from segadapt.trainables.core.state.confidence_thresholds import RunningConfidence, confidence_at, keep_confident
 from segadapt.trainables.core.state.mean_teacher import MeanTeacher
-from segadapt.trainables.core.state.prediction_ensemble import label_ensemble
+from segadapt.trainables.core.state.running_confidence import RunningConfidence
 from segadapt.trainables.core.validation import check
 
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.data.sampling import generator
-from segadapt.trainables.core.label_quality import LabelRule
-from segadapt.trainables.core.label_rules import written_rule
-from segadapt.trainables.core.labels import labels_at_features
+from segadapt.trainables.core.labelling.features import labels_at_features
+from segadapt.trainables.core.labelling.quality import LabelRule
+from segadapt.trainables.core.labelling.rules import written_rule
+from segadapt.trainables.core.labelling.self_paced import label_self_paced, self_paced_labels
 from segadapt.trainables.core.losses.mode_alignment import (
     ModeMargin,
     confidence_regulariser,
@@ -35,7 +36,6 @@ from segadapt.trainables.core.losses.segmentation import segmentation_cross_entr
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, ParameterGroup, Stage, StageData, WarmupConfig
 from segadapt.trainables.core.networks import Segmenter
 from segadapt.trainables.core.state.class_modes import ClassModes
-from segadapt.trainables.core.state.self_paced_labels import label_self_paced, self_paced_labels
 from segadapt.trainables.core.validation import check
 
 _HIDDEN_CHANNELS = 256

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import DomainBatch
-from segadapt.trainables.core.labels import labels_at_features
+from segadapt.trainables.core.labelling.features import labels_at_features
 from segadapt.trainables.core.losses.cycle_association import (
     feature_association,
     output_association,

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import DomainBatch
-from segadapt.trainables.core.labels import confident_labels, labels_at_features
+from segadapt.trainables.core.labelling.features import confident_labels, labels_at_features
 from segadapt.trainables.core.losses.distribution_contrast import distribution_contrast
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, WarmupConfig

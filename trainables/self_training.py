@@ -15,16 +15,16 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import DomainBatch
-from segadapt.trainables.core.label_quality import LabelRule
-from segadapt.trainables.core.label_rules import by_network, written_rule
+from segadapt.trainables.core.labelling.ensemble import label_ensemble
+from segadapt.trainables.core.labelling.quality import LabelRule
+from segadapt.trainables.core.labelling.quantile import label_fixed, label_target
+from segadapt.trainables.core.labelling.rules import by_network, written_rule
+from segadapt.trainables.core.labelling.self_paced import label_self_paced
+from segadapt.trainables.core.labelling.share import label_confident_share
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, ParameterGroup, Stage, StageData, WarmupConfig
 from segadapt.trainables.core.networks import Segmenter
-from segadapt.trainables.core.pseudo_labels import label_fixed, label_target
-from segadapt.trainables.core.state.confident_share import label_confident_share
 from segadapt.trainables.core.state.mean_teacher import MeanTeacher
-from segadapt.trainables.core.state.prediction_ensemble import label_ensemble
-from segadapt.trainables.core.state.self_paced_labels import label_self_paced
 from segadapt.trainables.core.validation import check
 
 

@@ -26,7 +26,8 @@ from segadapt.platform.trial.training import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.method import SOURCE_ONLY
-from segadapt.trainables.core.trainer import Trainer, TrainerSettings
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.trainer import Trainer
 
 METHOD = "plca"
 SETTINGS: dict[str, Any] = {

@@ -9,7 +9,7 @@ from segadapt.platform.settings.config import Values, resolve
 
 if TYPE_CHECKING:
     from segadapt.trainables.core.data.checking import DatasetReport
-    from segadapt.trainables.core.data.shards import Manifest
+    from segadapt.trainables.core.data.readers.shard_format import Manifest
 
 
 def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
@@ -24,12 +24,12 @@ def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
     Raises:
         UsageError: If the folder holds something already, or a setting or the layout is not known.
     """
-    from segadapt.trainables.core.data.cityscapes import write_cityscapes
     from segadapt.trainables.core.data.datasets import KINDS
-    from segadapt.trainables.core.data.folder import write_folder
-    from segadapt.trainables.core.data.gta5 import write_gta5
+    from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
+    from segadapt.trainables.core.data.readers.folder import write_folder
+    from segadapt.trainables.core.data.readers.gta5 import write_gta5
+    from segadapt.trainables.core.data.readers.synthia import write_synthia
     from segadapt.trainables.core.data.streets import load_streets
-    from segadapt.trainables.core.data.synthia import write_synthia
 
     if layout not in KINDS:
         raise UsageError(f"--format must be one of {', '.join(KINDS)}, but got {layout!r}.")

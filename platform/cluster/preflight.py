@@ -9,7 +9,7 @@ from typing import Any
 from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.config import TrialConfig
 from segadapt.trainables.core.data.datasets import split_location
-from segadapt.trainables.core.data.shards import is_uri
+from segadapt.trainables.core.data.readers.shard_format import is_uri
 
 _TIMEOUT_S = 90.0
 """For a node to answer: its first worker process imports Ray meanwhile."""

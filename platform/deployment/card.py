@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from segadapt.trainables.core.deployed import SMALLEST_SIDE
+from segadapt.trainables.core.evaluation.deployed import SMALLEST_SIDE
 
 _PREFIX = "segadapt."
 

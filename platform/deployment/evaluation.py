@@ -19,13 +19,14 @@ from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.tags import KEY_TAG
 from segadapt.platform.tracking.tracker import Tracker
 from segadapt.platform.trial.training import build_method
-from segadapt.trainables.core.checkpoint import CorruptCheckpointError, load_state
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, ClassList, LabelledImages
 from segadapt.trainables.core.data.class_lists import CITYSCAPES_IDS, SUBSETS, duplicates
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.data.loading import evaluation_for_network
-from segadapt.trainables.core.evaluation import DomainEvaluation, Inference, Protocol, evaluate_domain, score
+from segadapt.trainables.core.evaluation.evaluate import DomainEvaluation, Protocol, evaluate_domain, score
+from segadapt.trainables.core.evaluation.inference import Inference
 from segadapt.trainables.core.networks import NetworkConfig, Segmenter
+from segadapt.trainables.core.training.checkpoint import CorruptCheckpointError, load_state
 
 PROTOCOLS = ("auto", *(f"cityscapes-{size}" for size in SUBSETS))
 """Class subsets to average over; `auto` takes all classes of the run."""

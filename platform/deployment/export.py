@@ -20,9 +20,9 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.results.leaderboard import find_run, open_client, run_tags
 from segadapt.platform.storage.checkpoints import EVALUATION
 from segadapt.platform.storage.folders import Place
-from segadapt.trainables.core.checkpoint import MANIFEST, STATE
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.deployed import SMALLEST_SIDE, DeployedNetwork, stride
+from segadapt.trainables.core.evaluation.deployed import SMALLEST_SIDE, DeployedNetwork, stride
+from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE
 
 ONNX = "model.onnx"
 

@@ -17,7 +17,9 @@ from PIL import Image
 from segadapt.platform.deployment.card import Card
 from segadapt.platform.deployment.export import Predict
 from segadapt.platform.errors import UsageError
-from segadapt.trainables.core.data import files, sampling
+from segadapt.trainables.core.data import sampling
+from segadapt.trainables.core.data.dataset import in_threads
+from segadapt.trainables.core.data.decoding import UnreadableError, decode_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -246,7 +248,7 @@ def _batches(
 ) -> Iterator[list[_Item]]:
     """Bring images of equal size together, by their headers; those that have none go to `unreadable`."""
     sizes: dict[_Item, tuple[int, int]] = {}
-    for item, size in zip(items, files.in_threads(_size, items), strict=True):
+    for item, size in zip(items, in_threads(_size, items), strict=True):
         if isinstance(size, Unreadable):
             unreadable.append(size)
         else:
@@ -271,8 +273,8 @@ def _read(batch: Sequence[_Item]) -> list[Pixels | Unreadable]:
 
 def _image(item: _Item) -> Pixels | Unreadable:
     try:
-        return files.decode_image(item.path.read_bytes())
-    except (OSError, files.UnreadableError) as error:
+        return decode_image(item.path.read_bytes())
+    except (OSError, UnreadableError) as error:
         return _unreadable(item, error)
 
 

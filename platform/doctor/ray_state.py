@@ -9,7 +9,7 @@ from typing import Any
 
 from segadapt.platform.settings.config import Values
 from segadapt.platform.settings.states import INFEASIBLE
-from segadapt.trainables.core.checkpoint import MANIFEST, STATE
+from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.stage_keys import own_steps, split_plan, stage_keys
 from segadapt.platform.storage.stages import find
 from segadapt.trainables.core.method import Stage
-from segadapt.trainables.core.trainer import stage_steps
+from segadapt.trainables.core.training.config import stage_steps
 
 KEPT_CHECKPOINTS = 2
 """Checkpoints that are kept of a trial: the best and the last one."""

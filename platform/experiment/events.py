@@ -27,8 +27,8 @@ from segadapt.platform.tracking.tracker import RunInfo, Tracker
 from segadapt.platform.trial.environment import environment, git_tags
 from segadapt.platform.trial.log import ENDED, FOLDER, STARTED, log_folder, note_by_driver
 from segadapt.platform.trial.spec import TrialSpec
-from segadapt.trainables.core.preemption import noted_preemptions
-from segadapt.trainables.core.pseudo_labels import PROVENANCE
+from segadapt.trainables.core.labelling.files import PROVENANCE
+from segadapt.trainables.core.training.interruption import noted_preemptions
 
 logger = logging.getLogger(__name__)
 

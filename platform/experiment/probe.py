@@ -25,7 +25,8 @@ from segadapt.platform.trial.training import build_method
 from segadapt.trainables.core.data.batch import LabelledImages, TargetImages
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.method import Stage, StageData
-from segadapt.trainables.core.trainer import Trainer, TrainerSettings
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.trainer import Trainer
 
 PROBE_STEPS = 4
 """Steps measured of each kind of stage; the first is left out of the median."""

@@ -37,7 +37,7 @@ from segadapt.platform.storage.stages import (
 from segadapt.platform.tracking.descriptions import NOTE_TAG, datasets, search_note
 from segadapt.platform.trial.environment import environment, git_tags
 from segadapt.platform.trial.spec import TrialSpec
-from segadapt.trainables.core.trainer import stage_steps
+from segadapt.trainables.core.training.config import stage_steps
 
 if TYPE_CHECKING:
     from segadapt.platform.experiment.tuning import TrialResult

@@ -21,7 +21,7 @@ from segadapt.platform.storage.retention import CheckpointRetention
 from segadapt.platform.tracking.tracker import Tracker
 from segadapt.platform.trial.launchers import run_in_process, run_with_ray_train
 from segadapt.platform.trial.spec import TrialSpec
-from segadapt.trainables.core import preemption
+from segadapt.trainables.core.training import interruption as preemption
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ray.train.v2._internal.execution.worker_group.placement_group_handle import
 from ray.util import get_current_placement_group
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from segadapt.trainables.core import preemption
+from segadapt.trainables.core.training import interruption as preemption
 
 _TorchTrainer: Any = ray.train.torch.TorchTrainer  # for type checkers it is the one of Ray Train's first version
 

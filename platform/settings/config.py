@@ -21,7 +21,7 @@ from segadapt.trainables.core.data.datasets import DataConfig
 from segadapt.trainables.core.data.transforms import AugmentationConfig
 from segadapt.trainables.core.method import Method, WarmupConfig
 from segadapt.trainables.core.networks import NetworkConfig, base_lr
-from segadapt.trainables.core.trainer import OptimizerConfig, TrainerConfig
+from segadapt.trainables.core.training.config import OptimizerConfig, TrainerConfig
 
 Values = Mapping[str, Any]
 """Settings by dotted key, such as {"method.temperature": 10.0}."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from segadapt.platform.errors import UsageError
-from segadapt.trainables.core.selection import SCORES
+from segadapt.trainables.core.evaluation.label_free import SCORES
 
 TARGET = "target_val/miou"
 

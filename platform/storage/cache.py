@@ -12,7 +12,7 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.storage import leases
 from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.stages import DESCRIPTION, LEASES, NEEDS, Description, describe, lease_folder
-from segadapt.trainables.core.checkpoint import MANIFEST
+from segadapt.trainables.core.training.checkpoint import MANIFEST
 
 _LEFT_OVER_S = 3600.0
 """A folder that is being written changes more often than this."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segadapt.trainables.core.checkpoint import MANIFEST, is_whole
+from segadapt.trainables.core.training.checkpoint import MANIFEST, is_whole
 
 EVALUATION = "evaluation.json"
 """File in a checkpoint folder with the evaluation at its step."""

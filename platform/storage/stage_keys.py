@@ -13,9 +13,13 @@ from segadapt.platform.settings.config import TrialConfig
 from segadapt.platform.storage.source_hash import source_hash
 from segadapt.trainables import method_class
 from segadapt.trainables.core.method import Stage
-from segadapt.trainables.core.trainer import stage_steps
+from segadapt.trainables.core.training.config import stage_steps
 
-_WARMUP_SOURCES = tuple(f"segadapt.trainables.core.{name}" for name in ("trainer", "networks", "data.datasets"))
+_WARMUP_SOURCES = (
+    "segadapt.trainables.core.training.trainer",
+    "segadapt.trainables.core.networks",
+    "segadapt.trainables.core.data.datasets",
+)
 """Modules that compute the warm-up; a later stage is computed by its method's besides."""
 
 

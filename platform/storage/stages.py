@@ -22,8 +22,9 @@ from segadapt.platform.storage import leases
 from segadapt.platform.storage.checkpoints import readable_metrics
 from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.stage_keys import StageKey
-from segadapt.trainables.core.checkpoint import MANIFEST, is_whole
-from segadapt.trainables.core.trainer import Report, stage_steps
+from segadapt.trainables.core.training.checkpoint import MANIFEST, is_whole
+from segadapt.trainables.core.training.config import stage_steps
+from segadapt.trainables.core.training.reporting import Report
 
 DESCRIPTION = "stage.json"
 """File in a stage's folder that says what it is."""

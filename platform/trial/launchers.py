@@ -12,8 +12,8 @@ from segadapt.platform.storage.retries import STORAGE_PATIENCE_S, retry
 from segadapt.platform.trial.log import logged
 from segadapt.platform.trial.spec import TrialSpec
 from segadapt.platform.trial.training import train
-from segadapt.trainables.core.memory import InfeasibleError, noted_micro_batch
-from segadapt.trainables.core.preemption import PreemptedError, noted_preemptions
+from segadapt.trainables.core.training.gradients import InfeasibleError, noted_micro_batch
+from segadapt.trainables.core.training.interruption import PreemptedError, noted_preemptions
 
 
 @contextlib.contextmanager

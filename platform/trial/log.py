@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from segadapt.platform.errors import redacted
-from segadapt.trainables.core.memory import SmallerMicroBatchError
-from segadapt.trainables.core.preemption import PreemptedError
+from segadapt.trainables.core.training.gradients import SmallerMicroBatchError
+from segadapt.trainables.core.training.interruption import PreemptedError
 
 FOLDER = "logs"
 """Of the log among what a trial's stages write, and among the artifacts of its run."""

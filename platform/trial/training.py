@@ -14,12 +14,14 @@ from segadapt.platform.storage.stages import longest_prefix, publishing
 from segadapt.platform.trial.environment import machine
 from segadapt.platform.trial.spec import TrialSpec
 from segadapt.trainables import method_class
-from segadapt.trainables.core import preemption
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter
-from segadapt.trainables.core.trainer import Report, Trainer, TrainerSettings
+from segadapt.trainables.core.training import interruption as preemption
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.reporting import Report
+from segadapt.trainables.core.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from segadapt.platform.trial.machine_use import MachineUse

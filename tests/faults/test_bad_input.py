@@ -29,12 +29,12 @@ from segadapt.platform.storage.stages import DESCRIPTION, NEEDS
 from segadapt.platform.tracking.outbox import Outbox
 from segadapt.platform.tracking.tracker import RunInfo, Tracker
 from segadapt.trainables import METHODS
-from segadapt.trainables.core.checkpoint import CorruptCheckpointError, load_state, save_state
 from segadapt.trainables.core.data.datasets import open_dataset, split_location
-from segadapt.trainables.core.data.folder import write_folder
 from segadapt.trainables.core.data.packing import PackConfig, pack
-from segadapt.trainables.core.data.shards import Location, read_index, read_manifest
+from segadapt.trainables.core.data.readers.folder import write_folder
+from segadapt.trainables.core.data.readers.shard_format import Location, read_index, read_manifest
 from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
+from segadapt.trainables.core.training.checkpoint import CorruptCheckpointError, load_state, save_state
 
 
 def inputs(count: int) -> Callable[[Any], Any]:

@@ -18,7 +18,7 @@ from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.retries import retry
 from segadapt.platform.trial.launchers import _again_if_not_at_fault
 from segadapt.platform.trial.spec import TrialSpec
-from segadapt.trainables.core.preemption import note_preemption
+from segadapt.trainables.core.training.interruption import note_preemption
 
 
 class Disk:

@@ -24,7 +24,7 @@ from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.client import mlflow_client
 from segadapt.platform.tracking.sender import send_waiting
 from segadapt.platform.tracking.tracker import RunInfo, Tracker
-from segadapt.trainables.core.checkpoint import MANIFEST, STATE, CorruptCheckpointError, load_state, save_state
+from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE, CorruptCheckpointError, load_state, save_state
 
 ROOT = Path(__file__).parents[2]
 

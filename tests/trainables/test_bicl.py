@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from segadapt.search_spaces.bicl import PAPER, SPACE
 from segadapt.trainables.bicl import BiCL, Round
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch
-from segadapt.trainables.core.labels import labels_at_features
+from segadapt.trainables.core.labelling.features import labels_at_features
+from segadapt.trainables.core.labelling.files import PseudoLabelFolder
+from segadapt.trainables.core.labelling.share import (
+    class_share_thresholds,
+    passes_globally,
+    passes_locally,
+    select_confident_share,
+)
 from segadapt.trainables.core.losses.entropy import shannon_entropy, softened_entropy
 from segadapt.trainables.core.losses.prototype_contrast import (
     PrototypeContrast,
@@ -37,15 +44,9 @@ from segadapt.trainables.core.losses.prototype_contrast import (
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, StageData, WarmupConfig, trained_parameters
 from segadapt.trainables.core.networks import build_segmenter
-from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder
-from segadapt.trainables.core.state.confident_share import (
-    class_share_thresholds,
-    passes_globally,
-    passes_locally,
-    select_confident_share,
-)
 from segadapt.trainables.core.state.prototype_calibration import PrototypeCalibration, transfer_labels
-from segadapt.trainables.core.trainer import OptimizerConfig, Trainer
+from segadapt.trainables.core.training.config import OptimizerConfig
+from segadapt.trainables.core.training.trainer import Trainer
 
 
 def load_literal() -> ModuleType:

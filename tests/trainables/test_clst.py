@@ -24,23 +24,9 @@ from torch import Tensor
 from toy import Reports, toy_config
 
 from segadapt.trainables.clst import CENTROIDS, CLST, Round
-from segadapt.trainables.core.checkpoint import load_state
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.labels import labels_at_features
-from segadapt.trainables.core.losses.centroid_contrast import centroid_contrast, class_sums
-from segadapt.trainables.core.method import SOURCE_ONLY
-from segadapt.trainables.core.networks import build_segmenter
-from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder
-from segadapt.trainables.core.state.class_centroids import ClassCentroids
-from segadapt.trainables.core.state.confidence_thresholds import (
-    RunningConfidence,
-    confidence_at,
-    keep_confident,
-    share_thresholds,
-)
-from segadapt.trainables.core.state.mean_teacher import MeanTeacher
-from segadapt.trainables.core.state.prediction_ensemble import (
+from segadapt.trainables.core.labelling.ensemble import (
     COMPLETE,
     ENSEMBLE,
     EnsembleConfidence,
@@ -48,7 +34,18 @@ from segadapt.trainables.core.state.prediction_ensemble import (
     decode_ensemble,
     encode_ensemble,
 )
-from segadapt.trainables.core.trainer import Trainer, TrainerSettings
+from segadapt.trainables.core.labelling.features import labels_at_features
+from segadapt.trainables.core.labelling.files import PseudoLabelFolder
+from segadapt.trainables.core.labelling.thresholds import confidence_at, keep_confident, share_thresholds
+from segadapt.trainables.core.losses.centroid_contrast import centroid_contrast, class_sums
+from segadapt.trainables.core.method import SOURCE_ONLY
+from segadapt.trainables.core.networks import build_segmenter
+from segadapt.trainables.core.state.class_centroids import ClassCentroids
+from segadapt.trainables.core.state.mean_teacher import MeanTeacher
+from segadapt.trainables.core.state.running_confidence import RunningConfidence
+from segadapt.trainables.core.training.checkpoint import load_state
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden"
 DTYPES = [torch.float64, torch.float32]

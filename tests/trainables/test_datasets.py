@@ -19,20 +19,15 @@ from PIL import Image
 from segadapt.trainables.core.data import class_lists
 from segadapt.trainables.core.data.batch import ClassList, DomainData, EvaluationData, LabelledImages
 from segadapt.trainables.core.data.checking import DatasetReport, check_dataset
-from segadapt.trainables.core.data.cityscapes import write_cityscapes
 from segadapt.trainables.core.data.class_lists import SUBSETS, match
+from segadapt.trainables.core.data.dataset import FileImages, FileTargetImages
 from segadapt.trainables.core.data.datasets import KINDS, DataConfig, load_data, open_dataset
-from segadapt.trainables.core.data.files import (
-    FileImages,
-    FileTargetImages,
-    UnreadableError,
-    decode_first_channel,
-    encode_png16,
-)
-from segadapt.trainables.core.data.folder import write_folder
-from segadapt.trainables.core.data.gta5 import write_gta5
+from segadapt.trainables.core.data.decoding import UnreadableError, decode_first_channel, encode_png16
+from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
+from segadapt.trainables.core.data.readers.folder import write_folder
+from segadapt.trainables.core.data.readers.gta5 import write_gta5
+from segadapt.trainables.core.data.readers.synthia import write_synthia
 from segadapt.trainables.core.data.streets import CLASSES, StreetsConfig, load_streets
-from segadapt.trainables.core.data.synthia import write_synthia
 
 CONFIG = StreetsConfig(height=32, width=64, train_images=8, val_images=3)
 STREETS, STREETS_EVALUATION = load_streets(CONFIG)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from toy import Reports, toy_config
 
 from segadapt.search_spaces.drsl import PAPER, SPACE
-from segadapt.trainables.core.checkpoint import load_state
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.labels import labels_at_features
+from segadapt.trainables.core.labelling.features import labels_at_features
+from segadapt.trainables.core.labelling.files import PseudoLabelFolder
+from segadapt.trainables.core.labelling.self_paced import self_paced_labels, self_paced_thresholds
 from segadapt.trainables.core.losses.mode_alignment import (
     ModeMargin,
     confidence_regulariser,
@@ -40,10 +41,10 @@ from segadapt.trainables.core.losses.mode_alignment import (
 )
 from segadapt.trainables.core.method import SOURCE_ONLY
 from segadapt.trainables.core.networks import build_segmenter
-from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder
 from segadapt.trainables.core.state.class_modes import ClassModes
-from segadapt.trainables.core.state.self_paced_labels import self_paced_labels, self_paced_thresholds
-from segadapt.trainables.core.trainer import Trainer, TrainerSettings
+from segadapt.trainables.core.training.checkpoint import load_state
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.trainer import Trainer
 from segadapt.trainables.drsl import DRSL, Round
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -10,16 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, ClassList
-from segadapt.trainables.core.evaluation import (
-    Inference,
-    Protocol,
-    evaluate_domain,
-    mean_probabilities,
-    predict,
-    score,
-    views,
-)
-from segadapt.trainables.core.metrics import confusion_matrix
+from segadapt.trainables.core.evaluation.evaluate import Protocol, evaluate_domain, score
+from segadapt.trainables.core.evaluation.inference import Inference, mean_probabilities, predict, views
+from segadapt.trainables.core.evaluation.metrics import confusion_matrix
 from segadapt.trainables.core.networks import Segmenter, SegmenterOutput
 
 CLASSES = ClassList(("road", "sky", "car"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)))

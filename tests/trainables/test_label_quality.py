@@ -11,9 +11,10 @@ from toy import toy_config, toy_trainer
 from segadapt.trainables import method_class
 from segadapt.trainables.clst import ADAPT, CLST
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.evaluation import evaluate, views
-from segadapt.trainables.core.label_quality import LabelQualityCounter
-from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder, read_provenance
+from segadapt.trainables.core.evaluation.evaluate import evaluate
+from segadapt.trainables.core.evaluation.inference import views
+from segadapt.trainables.core.labelling.files import PseudoLabelFolder, read_provenance
+from segadapt.trainables.core.labelling.quality import LabelQualityCounter
 
 RULES: list[tuple[str, dict[str, Any]]] = [
     *[("self_training", {"method__rule": rule}) for rule in ("quantile", "global_local", "self_paced", "ensemble")],

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
-from segadapt.trainables.core.labels import confident_labels, labels_at_features
+from segadapt.trainables.core.labelling.features import confident_labels, labels_at_features
 from segadapt.trainables.core.losses.distribution_contrast import distribution_contrast
 from segadapt.trainables.core.losses.segmentation import lovasz_softmax, segmentation_cross_entropy
 from segadapt.trainables.core.state.class_statistics import ClassStatistics

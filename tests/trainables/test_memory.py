@@ -8,9 +8,14 @@ import torch
 from test_trainer import equal_state
 from toy import toy_config, toy_trainer
 
-from segadapt.trainables.core.checkpoint import load_state
-from segadapt.trainables.core.memory import InfeasibleError, noted_micro_batch, smaller_micro_batch
-from segadapt.trainables.core.trainer import SmallerMicroBatchError, Trainer
+from segadapt.trainables.core.training.checkpoint import load_state
+from segadapt.trainables.core.training.gradients import (
+    InfeasibleError,
+    SmallerMicroBatchError,
+    noted_micro_batch,
+    smaller_micro_batch,
+)
+from segadapt.trainables.core.training.trainer import Trainer
 
 
 def limit(trainer: Trainer, images: int, from_step: int = 0) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
-from segadapt.trainables.core.metrics import ConfusionMatrix, confusion_matrix
+from segadapt.trainables.core.evaluation.metrics import ConfusionMatrix, confusion_matrix
 
 
 def scores(predictions: list[int], labels: list[int], num_classes: int) -> ConfusionMatrix:

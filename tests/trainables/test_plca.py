@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch
-from segadapt.trainables.core.labels import labels_at_features
+from segadapt.trainables.core.labelling.features import labels_at_features
 from segadapt.trainables.core.losses import cycle_association, pixel_similarity
 from segadapt.trainables.core.losses.cycle_association import (
     feature_association,

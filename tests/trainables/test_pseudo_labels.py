@@ -14,19 +14,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
-from segadapt.trainables.core.method import StageData
-from segadapt.trainables.core.pseudo_labels import (
+from segadapt.trainables.core.labelling.files import (
     COLUMNS,
     PROVENANCE,
     PROVENANCE_KEY,
-    ConfidenceHistogram,
     PseudoLabelFolder,
     PseudoLabelWriter,
+)
+from segadapt.trainables.core.labelling.quantile import label_target
+from segadapt.trainables.core.labelling.thresholds import (
+    ConfidenceHistogram,
     class_thresholds,
     confidence_and_prediction,
-    label_target,
     select,
 )
+from segadapt.trainables.core.method import StageData
 
 
 def naive_thresholds(batches: Sequence[Tensor], num_classes: int, quantile: float, cap: float) -> list[float]:

@@ -11,10 +11,9 @@ import torch.distributed as dist
 from test_trainer import _Poisoned
 from toy import toy_config, toy_trainer
 
-from segadapt.trainables.core import selection
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.networks import build_segmenter
-from segadapt.trainables.core.selection import (
+from segadapt.trainables.core.evaluation import label_free
+from segadapt.trainables.core.evaluation.label_free import (
     MOST_IMAGES,
     SCORES,
     PredictionStatistics,
@@ -22,6 +21,7 @@ from segadapt.trainables.core.selection import (
     label_free_scores,
     soft_neighborhood_density,
 )
+from segadapt.trainables.core.networks import build_segmenter
 
 CPU = torch.device("cpu")
 
@@ -106,7 +106,7 @@ def test_density_does_not_depend_on_the_rows_held_at_a_time(monkeypatch: pytest.
     cells = torch.randn(10, 3).softmax(1)
     whole = float(soft_neighborhood_density(cells, temperature=0.5))
     assert whole == pytest.approx(plain_density(cells.tolist(), 0.5), abs=1e-5)
-    monkeypatch.setattr(selection, "_ROWS", 3)
+    monkeypatch.setattr(label_free, "_ROWS", 3)
     assert float(soft_neighborhood_density(cells, temperature=0.5)) == pytest.approx(whole, abs=1e-6)
 
 
@@ -118,7 +118,7 @@ def test_maps_of_unlike_size_count_equally() -> None:
     statistics.update([1], large, large)
     parts = [scores_of(small)["entropy"], scores_of(large)["entropy"]]
     assert statistics.scores()["entropy"] == pytest.approx(sum(parts) / 2)
-    assert statistics.scores()["soft_neighborhood_density"] <= math.log(4 + selection.CELLS_PER_IMAGE - 1)
+    assert statistics.scores()["soft_neighborhood_density"] <= math.log(4 + label_free.CELLS_PER_IMAGE - 1)
 
 
 def test_bfloat16_logits_are_scored_in_float32() -> None:

@@ -20,13 +20,13 @@ from segadapt.platform.settings.config import TrialConfig, flatten, resolve
 from segadapt.platform.storage.checkpoints import CONFIG
 from segadapt.platform.trial.training import build_method
 from segadapt.trainables import METHODS, method_class
-from segadapt.trainables.core import trainer as trainer_module
-from segadapt.trainables.core.checkpoint import MANIFEST, file_hash, load_state, tensors_hash
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.data.datasets import load_data
+from segadapt.trainables.core.labelling.files import PseudoLabelFolder, PseudoLabelWriter
 from segadapt.trainables.core.method import trained_parameters
-from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder, PseudoLabelWriter
-from segadapt.trainables.core.trainer import Trainer
+from segadapt.trainables.core.training import trainer as trainer_module
+from segadapt.trainables.core.training.checkpoint import MANIFEST, file_hash, load_state, tensors_hash
+from segadapt.trainables.core.training.trainer import Trainer
 from segadapt.trainables.self_training import SelfTraining
 
 PROCESSES = multiprocessing.get_context("forkserver")

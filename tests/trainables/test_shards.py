@@ -24,20 +24,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from segadapt.trainables.core.data import packing, shards
+from segadapt.trainables.core.data import packing
 from segadapt.trainables.core.data.batch import DomainData, EvaluationData, LabelledImages
 from segadapt.trainables.core.data.checking import check_dataset
-from segadapt.trainables.core.data.cityscapes import write_cityscapes
+from segadapt.trainables.core.data.dataset import Dataset
 from segadapt.trainables.core.data.datasets import DataConfig, load_data, open_dataset
-from segadapt.trainables.core.data.files import Dataset, UnreadableError
-from segadapt.trainables.core.data.folder import write_folder
-from segadapt.trainables.core.data.gta5 import write_gta5
+from segadapt.trainables.core.data.decoding import UnreadableError
 from segadapt.trainables.core.data.loading import BatchSource, one_pass
 from segadapt.trainables.core.data.packing import PackConfig, pack
+from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
+from segadapt.trainables.core.data.readers.folder import write_folder
+from segadapt.trainables.core.data.readers.gta5 import write_gta5
+from segadapt.trainables.core.data.readers.shard_format import Shard
+from segadapt.trainables.core.data.readers.shards import (
+    Column,
+    ShardDataset,
+    ShardImages,
+    ShardTargetImages,
+    _opened,
+    open_shards,
+)
+from segadapt.trainables.core.data.readers.synthia import write_synthia
 from segadapt.trainables.core.data.sampling import label_counts
-from segadapt.trainables.core.data.shards import ShardDataset, ShardImages, ShardTargetImages, open_shards
 from segadapt.trainables.core.data.streets import CLASSES, StreetsConfig, load_streets
-from segadapt.trainables.core.data.synthia import write_synthia
 from segadapt.trainables.core.data.transforms import AugmentationConfig, resized, resized_label
 
 CONFIG = StreetsConfig(height=32, width=64, train_images=9, val_images=3)
@@ -133,7 +142,7 @@ def test_an_image_of_the_right_format_is_stored_as_it_is(tmp_path: Path) -> None
         out = tmp_path / image_format
         pack(dataset, out, PackConfig(image_format=image_format))  # type: ignore[arg-type]
         opened = open_shards(str(out))
-        column = shards.Column(opened.location, opened.manifest, "image")
+        column = Column(opened.location, opened.manifest, "image")
         for row, path in enumerate(dataset.splits["train"].images):
             assert (column[row] == path.read_bytes()) == (path.suffix[1:].replace("jpg", "jpeg") == image_format)
     for index in range(9):
@@ -223,13 +232,13 @@ def test_few_row_groups_are_kept_and_a_pass_reads_each_once(packed: Path, monkey
     dataset = open_shards(str(packed))
     images = dataset.unlabelled(dataset.splits["train"])
     read = []
-    original = shards.Column._read
+    original = Column._read
 
-    def counted(column: shards.Column, shard: shards.Shard, number: int) -> object:
+    def counted(column: Column, shard: Shard, number: int) -> object:
         read.append((shard.name, number))
         return original(column, shard, number)
 
-    monkeypatch.setattr(shards.Column, "_read", counted)
+    monkeypatch.setattr(Column, "_read", counted)
     assert sum(len(indices) for _, indices in one_pass(images, 2, threads=3)) == 9
     assert sorted(read) == [("train-00000.parquet", n) for n in (0, 1, 2)] + [
         ("train-00001.parquet", n) for n in (0, 1)
@@ -396,7 +405,7 @@ def test_no_changed_byte_of_a_shard_is_trained_on(packed: Path) -> None:
     content, expected = shard.read_bytes(), [labelled(packed).image(index) for index in range(5, 9)]
     for place in range(0, len(content), max(1, len(content) // 60)):
         shard.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
-        shards._opened.cache_clear()
+        _opened.cache_clear()
         images = labelled(packed)
         with contextlib.suppress(UnreadableError):
             assert all(torch.equal(images.image(index), known) for index, known in enumerate(expected, start=5))
@@ -420,15 +429,15 @@ def test_damage_is_found_by_the_checker_and_named_in_training(gta5: Path, packed
         ("shard with a wrong checksum", cut.name),
         ("unreadable shard", gone.name),
     ]
-    shards._opened.cache_clear()
+    _opened.cache_clear()
     with pytest.raises(UnreadableError, match=f"{flipped.name} in .* is not: .*segadapt data check shards"):
         read_all(packed)
     shutil.copy(packed / "index.parquet", flipped)
-    shards._opened.cache_clear()
+    _opened.cache_clear()
     with pytest.raises(UnreadableError, match=f"{flipped.name} in .* is not: it has [0-9]+ bytes and not"):
         read_all(packed)
     flipped.unlink()
-    shards._opened.cache_clear()
+    _opened.cache_clear()
     with pytest.raises(FileNotFoundError):
         read_all(packed)
 
@@ -509,7 +518,7 @@ def test_a_bucket_reads_as_the_folder_does(bucket: str, gta5: Path, packed: Path
     filesystem.delete_file(f"{folder}/val-00000.parquet")
     report = check_dataset("shards", root)
     assert [fault.problem for fault in report.faults] == ["shard with a wrong checksum", "unreadable shard"]
-    shards._opened.cache_clear()
+    _opened.cache_clear()
     with pytest.raises(UnreadableError, match=r"train-00001.parquet in s3://data/sets/city"):
         read_all(root)
     with pytest.raises(FileNotFoundError):

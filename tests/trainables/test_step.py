@@ -23,11 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy import toy_config, toy_trainer
 
 from segadapt.trainables.core.data.batch import DomainBatch
-from segadapt.trainables.core.labels import count_values
+from segadapt.trainables.core.labelling.features import count_values
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter, recompute_blocks
-from segadapt.trainables.core.timing import StepTimes
-from segadapt.trainables.core.trainer import Trainer, TrainerSettings
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.timing import StepTimes
+from segadapt.trainables.core.training.trainer import Trainer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 BATCH = 4

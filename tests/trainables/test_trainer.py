@@ -14,14 +14,14 @@ import torch
 from toy import toy_config, toy_trainer
 
 from segadapt.trainables import METHODS
-from segadapt.trainables.core.checkpoint import CorruptCheckpointError, load_state
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.data.loading import BatchSource
 from segadapt.trainables.core.data.sampling import sample_at
 from segadapt.trainables.core.data.transforms import AugmentationConfig
 from segadapt.trainables.core.method import SOURCE_ONLY
-from segadapt.trainables.core.preemption import PreemptedError, leave_when_terminated, training
-from segadapt.trainables.core.trainer import NonFiniteLossError
+from segadapt.trainables.core.training.checkpoint import CorruptCheckpointError, load_state
+from segadapt.trainables.core.training.interruption import PreemptedError, leave_when_terminated, training
+from segadapt.trainables.core.training.reporting import NonFiniteLossError
 
 NAMES = [method.name for method in METHODS]
 

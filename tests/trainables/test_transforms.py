@@ -20,7 +20,6 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.config import resolve
 from segadapt.platform.storage.stage_keys import stage_keys
 from segadapt.trainables.core import distributed
-from segadapt.trainables.core.checkpoint import load_state
 from segadapt.trainables.core.data.batch import ClassList, DomainBatch, DomainData, EvaluationData
 from segadapt.trainables.core.data.loading import BatchSource, evaluation_for_network, one_pass
 from segadapt.trainables.core.data.sampling import (
@@ -41,7 +40,8 @@ from segadapt.trainables.core.data.transforms import (
     resized_label,
     vary_color,
 )
-from segadapt.trainables.core.pseudo_labels import PseudoLabelFolder
+from segadapt.trainables.core.labelling.files import PseudoLabelFolder
+from segadapt.trainables.core.training.checkpoint import load_state
 
 PLAIN = AugmentationConfig()
 BOTH: Any = ("source", "target")

@@ -9,7 +9,8 @@ from segadapt.platform.trial.training import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.method import Stage
-from segadapt.trainables.core.trainer import Trainer, TrainerSettings
+from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.trainer import Trainer
 
 TOY = {
     "data.streets.height": 32,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import DomainBatch
-from segadapt.trainables.core.label_quality import LabelRule
+from segadapt.trainables.core.labelling.quality import LabelRule
 from segadapt.trainables.core.losses.segmentation import lovasz_softmax, segmentation_cross_entropy
 from segadapt.trainables.core.networks import Segmenter
 from segadapt.trainables.core.validation import check

@@ -31,12 +31,13 @@ from segadapt.platform.results.leaderboard import Leaderboard, Row, pick_run
 from segadapt.platform.settings.config import resolve
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.trial.training import build_method
-from segadapt.trainables.core.checkpoint import save_state
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.data.class_lists import CITYSCAPES, CITYSCAPES_IDS, SUBSETS
-from segadapt.trainables.core.evaluation import Inference, score
-from segadapt.trainables.core.metrics import confusion_matrix
+from segadapt.trainables.core.evaluation.evaluate import score
+from segadapt.trainables.core.evaluation.inference import Inference
+from segadapt.trainables.core.evaluation.metrics import confusion_matrix
 from segadapt.trainables.core.networks import NetworkConfig, Segmenter, SegmenterOutput
+from segadapt.trainables.core.training.checkpoint import save_state
 
 CPU = torch.device("cpu")
 NAMES = CITYSCAPES.names

@@ -33,8 +33,8 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.config import resolve
 from segadapt.platform.storage.folders import Place
 from segadapt.trainables.core.data.transforms import resized
-from segadapt.trainables.core.deployed import DeployedNetwork, resized_antialiased, stride
-from segadapt.trainables.core.evaluation import Inference
+from segadapt.trainables.core.evaluation.deployed import DeployedNetwork, resized_antialiased, stride
+from segadapt.trainables.core.evaluation.inference import Inference
 from segadapt.trainables.core.networks import Segmenter, SegmenterOutput, build_segmenter
 from segadapt.trainables.plca import AggregatingSegmenter
 

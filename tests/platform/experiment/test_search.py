@@ -21,7 +21,7 @@ import segadapt as api
 from segadapt.platform.experiment.record import Candidate, Record
 from segadapt.platform.settings.resources import Resources
 from segadapt.platform.storage.folders import Place, Storage
-from segadapt.trainables.core.checkpoint import file_hash, load_state, tensors_hash
+from segadapt.trainables.core.training.checkpoint import file_hash, load_state, tensors_hash
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from segadapt.platform.settings.objective import Objective
 from segadapt.platform.storage.checkpoints import EVALUATION, best_checkpoint, checkpoints
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.storage.retention import CheckpointRetention
-from segadapt.trainables.core.checkpoint import MANIFEST, STATE, file_hash
 from segadapt.trainables.core.data.datasets import DataConfig, load_data
+from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE, file_hash
 
 MIOU, OTHER = "target_val/miou", "score/entropy"
 

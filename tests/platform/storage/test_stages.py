@@ -35,8 +35,8 @@ from segadapt.platform.storage.stages import (
 )
 from segadapt.platform.trial.spec import TrialSpec
 from segadapt.platform.trial.training import train
-from segadapt.trainables.core.checkpoint import MANIFEST, load_state
 from segadapt.trainables.core.method import SOURCE_ONLY, Stage
+from segadapt.trainables.core.training.checkpoint import MANIFEST, load_state
 
 fork = multiprocessing.get_context("fork")  # children start at once: torch is there already
 
@@ -250,6 +250,7 @@ def test_an_edit_of_what_computes_a_stage_gives_it_another_key(tmp_path: Path) -
     package = tmp_path / "segadapt"
     shutil.copytree(Path(trainables.__file__).parent, package / "trainables")
     (package / "platform" / "storage").mkdir(parents=True)
+    (package / "__init__.py").touch()
     shutil.copy(Path(stages.__file__).with_name("source_hash.py"), package / "platform" / "storage")
     script = """
 import sys
@@ -261,7 +262,7 @@ assert root in Path(sources.__file__).parents
 def hashes():
     for cached in (source_hash, sources._imported):
         cached.cache_clear()
-    return source_hash(("segadapt.trainables.core.trainer",)), source_hash(("segadapt.trainables.sdca",))
+    return source_hash(("segadapt.trainables.core.training.trainer",)), source_hash(("segadapt.trainables.sdca",))
 print(*hashes())
 for name in ("sdca.py", "core/losses/cycle_association.py", "core/losses/segmentation.py"):
     path = root / "segadapt" / "trainables" / name

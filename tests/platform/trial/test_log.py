@@ -13,7 +13,7 @@ import pytest
 from segadapt.platform.trial.log import as_text, entries, follow_entries, log_folder, logged, note_by_driver
 from segadapt.platform.trial.machine_use import MachineUse
 from segadapt.trainables.core.journal import note
-from segadapt.trainables.core.preemption import PreemptedError
+from segadapt.trainables.core.training.interruption import PreemptedError
 
 
 def test_a_log_holds_what_a_process_notes_and_warns_of_but_no_login(tmp_path: Path) -> None:

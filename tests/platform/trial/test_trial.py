@@ -20,7 +20,7 @@ from segadapt.platform.storage.stages import longest_prefix, put_damaged_aside
 from segadapt.platform.trial.spec import TrialSpec
 from segadapt.platform.trial.training import train
 from segadapt.trainables import METHODS
-from segadapt.trainables.core.checkpoint import save_state
+from segadapt.trainables.core.training.checkpoint import save_state
 
 SHORT = TINY | {"trainer.steps": 2, "trainer.eval_every": 1, "trainer.batch_size": 2, "warmup.steps": 2}
 

@@ -8,19 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from segadapt.trainables.core.data.dataset import Dataset, Fault, Split, in_threads, size_text, unknown_text
 from segadapt.trainables.core.data.datasets import open_dataset
-from segadapt.trainables.core.data.files import (
-    Dataset,
-    Fault,
-    LabelFormatError,
-    Split,
-    UnreadableError,
-    decode_image,
-    in_threads,
-    size_text,
-    unknown_text,
-)
-from segadapt.trainables.core.data.shards import ShardDataset
+from segadapt.trainables.core.data.decoding import LabelFormatError, UnreadableError, decode_image
+from segadapt.trainables.core.data.readers.shards import ShardDataset
 
 IGNORED = "ignored"
 """Stands beside the classes in a histogram: pixels of no class."""

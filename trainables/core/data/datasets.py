@@ -8,21 +8,16 @@ from pathlib import Path
 from typing import Literal
 
 from segadapt.trainables.core.data.batch import DomainData, EvaluationData
-from segadapt.trainables.core.data.cityscapes import open_cityscapes
 from segadapt.trainables.core.data.class_lists import SUBSETS, match
-from segadapt.trainables.core.data.files import (
-    Dataset,
-    Fault,
-    LabelFormatError,
-    Split,
-    UnreadableError,
-    in_threads,
-)
-from segadapt.trainables.core.data.folder import open_folder
-from segadapt.trainables.core.data.gta5 import open_gta5
-from segadapt.trainables.core.data.shards import SHARDS, is_uri, open_shards
+from segadapt.trainables.core.data.dataset import Dataset, Fault, Split, in_threads
+from segadapt.trainables.core.data.decoding import LabelFormatError, UnreadableError
+from segadapt.trainables.core.data.readers.cityscapes import open_cityscapes
+from segadapt.trainables.core.data.readers.folder import open_folder
+from segadapt.trainables.core.data.readers.gta5 import open_gta5
+from segadapt.trainables.core.data.readers.shard_format import is_uri
+from segadapt.trainables.core.data.readers.shards import SHARDS, open_shards
+from segadapt.trainables.core.data.readers.synthia import open_synthia
 from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
-from segadapt.trainables.core.data.synthia import open_synthia
 from segadapt.trainables.core.validation import check
 
 KINDS: Mapping[str, Callable[[Path], Dataset]] = {

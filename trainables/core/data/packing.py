@@ -21,9 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from segadapt.trainables.core.data.files import Dataset, Split
-from segadapt.trainables.core.data.sampling import in_threads
-from segadapt.trainables.core.data.shards import (
+from segadapt.trainables.core.data.dataset import Dataset, Split
+from segadapt.trainables.core.data.readers.shard_format import (
     FORMAT_VERSION,
     INDEX,
     MANIFEST,
@@ -33,6 +32,7 @@ from segadapt.trainables.core.data.shards import (
     Shard,
     read_manifest,
 )
+from segadapt.trainables.core.data.sampling import in_threads
 from segadapt.trainables.core.data.transforms import Size, resized, resized_label
 from segadapt.trainables.core.validation import check
 

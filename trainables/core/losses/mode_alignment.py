@@ -21,7 +21,7 @@ from segadapt.trainables.core.distributed import (
     sum_over_workers,
     world_size,
 )
-from segadapt.trainables.core.labels import count_values
+from segadapt.trainables.core.labelling.features import count_values
 
 SMALLEST_NORM = 1e-12
 

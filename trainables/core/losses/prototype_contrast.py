@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.distributed import global_mean
-from segadapt.trainables.core.labels import count_values, labels_at_features
+from segadapt.trainables.core.labelling.features import count_values, labels_at_features
 
 SMALLEST_NORM = 1e-12
 ABSENT_SIMILARITY = -1.0

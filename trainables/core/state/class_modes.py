@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from segadapt.trainables.core.distributed import sum_over_workers
-from segadapt.trainables.core.labels import count_values
+from segadapt.trainables.core.labelling.features import count_values
 from segadapt.trainables.core.losses.mode_alignment import pick_unit_vectors
 
 CENTER_DEVIATION = 0.1

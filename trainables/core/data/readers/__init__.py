@@ -1,0 +1,1 @@
+"""Readers of the kinds of datasets, one module each."""

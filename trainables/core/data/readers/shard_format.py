@@ -1,0 +1,210 @@
+"""Files of a packed dataset: manifest and index, read from a folder or a bucket."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segadapt.trainables.core.data.batch import ClassList
+
+MANIFEST = "manifest.json"
+
+
+INDEX = "index.parquet"
+
+
+FORMAT_VERSION = 1
+
+
+COLUMNS = ("id", "split", "height", "width", "histogram", "image", "label")
+"""`histogram`: pixels of each class of the manifest; null, as is `label`, where the image has no label."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of a file beside it."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Shard(FileRecord):
+    """What the manifest says of a shard."""
+
+    split: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a packed dataset holds and how it was made."""
+
+    kind: str
+    """Of the dataset that was packed."""
+    classes: ClassList
+    splits: Mapping[str, Mapping[str, int]]
+    """`images` and `labels` of each split."""
+    size: tuple[int, int] | None
+    """(H, W) the training split was resized to."""
+    image_format: str
+    rows_per_group: int
+    index: FileRecord
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is known of every row without its pixels, in the order of the shards."""
+
+    ids: list[str]
+    splits: list[str]
+    sizes: NDArray[np.int64]  # (N, 2): height and width
+    labelled: NDArray[np.bool_]  # (N,)
+    histograms: NDArray[np.int64]  # (N, C), 0 where there is no label
+    image_digests: list[bytes]
+    label_digests: list[bytes | None]
+
+
+def is_uri(root: str) -> bool:
+    """Return whether a root names a filesystem of `pyarrow.fs`, and not a folder."""
+    return "://" in root
+
+
+class Location:
+    """A folder, or a prefix of a bucket, whose files are read. Connects when needed; pickles as its address.
+
+    Args:
+        root: A path or a URI; options of the filesystem follow a `?`, as in s3://bucket/path?region=eu-central-1.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def __getstate__(self) -> str:
+        return self.root
+
+    def __setstate__(self, state: str) -> None:
+        self.root = state
+
+    def __str__(self) -> str:
+        return self.root
+
+    @property
+    def local(self) -> bool:
+        """Whether files are mapped into memory."""
+        return not is_uri(self.root)
+
+    def open(self, name: str) -> Any:
+        """Return a file as a `pyarrow.NativeFile`, whose reads at a position may run in several threads.
+
+        Raises:
+            OSError: If there is none, or the filesystem does not answer.
+            ValueError: If the address is malformed.
+        """
+        if self.local:
+            import pyarrow
+
+            return pyarrow.memory_map(str(Path(self.root) / name))
+        filesystem, folder = self._filesystem
+        return filesystem.open_input_file(f"{folder.rstrip('/')}/{name}")
+
+    def read(self, name: str) -> bytes:
+        """Return the content of a file; raises as `open` does."""
+        with self.open(name) as file:
+            content: bytes = file.read()
+            return content
+
+    def sha256(self, name: str) -> str:
+        """Return the checksum of a file; raises as `open` does."""
+        digest = hashlib.sha256()
+        with self.open(name) as file:
+            while part := file.read(1 << 22):
+                digest.update(part)
+        return digest.hexdigest()
+
+    @cached_property
+    def _filesystem(self) -> tuple[Any, str]:
+        from pyarrow import fs
+
+        filesystem, folder = fs.FileSystem.from_uri(self.root)
+        return filesystem, folder
+
+
+def read_manifest(location: Location) -> Manifest:
+    """Return what a packed dataset holds.
+
+    Raises:
+        ValueError: If there is no manifest, or none that this version can read.
+    """
+    try:
+        content = json.loads(location.read(MANIFEST))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"The root of packed shards must hold {MANIFEST}, which `segadapt data pack` writes last, but {location} "
+            "does not. If packing was interrupted, run the same command again."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{MANIFEST} in {location} must be readable, but is not: {error}") from error
+    try:
+        version = content["version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"Packed shards must have version {FORMAT_VERSION} of the format, but {location} has {version}. "
+                "Pack the dataset anew, or use the version of segadapt that packed it."
+            )
+        resize = content["resize"]
+        return Manifest(
+            kind=content["kind"],
+            classes=ClassList(
+                tuple(entry["name"] for entry in content["classes"]),
+                tuple((red, green, blue) for red, green, blue in (entry["color"] for entry in content["classes"])),
+            ),
+            splits=content["splits"],
+            size=(resize["size"][0], resize["size"][1]) if resize else None,
+            image_format=content["encoding"]["image"],
+            rows_per_group=content["rows_per_group"],
+            index=FileRecord(**content["index"]),
+            shards=tuple(Shard(**entry) for entry in content["shards"]),
+        )
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{MANIFEST} in {location} must be as `segadapt data pack` wrote it, but is not: {error!r}. Pack anew."
+        ) from error
+
+
+def read_index(location: Location, manifest: Manifest) -> Index:
+    """Return what is known of every row.
+
+    Raises:
+        ValueError: If the index is missing, or not the one that the manifest names.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        content = location.read(INDEX)
+    except OSError as error:
+        raise ValueError(f"{INDEX} in {location} must be readable, but is not: {error}. Pack anew.") from error
+    if hashlib.sha256(content).hexdigest() != manifest.index.sha256:
+        raise ValueError(f"{INDEX} in {location} must have the checksum in {MANIFEST}, but has not. Pack anew.")
+    table = parquet.read_table(pyarrow.BufferReader(content), use_threads=False)
+    nothing = [0] * len(manifest.classes)
+    histograms = table["histogram"].to_pylist()
+    rows, classes = table.num_rows, len(manifest.classes)
+    return Index(
+        ids=table["id"].to_pylist(),
+        splits=table["split"].to_pylist(),
+        sizes=np.stack([table["height"].to_numpy(), table["width"].to_numpy()], axis=1).astype(np.int64),
+        labelled=np.array([histogram is not None for histogram in histograms], np.bool_),
+        histograms=np.array([histogram or nothing for histogram in histograms], np.int64).reshape(rows, classes),
+        image_digests=table["image_sha256"].to_pylist(),
+        label_digests=table["label_sha256"].to_pylist(),
+    )

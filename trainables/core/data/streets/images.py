@@ -1,0 +1,114 @@
+"""Generation of the images and labels of streets."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segadapt.trainables.core.data.batch import DomainData, EvaluationData
+from segadapt.trainables.core.data.streets.config import CLASSES, StreetsConfig
+from segadapt.trainables.core.data.streets.domains import (
+    SOURCE_LAYOUT,
+    SOURCE_OPTICS,
+    TARGET_LAYOUT,
+    TARGET_OPTICS,
+    Bytes,
+    blend,
+    blend_palettes,
+)
+from segadapt.trainables.core.data.streets.painting import paint_street
+from segadapt.trainables.core.data.streets.photography import photograph
+
+
+@dataclass(eq=False)
+class StreetsImages:
+    """Labelled street scenes."""
+
+    ids: Sequence[str]
+    images: Bytes  # (N, 3, H, W)
+    labels: Bytes  # (N, H, W)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, index: int) -> Tensor:
+        """Return an RGB image, (3, H, W) uint8."""
+        return torch.tensor(self.images[index])
+
+    def label(self, index: int) -> Tensor:
+        """Return its class indices, (H, W) uint8; every pixel has a class."""
+        return torch.tensor(self.labels[index])
+
+
+@dataclass(eq=False)
+class StreetsTargetImages:
+    """Street scenes whose labels were dropped when they were generated."""
+
+    ids: Sequence[str]
+    images: Bytes  # (N, 3, H, W)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, index: int) -> Tensor:
+        """Return an RGB image, (3, H, W) uint8."""
+        return torch.tensor(self.images[index])
+
+
+def load_streets(config: StreetsConfig, *, oracle: bool = False) -> tuple[DomainData, EvaluationData]:
+    """Generate the benchmark, or return it at once if this process has generated it before.
+
+    Args:
+        config: Size, amount, seed and shift.
+        oracle: Put the *labelled target training set* in the place of the source. A model trained on it without
+            adaptation is the upper bound that adaptation is compared with; it is no adaptation result.
+
+    Returns:
+        What training may use and what evaluation alone may use.
+    """
+    return _load(config, oracle)
+
+
+@lru_cache(maxsize=4)
+def _load(config: StreetsConfig, oracle: bool) -> tuple[DomainData, EvaluationData]:
+    source_train = _generate(config, "source", "train")
+    source_val = _generate(config, "source", "val")
+    target_train = _generate(config, "target", "train")
+    target_val = _generate(config, "target", "val")
+
+    content = hashlib.sha256(f"streets oracle={oracle} {CLASSES.names}".encode())
+    for part in (source_train, source_val, target_train, target_val):
+        content.update(f"{part.ids} {part.images.shape}".encode())
+        content.update(part.images.tobytes())
+        content.update(part.labels.tobytes())
+
+    training = DomainData(
+        source=target_train if oracle else source_train,
+        target=StreetsTargetImages(target_train.ids, target_train.images),
+        classes=CLASSES,
+        fingerprint=content.hexdigest(),
+    )
+    return training, EvaluationData(source=source_val, target=target_val, classes=CLASSES)
+
+
+def _generate(config: StreetsConfig, domain: str, split: str) -> StreetsImages:
+    """Draw all scenes of one domain and split, each from its own random stream."""
+    shift = config.shift if domain == "target" else 0.0
+    layout = blend(SOURCE_LAYOUT, TARGET_LAYOUT, shift)
+    optics = blend(SOURCE_OPTICS, TARGET_OPTICS, shift)
+    palette = blend_palettes(shift)
+
+    count = config.train_images if split == "train" else config.val_images
+    images = np.empty((count, 3, config.height, config.width), np.uint8)
+    labels = np.empty((count, config.height, config.width), np.uint8)
+    for index in range(count):
+        rng = np.random.default_rng([config.seed, domain == "target", split == "val", index])
+        scene = paint_street(rng, layout, palette, config.height, config.width)
+        images[index] = photograph(rng, scene, optics, palette)
+        labels[index] = scene.labels
+    images.flags.writeable = labels.flags.writeable = False
+    return StreetsImages(tuple(f"streets_{domain}_{split}_{index:06d}" for index in range(count)), images, labels)

@@ -1,0 +1,1 @@
+"""Metrics, predictions and pictures of a network on validation and target images."""

@@ -1,0 +1,101 @@
+"""The network as it is deployed: 8-bit images in, class probabilities out at their size, and nothing of training."""
+
+import copy
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segadapt.trainables.core.networks import Segmenter
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+SMALLEST_SIDE = 32
+"""Least height and width of an image."""
+
+
+class DeployedNetwork(nn.Module):
+    """Resizes as the run did, normalises, predicts and up-samples to the size of the image.
+
+    Made of operations that `torch.export` and ONNX take at any size, resizing included.
+
+    Args:
+        network: The deployed network. It is copied, contiguous and on its device.
+        size: (h, w) that images are resized to, as `augmentation.target_size`; None shows them as they are.
+        interpolation: How they are resized, antialiased.
+    """
+
+    def __init__(
+        self, network: Segmenter, size: tuple[int, int] | None, interpolation: Interpolation = "bilinear"
+    ) -> None:
+        super().__init__()
+        self.network = _with_flooring_pools(copy.deepcopy(network)).to(memory_format=torch.contiguous_format).eval()
+        self.size = size
+        self.interpolation = interpolation
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return class probabilities, (B, C, H, W) float32, of RGB images, (B, 3, H, W) uint8."""
+        shown = images.float() if self.size is None else resized_antialiased(images, self.size, self.interpolation)
+        logits = self.network(self.network.normalise(shown)).logits.float()
+        return self.network.upsample(logits, (images.shape[-2], images.shape[-1])).softmax(1)
+
+
+def resized_antialiased(images: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """Return images, (B, 3, H, W) uint8, as floats in [0, 255] at `size`, (B, 3, *size).
+
+    A product with one matrix per side: torchvision's kernels do not export for sizes not known beforehand. Against
+    those it leaves out the rounding to whole numbers, which would let two runtimes differ by a level.
+    """
+    height, width = (
+        _resampling(before, after, interpolation, images.device)
+        for before, after in zip(images.shape[-2:], size, strict=True)
+    )
+    return (height @ (images.float() @ width.T).clamp(0, 255)).clamp(0, 255)
+
+
+def _resampling(before: int, after: int, interpolation: Interpolation, device: torch.device) -> Tensor:
+    """Return the weight of each of the pixels `before` in each of the pixels `after`, (after, before)."""
+    scale = torch.full((1,), before / after, device=device)  # `max` on a number asks whether images shrink
+    centres = (torch.arange(after, device=device) + 0.5) * scale
+    distance = torch.arange(before, device=device) + 0.5 - centres[:, None]
+    weights = _kernel((distance / scale.clamp(min=1)).abs(), interpolation)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _kernel(x: Tensor, interpolation: Interpolation) -> Tensor:
+    """Return the weight at the distance `x`: a triangle, or the cubic of PIL (a = -0.5)."""
+    if interpolation == "bilinear":
+        return (1 - x).clamp(min=0)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+class _FlooringPool(nn.Module):
+    """A 3x3 max-pool of stride 2 that rounds sizes up, for input that is not negative.
+
+    The rounding up of `nn.MaxPool2d` asks whether a size is even, which a graph for all sizes cannot.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, D, H // 2 + 1, W // 2 + 1)."""
+        return F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 3, 2, padding=1)
+
+
+def _with_flooring_pools(network: Segmenter) -> Segmenter:
+    """Replace max-pools that round sizes up, in place; all of them follow a ReLU."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.MaxPool2d) and child.ceil_mode:
+                setattr(module, name, _FlooringPool())
+    return network
+
+
+def stride(network: Segmenter) -> int:
+    """Return how many pixels per side a cell of the feature map stands for."""
+    side = 256
+    with torch.no_grad():
+        logits = network(network.mean.new_zeros(1, 3, side, side)).logits
+    cells: int = logits.shape[-1]
+    return round(side / cells)

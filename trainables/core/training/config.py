@@ -1,0 +1,108 @@
+"""What the trainer is told: optimiser, length, batches, precision; and how steps are shared out among stages."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from segadapt.trainables.core.data.transforms import AugmentationConfig, Size
+from segadapt.trainables.core.method import SOURCE_ONLY, Stage
+from segadapt.trainables.core.validation import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """SGD with momentum and a poly schedule, as the papers use it."""
+
+    lr: float | None = None
+    """Base learning rate of the adaptation stages; null takes the network's recommended one."""
+    lr_factor: float = 1.0
+    """Multiplies `lr`: the searched coordinate, comparable between networks."""
+    head_lr_factor: float | None = None
+    """Learning rate of the head over the base rate; null: 10 beside a pretrained backbone (paper), else 1."""
+    momentum: float = 0.9
+    """SGD momentum. Paper: 0.9."""
+    weight_decay: float = 5e-4
+    """On all trained parameters. Paper: 5e-4."""
+    poly_power: float = 0.9
+    """Learning rate = base * (1 - step / horizon) ** poly_power. Paper: 0.9."""
+    horizon: float = 1.5625
+    """Schedule length over the steps of a stage. Paper (SDCA): 62500 / 40000."""
+    clip_norm: float | None = None
+    """Largest gradient norm; null does not clip."""
+
+    def __post_init__(self) -> None:
+        check(self.lr_factor > 0, "optimizer.lr_factor must be positive", self.lr_factor)
+        for name in ("lr", "head_lr_factor", "clip_norm"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"optimizer.{name} must be positive or null", value)
+        check(0 <= self.momentum < 1, "optimizer.momentum must lie in [0, 1)", self.momentum)
+        check(self.weight_decay >= 0, "optimizer.weight_decay must not be negative", self.weight_decay)
+        check(self.horizon >= 1, "optimizer.horizon must be at least 1", self.horizon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Length and mechanics of a trial."""
+
+    steps: int = 240
+    """Optimiser steps after the warm-up, over all stages of the method."""
+    batch_size: int = 8
+    """Images of each domain per micro-batch, over all workers; halved by itself where the device's memory is short."""
+    accumulate: int = 1
+    """Micro-batches per optimiser step; more by themselves where micro-batches were halved."""
+    eval_every: int = 60
+    """Steps between evaluations; every evaluation leaves a checkpoint."""
+    eval_batch_size: int = 8
+    """Images per evaluation batch and worker."""
+    eval_window: Size | None = None
+    """Height and width of overlapping windows in which evaluations show an image; null: whole, as the papers do."""
+    loader_threads: int | None = None
+    """Threads that read and augment ahead; 0 does so between steps; null: the worker's CPUs beside a GPU, else 0."""
+    evaluate_start: bool = False
+    """Also evaluate before the first step."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the networks; auto is bf16 where a GPU supports it. Losses are always float32."""
+    channels_last: bool = True
+    """Memory format of images and weights."""
+    recompute: bool = False
+    """Compute residual blocks anew in the backward pass, rather than keep what is inside: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_batch_size"):
+            check(getattr(self, name) >= 1, f"trainer.{name} must be at least 1", getattr(self, name))
+        check(
+            self.loader_threads is None or self.loader_threads >= 0,
+            "trainer.loader_threads must be null or not negative",
+            self.loader_threads,
+        )
+        check(
+            self.eval_window is None or min(self.eval_window) >= 1,
+            "trainer.eval_window must be null or two sides of at least 1",
+            self.eval_window,
+        )
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Everything the trainer needs beside the method and the data."""
+
+    trainer: TrainerConfig
+    optimizer: OptimizerConfig
+    augmentation: AugmentationConfig
+    seed: int
+
+
+def stage_steps(plan: tuple[Stage, ...], warmup_steps: int, trainer_steps: int) -> dict[str, int]:
+    """Return the optimiser steps of each stage by name.
+
+    Shares that sum to 1 give `trainer_steps` in all; a stage with a share takes at least one step.
+    """
+    steps: dict[str, int] = {}
+    share, taken = 0.0, 0
+    for stage in plan:
+        if stage is SOURCE_ONLY:
+            steps[stage.name] = warmup_steps
+            continue
+        share += stage.share
+        steps[stage.name] = max(1, round(share * trainer_steps) - taken) if stage.share > 0 else 0
+        taken += steps[stage.name]
+    return steps
