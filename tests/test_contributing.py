@@ -47,7 +47,9 @@ def run(folder: Path, *words: str) -> str:
     """Run the command line on the copied sources; returns what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     command = [sys.executable, "-m", "segadapt.platform.cli", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 

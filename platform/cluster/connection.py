@@ -29,7 +29,6 @@ _DEFAULTS = {
     "GOMP_SPINCOUNT": "10000",  # 0.25 ms: spinning for long slows busy machines down, without it threads wake late
 }
 
-
 logger = logging.getLogger(__name__)
 
 

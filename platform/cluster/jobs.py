@@ -21,13 +21,10 @@ from segadapt.platform.storage.folders import check_name
 _COMMANDS = ("search", "train", "finish")
 """Those that train."""
 
-
 _ENDED = ("succeeded", "failed", "stopped")
-
 
 _POLL_S = 1.0
 """Between two looks at a job's log."""
-
 
 _READY_S = 120.0
 """For a head that was just started to take jobs."""

@@ -14,7 +14,6 @@ from segadapt.trainables.core.data.readers.shard_format import is_uri
 _TIMEOUT_S = 90.0
 """For a node to answer: its first worker process imports Ray meanwhile."""
 
-
 _MARK = "driver"
 """File that the driver writes into the storage folder, and its content."""
 

@@ -31,14 +31,11 @@ from segadapt.trainables.core.training.checkpoint import CorruptCheckpointError,
 PROTOCOLS = ("auto", *(f"cityscapes-{size}" for size in SUBSETS))
 """Class subsets to average over; `auto` takes all classes of the run."""
 
-
 AGGREGATION = "method.inference_aggregation"
 """Setting of methods whose network can aggregate when it predicts."""
 
-
 _SETTINGS = ("data.", "augmentation.target_size", "augmentation.interpolation", "trainer.eval_")
 """What may differ from the run."""
-
 
 _LEAST_THREADS = 2
 

@@ -26,37 +26,27 @@ from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE
 
 ONNX = "model.onnx"
 
-
 PT2 = "model.pt2"
 
-
 CARD = "model.json"
-
 
 OPSET = 18
 """Of ONNX; what PyTorch's exporter writes without conversion."""
 
-
 TOLERANCE = 1e-3
 """Largest difference of a class probability between an exported file and the network it was made from."""
 
-
 LARGEST_SIDE = 2**15
-
 
 _LARGEST_BATCH = 1024
 
-
 _WHOLE_PIXELS = 2**22
-
 
 _WHOLE_CELLS = 2**14
 """Of the feature map, if they are aggregated: the exported network holds two matrices of this number squared."""
 
-
 _CHECKED_SHAPES = ((2, 64, 96), (1, 131, 173))
 """Batch, height and width of the images that exported files are compared on."""
-
 
 _EXAMPLE_SHAPE = (2, 96, 128)
 

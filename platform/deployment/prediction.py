@@ -23,20 +23,15 @@ from segadapt.trainables.core.data.decoding import UnreadableError, decode_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
-
 RECORD = "predict.json"
 """File in the folder written, with all that decides its content: the same command goes on in it."""
 
-
 LABELS, OVERLAYS, CONFIDENCE = "labels", "overlays", "confidence"
-
 
 _MARGIN_SHARE = 8
 """A part of a large image is looked at with a margin of this fraction of its side, which is then left out."""
 
-
 _OPACITY = 0.5
-
 
 Pixels = NDArray[np.uint8]
 

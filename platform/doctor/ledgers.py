@@ -19,7 +19,6 @@ from segadapt.platform.tracking.tags import CHECKPOINT_TAG, KEY_TAG, STATE_TAG
 DUPLICATES = "duplicates"
 """Attribute of a study: the numbers of ended trials that were recorded a second time."""
 
-
 MLFLOW_STATUS = {
     "finished": "FINISHED",
     "stopped early": "FINISHED",

@@ -26,17 +26,13 @@ from segadapt.platform.tracking.tracker import RunInfo, Tracker
 DUPLICATE_TAG = "segadapt.duplicate_of"
 """Of a run that was recorded a second time: the run that counts."""
 
-
 RECOVERED_TAG = "segadapt.recovered"
 """Of a run that was recorded again, from Ray's state."""
-
 
 GONE_TAG = "segadapt.checkpoint_gone"
 """Where the checkpoint of a run lay, which is not there any more."""
 
-
 _BUDGET = ("out of time", "out of GPU hours")
-
 
 _FITTING = {
     "failed": ("failed", "infeasible"),
@@ -44,7 +40,6 @@ _FITTING = {
     "stopped early": ("stopped early", *_BUDGET),
 }
 """What MLflow may say of a trial, by how Ray ended it: Ray does not tell the end of a budget from early stopping."""
-
 
 _UNFINISHED = (None, "running", "paused", "interrupted", "lost")
 

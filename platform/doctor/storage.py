@@ -22,9 +22,7 @@ from segadapt.platform.tracking import outbox
 _OLD_S = 3600.0
 """What is in work changes more often than this."""
 
-
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse.sshfs", "9p", "afs")
-
 
 _OWN_LOCKS = ("nolock", "noflock", "localflock", "local_lock=all", "local_lock=flock")
 """Mount options under which nodes do not see each other's locks."""

@@ -32,7 +32,6 @@ from segadapt.trainables.core.training.interruption import noted_preemptions
 
 logger = logging.getLogger(__name__)
 
-
 _STATUS: dict[str, MlflowStatus] = {
     "failed": "FAILED",
     "infeasible": "FAILED",
@@ -41,7 +40,6 @@ _STATUS: dict[str, MlflowStatus] = {
     "out of GPU hours": "KILLED",
 }
 """How the run of a trial in this state ends in MLflow; FINISHED otherwise."""
-
 
 METRIC_PREFIXES = (
     "target_val/",

@@ -16,16 +16,12 @@ from segadapt.platform.storage.folders import Storage
 
 logger = logging.getLogger(__name__)
 
-
 LEDGER = "cost.json"
 """File in an experiment's folder: seconds, GPU seconds and CPU seconds of each trial."""
 
-
 _UNITS = ("seconds", "gpu_seconds", "cpu_seconds")
 
-
 _SAVE_EVERY_S = 5.0
-
 
 _ACCOUNTS = TypeAdapter(dict[str, dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]])
 

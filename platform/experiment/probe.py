@@ -31,7 +31,6 @@ from segadapt.trainables.core.training.trainer import Trainer
 PROBE_STEPS = 4
 """Steps measured of each kind of stage; the first is left out of the median."""
 
-
 PROBE_IMAGES = 16
 """Images of each set that the preparation of stages and the evaluation of a probe look at; times are scaled up."""
 

@@ -11,7 +11,6 @@ from rich.text import Text
 
 _SHOWN_TRIALS = 12
 
-
 _ACTIVE = ("starting", "running")
 """States of a trial whose missing steps are still to be done."""
 

@@ -21,7 +21,6 @@ from segadapt.platform.storage.retention import locked, trial_of
 
 RECORD = "record.json"
 
-
 BEGUN = "begun.json"
 """File in the folder of a trial that computes shared stages, with their hashes, until it has ended well."""
 

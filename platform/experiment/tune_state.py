@@ -19,31 +19,24 @@ from segadapt.platform.storage.checkpoints import REMOVED, TRAIN_FOLDER
 
 logger = logging.getLogger(__name__)
 
-
 ARCHIVE = "tune_state.zip"
 """File in an experiment's folder."""
-
 
 TUNER = "tuner.pkl"
 """What Tune writes once, before the first trial: with it, an experiment was begun."""
 
-
 _EVERY_S = 1.0
 """Between two looks at whether Tune has saved, which it does no more often."""
-
 
 _NAME = re.compile(
     r"(experiment_state|callback-states|searcher-state|search_gen_state|basic-variant-state)-"
     r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)\.(?:json|pkl)"
 )
 
-
 _TEXTS = ("experiment_state", "searcher-state")
 """Kinds that are JSON; the others are pickles, which are looked at but never loaded here."""
 
-
 _ALWAYS = {"experiment_state", "callback-states"}
-
 
 _REACHED = ("*/checkpoint_*", f"{TRAIN_FOLDER}/*/checkpoint_*", f"{REMOVED}/*.json")
 """What trials leave that have got anywhere."""

@@ -9,7 +9,6 @@ from typing import Any
 
 _LOOPBACK = "127.0.0.1"
 
-
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where the workers of a trial listen for each other; without it, where the machine's name leads."""
 

@@ -12,7 +12,6 @@ from segadapt.platform.ray_internals.start import attributes_changed
 _LEAST_S = 1.0
 """Between two of them, in seconds."""
 
-
 _PAUSE = 19
 """So many times as long as saving took passes until it is done again: a twentieth of the driver's time at most."""
 

@@ -194,7 +194,6 @@ def _rung_points(trials: Sequence[Any], goal: str) -> dict[int, list[tuple[int, 
 
 _WENT_ON = {True: "went on", False: "stopped or waits"}
 
-
 _RUNG_COLORS = {True: "#2f9e63", False: "#c0392b"}
 
 

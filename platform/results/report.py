@@ -17,7 +17,6 @@ from segadapt.platform.tracking.tags import KIND_TAG
 if TYPE_CHECKING:
     from segadapt.platform.results.leaderboard import Leaderboard, Row
 
-
 _COLORS = ("#3b7dd8", "#d9822b", "#2f9e63", "#b84fb0", "#c0392b", "#7f8c3a", "#5f6caf")
 """Of the methods, readable on light and dark ground."""
 

@@ -13,10 +13,8 @@ from segadapt.platform.tracking.tags import FAILURE_TAG, KIND_TAG, STATE_TAG
 
 _OPEN = ("running", "paused")
 
-
 _STALLED = 5
 """A trial is stalled that is silent for so many times the longest silence between two reports of any running one."""
-
 
 _STALLED_S = 60.0
 """At least, in seconds."""

@@ -13,7 +13,6 @@ from segadapt.platform.storage.stage_keys import stage_keys
 
 _RANGE = re.compile(r"(interval|log_interval|choice)\((.*)\)", re.DOTALL)
 
-
 _UNSEARCHED = ("data.", "warmup.", "network.", "seed", "trainer.")
 """Settings that decide what is measured, or how far a trial goes, and not how well a method does."""
 

@@ -13,7 +13,6 @@ from segadapt.platform.settings.objective import Objective
 
 SamplerName = Literal["auto", "tpe", "gp", "cmaes", "random", "qmc"]
 
-
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
 

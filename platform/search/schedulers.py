@@ -14,13 +14,10 @@ from segadapt.platform.settings.objective import Objective
 
 SchedulerName = Literal["asha", "asha-promote", "median", "hyperband", "none"]
 
-
 SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
-
 
 STEP = "step"
 """Reported time axis: training steps, never Tune's count of reports, which restarts with a trial."""
-
 
 REDUCTION_FACTOR = 2
 """The better 1/REDUCTION_FACTOR of the trials that reached a rung go on."""

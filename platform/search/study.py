@@ -11,22 +11,17 @@ from segadapt.platform.settings.config import METHOD, Values
 TRIAL_ID = "trial_id"
 """Attribute of the study's trials that names the trial in Ray, MLflow and the storage folder."""
 
-
 LOST = "lost"
 """Attribute of proposals that a killed driver had asked for and nobody ran; they are proposed again."""
-
 
 PRIOR = "prior"
 """Attribute of trials that were taken over from an earlier search, which it names."""
 
-
 RUNG = "rung_"
 """Attributes that hold what was decided about a trial, `rung_STEP`: its values there, and whether it goes on."""
 
-
 _VALUES = "values_"
 """Attributes that hold a trial's values at a step, `values_STEP`, where Optuna keeps none: with several goals."""
-
 
 Spaces = Mapping[str, Mapping[str, BaseDistribution]]
 """What varies, by method and dotted key."""

@@ -8,17 +8,14 @@ from segadapt.trainables.core.evaluation.label_free import SCORES
 
 TARGET = "target_val/miou"
 
-
 LABEL_FREE = ("source_val/miou", *(f"score/{name}" for name in SCORES))
 """Reported metrics that no target label enters."""
-
 
 REPORTED = (TARGET, *LABEL_FREE)
 """Metrics that every evaluation reports; higher is better for all."""
 
 COSTS = ("time/step",)
 """Reported metrics of which less is better."""
-
 
 GOALS = (*REPORTED, *COSTS)
 """Metrics that a search may have as a goal: mIoU on target labels, those that know none, and costs."""

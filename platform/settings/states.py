@@ -8,6 +8,5 @@ MlflowStatus = Literal["FINISHED", "FAILED", "KILLED"]
 INFEASIBLE = "infeasible:"
 """How the reason of a failure begins when the trial does not fit the device's memory, whatever the micro-batch."""
 
-
 PREEMPTED = "preempted:"
 """How the reason begins why a trial's process left that was asked to end."""

@@ -17,7 +17,6 @@ from segadapt.trainables.core.training.checkpoint import MANIFEST
 _LEFT_OVER_S = 3600.0
 """A folder that is being written changes more often than this."""
 
-
 _FORGET_S = 86400.0
 """A lease's records are removed when it was free for so long."""
 

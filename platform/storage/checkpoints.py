@@ -12,14 +12,11 @@ from segadapt.trainables.core.training.checkpoint import MANIFEST, is_whole
 EVALUATION = "evaluation.json"
 """File in a checkpoint folder with the evaluation at its step."""
 
-
 TRAIN_FOLDER = "train"
 """Sub-folder of an experiment in which Ray Train keeps the trials it runs; in-process trials lie beside it."""
 
-
 REMOVED = "removed"
 """Folder of an experiment with a record for each trial whose checkpoints were not kept: what they had reached."""
-
 
 _AWAY = ".removed_"
 """How the name of a checkpoint folder begins that is about to be deleted."""
@@ -142,6 +139,5 @@ def _removed(experiment: Path, trial_id: str) -> dict[str, Any] | None:
 
 CONFIG = "config.json"
 """File in a checkpoint folder with the configuration of its trial."""
-
 
 GALLERY = "gallery.png"

@@ -11,7 +11,6 @@ from segadapt.platform.errors import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
-
 _LEAST_FREE_BYTES = 512 * 2**20
 
 

@@ -23,7 +23,6 @@ from types import TracebackType
 RENEWED_EVERY_S = 3.0
 """Seconds between the heartbeats of a holder."""
 
-
 STALE_AFTER_S = 30.0
 """Seconds without heartbeat after which a holder counts as dead."""
 

@@ -7,9 +7,7 @@ from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
-
 T = TypeVar("T")
-
 
 _LONGEST_PAUSE_S = 10.0
 

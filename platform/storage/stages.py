@@ -29,14 +29,11 @@ from segadapt.trainables.core.training.reporting import Report
 DESCRIPTION = "stage.json"
 """File in a stage's folder that says what it is."""
 
-
 LEASES = ".leases"
 """Folder among the stages with the lease of each that was or is being computed."""
 
-
 NEEDS = "stages.json"
 """File in an experiment's folder with the hashes of the stages it needs until it has finished."""
-
 
 _POLL_S = 1.0
 """Seconds between two looks at a stage that another process computes."""

@@ -8,7 +8,6 @@ from segadapt.trainables.core.data.datasets import DataConfig, split_location
 NOTE_TAG = "mlflow.note.content"
 """Tag that MLflow shows as a run's description."""
 
-
 _DIGEST = 36
 """Characters that MLflow keeps of a dataset's fingerprint."""
 

@@ -28,9 +28,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-
 _RECORDS = "records.jsonl"
-
 
 _REFUSED = "refused.jsonl"
 

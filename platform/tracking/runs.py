@@ -15,12 +15,9 @@ from segadapt.platform.tracking.tags import KEY_TAG, STATE_TAG
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow open an experiment with its table of runs; it would show traces of language models otherwise."""
 
-
 _TABLE = "per_class_iou.json"
 
-
 _LABEL_TABLE = "pseudo_labels.json"
-
 
 _GALLERY_STEP = re.compile(r"gallery\+step\+(\d+)\+")
 """What MLflow calls the pictures of a step."""

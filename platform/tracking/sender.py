@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 _PAUSES_S = (0.5, 1, 2, 5, 10)
 """Between the attempts at a record; the last one repeats."""
 
-
 _REFUSALS = len(_PAUSES_S) + 1
 """So many failures in a row, while the server answers other requests, are the record's own fault."""
 

@@ -30,7 +30,6 @@ from segadapt.platform.tracking.tags import STATE_TAG
 
 logger = logging.getLogger(__name__)
 
-
 _EVALUATION = ("evaluation.json", GALLERY)
 """What of a checkpoint folder is tracked."""
 

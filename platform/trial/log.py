@@ -20,20 +20,15 @@ from segadapt.trainables.core.training.interruption import PreemptedError
 FOLDER = "logs"
 """Of the log among what a trial's stages write, and among the artifacts of its run."""
 
-
 DRIVER = "driver"
 """Who writes what the processes of a trial cannot: that they died, that the trial was stopped or ended."""
-
 
 STARTED, ENDED = "started", "ended"
 """Events with which the driver begins and ends a trial; one that was interrupted may be started again."""
 
-
 _PACKAGE = "segadapt"
 
-
 _POLL_S = 1.0
-
 
 _AGAIN = (PreemptedError, SmallerMicroBatchError)
 """Errors with which a process leaves in good order: the trial is started again."""

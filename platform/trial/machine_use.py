@@ -11,7 +11,6 @@ import torch
 _EVERY_S = 1.0
 """Between two looks at the GPU, which tells how busy it was during a part of a second."""
 
-
 _MEGABYTE = 1e6
 
 

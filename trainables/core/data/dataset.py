@@ -29,9 +29,7 @@ from segadapt.trainables.core.data.decoding import (
 
 _TAIL_BYTES = 4096
 
-
 Item = TypeVar("Item")
-
 
 Result = TypeVar("Result")
 

@@ -14,12 +14,9 @@ from segadapt.trainables.core.data.class_lists import UNKNOWN_COLOR, LabelValues
 Stored = NDArray[np.uint8] | NDArray[np.uint16]
 """Values as a label stores them, (H, W)."""
 
-
 _EIGHT_BIT_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "CMYK", "YCbCr", "1")
 
-
 _GREY, _TRUE_COLOR, _PALETTE = 0, 2, 3  # colour types of PNG
-
 
 _COLOR_TYPES = {0: "grey", 2: "RGB", 3: "with a palette", 4: "grey with alpha", 6: "RGB with alpha"}
 

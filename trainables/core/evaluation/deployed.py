@@ -11,7 +11,6 @@ from segadapt.trainables.core.networks import Segmenter
 
 Interpolation = Literal["bilinear", "bicubic"]
 
-
 SMALLEST_SIDE = 32
 """Least height and width of an image."""
 

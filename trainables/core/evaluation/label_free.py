@@ -21,14 +21,11 @@ from segadapt.trainables.core.networks import Segmenter
 SCORES = ("entropy", "information_maximization", "soft_neighborhood_density", "batch_nuclear_norm", "flip_agreement")
 """Names of the scores, as `label_free_scores` returns them."""
 
-
 MOST_IMAGES = 64
 """Images of a set that are scored at most: each costs two forward passes at every evaluation."""
 
-
 CELLS_PER_IMAGE = 16
 """Cells of an image that soft neighbourhood density compares: 1024 of 64 images."""
-
 
 _ROWS = 512
 """Cells whose likeness to all others is held at a time."""

@@ -19,10 +19,8 @@ from segadapt.trainables.core.method import StageData
 ENSEMBLE = "ensemble"
 """Folder of the averaged predictions, inside that of the round."""
 
-
 COMPLETE = "complete.json"
 """Written last: its presence means that every image of the round has been written."""
-
 
 _LEVELS = 256
 

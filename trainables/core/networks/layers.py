@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 _BLOCKS = frozenset({"ResidualBlock", "Bottleneck", "InvertedResidual"})
 """By name: torchvision, whose the last two are, takes seconds to import."""
 
-
 NormLayer = Callable[[int], nn.Module]
 
 

@@ -13,9 +13,7 @@ from types import FrameType
 
 _NOTE = "preemptions.json"
 
-
 _asked = threading.Event()
-
 
 _training = threading.Event()
 

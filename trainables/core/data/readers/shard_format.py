@@ -15,12 +15,9 @@ from segadapt.trainables.core.data.batch import ClassList
 
 MANIFEST = "manifest.json"
 
-
 INDEX = "index.parquet"
 
-
 FORMAT_VERSION = 1
-
 
 COLUMNS = ("id", "split", "height", "width", "histogram", "image", "label")
 """`histogram`: pixels of each class of the manifest; null, as is `label`, where the image has no label."""

@@ -41,9 +41,7 @@ from segadapt.trainables.core.data.readers.shard_format import (
 SHARDS = "shards"
 """The kind of a packed dataset in KIND:ROOT."""
 
-
 _CACHED_GROUPS = 4
-
 
 _OPEN_SHARDS = 256
 

@@ -12,7 +12,6 @@ from segadapt.trainables.core.data.streets.scene import Camera, Scene, pick
 
 _STREET_END = 75.0
 
-
 _FOCAL_SHARE = 0.8  # focal length / image width
 
 
