@@ -113,6 +113,42 @@ def _at_import(tree: ast.Module) -> ast.Module:
     return ast.Module(kept, [])
 
 
+LARGEST = {"lines of a file": 450, "files of a folder": 20, "lines of a function": 60, "parameters of a function": 10}
+
+
+@pytest.mark.parametrize("folder", ["platform", "trainables"])
+def test_files_folders_and_functions_are_no_larger_than_they_may(folder: str) -> None:
+    """A command of the command line may have more parameters: each is an option."""
+    sizes: list[tuple[str, str, int]] = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text()
+        sizes.append(("lines of a file", name, len(text.splitlines())))
+        sizes.append(("files of a folder", path.parent.name, len(list(path.parent.glob("*.py")))))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                where = f"{name}:{node.lineno} {node.name}"
+                sizes.append(("lines of a function", where, (node.end_lineno or 0) - node.lineno + 1))
+                if not name.startswith("platform/cli/"):
+                    sizes.append(("parameters of a function", where, _parameters(node)))
+    wrong = [f"{where}: {size} {what}" for what, where, size in sizes if size > LARGEST[what]]
+    assert not wrong, "\n".join(sorted(set(wrong)))
+
+
+def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    arguments = function.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return (
+        len([entry for entry in named if entry.arg not in ("self", "cls")])
+        + bool(arguments.vararg)
+        + bool(arguments.kwarg)
+    )
+
+
+def test_the_picture_of_the_rooms_is_drawn_from_the_code() -> None:
+    done = subprocess.run([sys.executable, ROOT / "docs" / "draw_architecture.py", "--check"], check=False)
+    assert done.returncode == 0, "run `python docs/draw_architecture.py`, and look at docs/images/architecture.svg"
+
+
 def test_the_standard_library_platform_is_found_from_the_root() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import platform; print(platform.system())"],
