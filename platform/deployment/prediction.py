@@ -17,6 +17,7 @@ from PIL import Image
 from segadapt.platform.deployment.card import Card
 from segadapt.platform.deployment.export import Predict
 from segadapt.platform.errors import UsageError
+from segadapt.platform.storage.files import write_whole
 from segadapt.trainables.core.data import files, sampling
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -238,7 +239,8 @@ def _begin(out: Path, record: Mapping[str, Any]) -> None:
         return
     if out.exists() and (not out.is_dir() or any(entry.name != f".{RECORD}" for entry in out.iterdir())):
         raise UsageError(f"OUT must be new, empty, or begun by the same command, but {out} is not. Choose another.")
-    _write(path, json.dumps(record, indent=1).encode())
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(record, indent=1))
 
 
 def _batches(
@@ -295,12 +297,5 @@ def _overlay(image: Pixels, labels: Pixels, card: Card) -> Image.Image:
 def _save(path: Path, picture: Image.Image) -> None:
     content = io.BytesIO()
     picture.save(content, "PNG")
-    _write(path, content.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
-    part.write_bytes(content)
-    part.replace(path)
+    write_whole(path, content.getvalue())

@@ -16,6 +16,7 @@ from segadapt.platform.search.schedulers import SchedulerName
 from segadapt.platform.search.warm_start import SearchSettings
 from segadapt.platform.settings.config import TrialConfig, Values, resolve
 from segadapt.platform.settings.resources import Resources, Tolerance
+from segadapt.platform.storage.files import write_whole
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.storage.retention import locked, trial_of
 
@@ -138,9 +139,7 @@ class Record:
         folder = storage.experiment(self.name)
         folder.mkdir(parents=True, exist_ok=True)
         content = vars(self) | {"candidates": {name: found.as_dict() for name, found in self.candidates.items()}}
-        temporary = folder / f".{RECORD}"
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(folder / RECORD)
+        write_whole(folder / RECORD, json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, storage: Storage, name: str) -> "Record":

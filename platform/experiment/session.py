@@ -23,6 +23,7 @@ from segadapt.platform.search.warm_start import Inheritance, inherit
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Allocation
 from segadapt.platform.storage.checkpoints import TrialCheckpoint, best_checkpoint, iou_table, read_metrics
+from segadapt.platform.storage.files import write_whole
 from segadapt.platform.storage.retention import CheckpointRetention
 from segadapt.platform.storage.stage_keys import StageKey, code_versions, own_steps, stage_experiment, stage_keys
 from segadapt.platform.storage.stages import (
@@ -442,7 +443,7 @@ class _Session:
             shutil.rmtree(spec.folder)  # it was finished and pruned since, or the code was edited
         self._mend(spec.folder)
         spec.folder.mkdir(exist_ok=True)
-        begun.write_text(content)
+        write_whole(begun, content)
         missing = tuple(key.stage for key in keys[done:])
         steps = sum(stage_steps(missing, config.warmup.steps, config.trainer.steps).values())
         names = [stage.name for stage in missing]

@@ -25,6 +25,7 @@ from conftest import TINY_WORDS, process_group_is_gone
 from PIL import Image
 from searching import free_port
 
+from segadapt.platform.storage import retries
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.tracking import sender
 from segadapt.platform.tracking.client import mlflow_client
@@ -96,7 +97,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> Itera
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again after moments, but often, where the time until the server is back is not the point."""
-    monkeypatch.setattr(sender, "_PAUSES_S", (0.05,))
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.05)
     monkeypatch.setattr(sender, "_REFUSALS", 12)  # starting a run is many requests, each fails once
 
 
