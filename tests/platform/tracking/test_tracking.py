@@ -25,11 +25,12 @@ from conftest import TINY_WORDS, process_group_is_gone
 from PIL import Image
 from searching import free_port
 
+from segadapt.platform.settings.states import MlflowStatus
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.tracking import sender
 from segadapt.platform.tracking.client import mlflow_client
 from segadapt.platform.tracking.tags import KEY_TAG, STATE_TAG
-from segadapt.platform.tracking.tracker import RunInfo, Status, Tracker
+from segadapt.platform.tracking.tracker import RunInfo, Tracker
 
 LOGGER = "segadapt.platform.tracking.sender"
 
@@ -439,7 +440,7 @@ def test_a_second_session_continues_a_run_by_its_key(tmp_path: Path, caplog: pyt
     storage, best = Storage(tmp_path), checkpoint(tmp_path / "checkpoint")
     arrived = Arrived(Place(storage.root).tracking_url, "continued")
 
-    def session(steps: range, state: str, status: Status, *starts: RunInfo) -> dict[str, Any]:
+    def session(steps: range, state: str, status: MlflowStatus, *starts: RunInfo) -> dict[str, Any]:
         tracker = Tracker(Place(storage.root))
         for info in starts:
             tracker.start(info)
