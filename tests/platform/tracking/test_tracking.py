@@ -216,8 +216,9 @@ def waiting(storage: Path) -> list[str]:
 SEARCH_THAT_IS_KILLED = """
     import os, signal, sys, time
     from pathlib import Path
-    from segadapt.platform.storage.folders import Storage
-    from segadapt.platform.tracking import METHOD_TAG, RunInfo, Tracker
+    from segadapt.platform.storage.folders import Place
+    from segadapt.platform.tracking.tags import METHOD_TAG
+    from segadapt.platform.tracking.tracker import RunInfo, Tracker
 
     storage, uri, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     tracker = Tracker(Place(storage, uri))
@@ -408,8 +409,8 @@ def test_a_lost_server_does_not_keep_the_process_alive(tmp_path: Path) -> None:
         """
         import socket, sys, time
         from pathlib import Path
-        from segadapt.platform.storage.folders import Storage
-        from segadapt.platform.tracking import RunInfo, Tracker
+        from segadapt.platform.storage.folders import Place
+        from segadapt.platform.tracking.tracker import RunInfo, Tracker
 
         door = socket.create_server(("127.0.0.1", 0))  # takes a request, never answers
         tracker = Tracker(Place(Path(sys.argv[1]), f"http://127.0.0.1:{door.getsockname()[1]}"))
@@ -513,8 +514,8 @@ def kill(connection, cursor, statement, *_):
 TRACKS = """
 import sys
 from pathlib import Path
-from segadapt.platform.storage.folders import Storage
-from segadapt.platform.tracking import RunInfo, Tracker
+from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.tracker import RunInfo, Tracker
 tracker = Tracker(Place(Path(sys.argv[1])))
 tracker.start(RunInfo(sys.argv[2], "kills", sys.argv[2], {}, {}))
 tracker.end(sys.argv[2], "FINISHED")
