@@ -21,7 +21,7 @@ from searching import COMMAND, free_port, wait_for
 from typer.testing import CliRunner
 
 import segadapt as api
-from segadapt.platform.cli import app
+from segadapt.platform.cli.main import app
 from segadapt.platform.doctor.findings import Finding
 from segadapt.platform.doctor.storage import file_system, keeps_locks_apart
 from segadapt.platform.errors import UsageError
