@@ -10,10 +10,10 @@ from pathlib import Path
 
 from segadapt.platform.doctor.drivers import Drivers, experiment_of
 from segadapt.platform.doctor.findings import Examination, Finding, fault
-from segadapt.platform.doctor.ray_state import is_sound
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.record import BEGUN
 from segadapt.platform.storage import cache
+from segadapt.platform.storage.checkpoints import is_sound
 from segadapt.platform.storage.files import lock, locked
 from segadapt.platform.storage.folders import Storage, open_storage
 from segadapt.platform.tracking import outbox

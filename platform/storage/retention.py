@@ -5,7 +5,6 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from segadapt.platform.settings.objective import Objective
@@ -141,8 +140,3 @@ class CheckpointRetention:
             logger.warning("Checkpoints of %s could not be removed (%s); tried again later.", trial_id, error)
             return False
         return True
-
-
-def trial_of(checkpoint: Path) -> str:
-    """Return the id of the trial that a checkpoint folder belongs to."""
-    return checkpoint.parent.name

@@ -14,6 +14,7 @@ from segadapt.platform.storage.folders import Place
 from segadapt.platform.storage.retries import retry
 from segadapt.platform.tracking import outbox
 from segadapt.platform.tracking.client import mlflow_client, waiting_folder
+from segadapt.platform.tracking.moved import point_artifacts_here
 from segadapt.platform.tracking.outbox import Entry, Outbox
 from segadapt.platform.tracking.runs import RunWriter
 from segadapt.platform.tracking.tags import STATE_TAG
@@ -30,6 +31,7 @@ class _AwayError(Exception):
 
 def send_waiting(place: Place, timeout_s: float = 60.0) -> None:
     """Send what ended processes have left for a server, for `timeout_s` seconds at most."""
+    point_artifacts_here(place)
     folder = waiting_folder(place)
     if not outbox.left_over(folder) or not os.access(folder, os.W_OK):
         return

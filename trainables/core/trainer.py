@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from segadapt.trainables.core import distributed, preemption
-from segadapt.trainables.core.checkpoint import is_whole, load_state, save_state, tensors_hash
+from segadapt.trainables.core.checkpoint import EVALUATION, GALLERY, is_whole, load_state, save_state, tensors_hash
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch, DomainData, EvaluationData
 from segadapt.trainables.core.data.loading import (
     BatchSource,
@@ -699,7 +699,7 @@ class Trainer:
     ) -> None:
         save_state(folder, self._state(stage, step, optimizer))
         shown = evaluation_for_network(self.evaluation, self.settings.augmentation)
-        save_gallery(self.method.deployed, shown, self.device, folder / "gallery.png")
+        save_gallery(self.method.deployed, shown, self.device, folder / GALLERY)
         summary = {
             "metrics": metrics,
             "classes": evaluation.classes.names,
@@ -709,7 +709,7 @@ class Trainer:
         }
         if evaluation.target_val.pseudo_labels is not None:
             summary["pseudo_labels"] = evaluation.target_val.pseudo_labels.by_class(evaluation.classes.names)
-        (folder / "evaluation.json").write_text(json.dumps(summary))
+        (folder / EVALUATION).write_text(json.dumps(summary))
         size = sum(path.stat().st_size for path in folder.iterdir())
         message = f"Wrote a checkpoint of {size / 2**20:.1f} MiB."
         note("checkpoint", message, stage=stage.name, step=metrics["step"], bytes=size)
