@@ -1,6 +1,7 @@
 """Commands handed to a cluster as Ray Jobs: they run there, on after this machine is switched off."""
 
 import contextlib
+import itertools
 import json
 import logging
 import secrets
@@ -17,6 +18,7 @@ from segadapt.platform.errors import UsageError, redacted
 from segadapt.platform.ray_internals.start import authenticated
 from segadapt.platform.settings.config import read_experiment
 from segadapt.platform.storage.folders import check_name
+from segadapt.platform.storage.retries import retry
 
 _COMMANDS = ("search", "train", "finish")
 """Those that train."""
@@ -28,6 +30,10 @@ _POLL_S = 1.0
 
 _READY_S = 120.0
 """For a head that was just started to take jobs."""
+
+
+class _NotReadyError(RuntimeError):
+    """The head was just started and takes no jobs yet."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,16 @@ def submit(words: Sequence[str], *, address: str, name: str | None = None) -> st
 
 def _start(client: Any, command: str, name: str) -> None:
     """Start a job, as soon as the head's agent is ready for one."""
-    deadline = time.monotonic() + _READY_S
-    while True:
+
+    def submit() -> None:
         try:
             client.submit_job(entrypoint=command, submission_id=name)
-            return
         except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(_POLL_S)
+            if "No available agent" in str(error):
+                raise _NotReadyError(str(error)) from error
+            raise
+
+    retry(submit, _NotReadyError, _READY_S, pauses=itertools.repeat(_POLL_S), level=logging.DEBUG)
 
 
 def jobs(address: str) -> list[Job]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from segadapt.platform.errors import UsageError
 from segadapt.platform.results.leaderboard import find_run, run_tags
 from segadapt.platform.settings.config import TrialConfig, Values, flatten, keys, resolve
-from segadapt.platform.storage.checkpoints import CONFIG, EVALUATION
+from segadapt.platform.storage.checkpoints import checkpoint_name, class_names, configuration, read_metrics
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.tags import KEY_TAG
 from segadapt.platform.tracking.tracker import Tracker
@@ -64,9 +64,9 @@ def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> 
         UsageError: If the checkpoint is missing or damaged, or a setting is not as it must be.
     """
     try:
-        content = json.loads((checkpoint / CONFIG).read_text())
-        summary = json.loads((checkpoint / EVALUATION).read_text())
+        content = configuration(checkpoint)
         state = load_state(checkpoint)
+        names, step = class_names(checkpoint), int(read_metrics(checkpoint)["step"])
     except OSError as error:
         raise UsageError(
             f"The checkpoint of the run must lie in {checkpoint}, but cannot be read: {error.strerror}. "
@@ -80,12 +80,11 @@ def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> 
             f"--aggregation must be left out for a network that was trained by {method}: it does not offer aggregation."
         )
     config = resolve(method, {**dict(flatten(content)), **overrides})
-    names = tuple(summary["classes"])
     prefix = state["deployed"] + "."
     own = {name.removeprefix(prefix): value for name, value in state["state"].items() if name.startswith(prefix)}
     built = build_method(dataclasses.replace(config, network=_untrained(config.network, own)), len(names))
     built.deployed.load_state_dict(own)
-    return Deployed(built.deployed.to(device).eval(), config, names, int(summary["metrics"]["step"]))
+    return Deployed(built.deployed.to(device).eval(), config, names, step)
 
 
 def _untrained(network: NetworkConfig, deployed: Collection[str]) -> NetworkConfig:
@@ -374,6 +373,7 @@ def evaluate_run(
     tracker = Tracker(place)
     metrics = {f"{result.tracked}/{name}": value for name, value in result.metrics.items()}
     tracker.log_summary(key, metrics, result.step)
-    tracker.log_json(key, {**dataclasses.asdict(result), "settings": dict(settings)}, f"{result.tracked}.json")
+    noted = {"checkpoint": checkpoint_name(place.folders, Path(result.checkpoint)), "settings": dict(settings)}
+    tracker.log_json(key, {**dataclasses.asdict(result), **noted}, f"{result.tracked}.json")
     tracker.close()
     return result

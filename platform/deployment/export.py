@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,35 +17,46 @@ from segadapt.platform.deployment import registry
 from segadapt.platform.deployment.card import Card
 from segadapt.platform.errors import UsageError
 from segadapt.platform.results.leaderboard import find_run, open_client, run_tags
-from segadapt.platform.storage.checkpoints import EVALUATION
+from segadapt.platform.settings.config import TrialConfig
+from segadapt.platform.storage.checkpoints import class_colors, read_metrics, state_hash
 from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.tags import DATA_TAG
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.evaluation.deployed import SMALLEST_SIDE, DeployedNetwork, stride
-from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE
+from segadapt.trainables.core.deployed import SMALLEST_SIDE, DeployedNetwork, stride
 
 ONNX = "model.onnx"
 
+
 PT2 = "model.pt2"
 
+
 CARD = "model.json"
+
 
 OPSET = 18
 """Of ONNX; what PyTorch's exporter writes without conversion."""
 
+
 TOLERANCE = 1e-3
 """Largest difference of a class probability between an exported file and the network it was made from."""
 
+
 LARGEST_SIDE = 2**15
+
 
 _LARGEST_BATCH = 1024
 
+
 _WHOLE_PIXELS = 2**22
+
 
 _WHOLE_CELLS = 2**14
 """Of the feature map, if they are aggregated: the exported network holds two matrices of this number squared."""
 
+
 _CHECKED_SHAPES = ((2, 64, 96), (1, 131, 173))
 """Batch, height and width of the images that exported files are compared on."""
+
 
 _EXAMPLE_SHAPE = (2, 96, 128)
 
@@ -74,7 +84,7 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
     """
     deployed = evaluating.load_deployed(origin.checkpoint, {}, device)
     network, config = deployed.network, deployed.config
-    summary = json.loads((origin.checkpoint / EVALUATION).read_text())
+    metrics = read_metrics(origin.checkpoint)
     aggregation = float(getattr(config.method, evaluating.AGGREGATION.removeprefix("method."), 0.0))
     size = config.augmentation.target_size
     pixels = _WHOLE_PIXELS
@@ -83,18 +93,16 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
     mean, std = (part.flatten().tolist() for part in (network.mean, network.std))
     card = Card(
         classes=deployed.names,
-        colors=_colors(summary, deployed),
+        colors=class_colors(origin.checkpoint) or _data_colors(config),
         whole_pixels=pixels,
         input_size=size,
         normalisation={"bgr": network.normalisation.bgr, "mean": mean, "std": std},
         aggregation=aggregation,
-        metrics={
-            name: value for name, value in summary["metrics"].items() if name.startswith(("target_val/", "source_val/"))
-        },
+        metrics={name: value for name, value in metrics.items() if name.startswith(("target_val/", "source_val/"))},
         search=origin.search,
         run=origin.run,
         run_id=origin.run_id,
-        checkpoint_sha256=json.loads((origin.checkpoint / MANIFEST).read_text())["sha256"][STATE],
+        checkpoint_sha256=state_hash(origin.checkpoint),
         step=deployed.step,
         data_fingerprint=origin.data_fingerprint,
         config=config.as_dict(),
@@ -114,12 +122,10 @@ def from_run(origin: Origin, device: torch.device) -> tuple["Predict", Card]:
     return predict, card
 
 
-def _colors(summary: Mapping[str, Any], deployed: evaluating.Deployed) -> tuple[tuple[int, int, int], ...]:
-    """Return the classes' colours, from the data if the checkpoint is older than colours in checkpoints."""
-    if "colors" in summary:
-        return tuple(tuple(color) for color in summary["colors"])
+def _data_colors(config: TrialConfig) -> tuple[tuple[int, int, int], ...]:
+    """Return the colours of the classes of a trial's data."""
     try:
-        return load_data(deployed.config.data)[0].classes.colors
+        return load_data(config.data)[0].classes.colors
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -298,7 +304,7 @@ def origin_of(run: str, search: str, place: Place) -> Origin:
     """
     row = find_run(run, search, place, kinds=("trial", "finish"))
     assert row.checkpoint is not None
-    fingerprint = run_tags(row, place).get("segadapt.data", "")
+    fingerprint = run_tags(row, place).get(DATA_TAG, "")
     return Origin(search, row.name, row.run_id, Path(row.checkpoint), fingerprint)
 
 

@@ -17,21 +17,25 @@ from PIL import Image
 from segadapt.platform.deployment.card import Card
 from segadapt.platform.deployment.export import Predict
 from segadapt.platform.errors import UsageError
-from segadapt.trainables.core.data import sampling
-from segadapt.trainables.core.data.dataset import in_threads
-from segadapt.trainables.core.data.decoding import UnreadableError, decode_image
+from segadapt.platform.storage.files import write_whole
+from segadapt.trainables.core.data import files, sampling
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
 
 RECORD = "predict.json"
 """File in the folder written, with all that decides its content: the same command goes on in it."""
 
+
 LABELS, OVERLAYS, CONFIDENCE = "labels", "overlays", "confidence"
+
 
 _MARGIN_SHARE = 8
 """A part of a large image is looked at with a margin of this fraction of its side, which is then left out."""
 
+
 _OPACITY = 0.5
+
 
 Pixels = NDArray[np.uint8]
 
@@ -235,7 +239,8 @@ def _begin(out: Path, record: Mapping[str, Any]) -> None:
         return
     if out.exists() and (not out.is_dir() or any(entry.name != f".{RECORD}" for entry in out.iterdir())):
         raise UsageError(f"OUT must be new, empty, or begun by the same command, but {out} is not. Choose another.")
-    _write(path, json.dumps(record, indent=1).encode())
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(record, indent=1))
 
 
 def _batches(
@@ -243,7 +248,7 @@ def _batches(
 ) -> Iterator[list[_Item]]:
     """Bring images of equal size together, by their headers; those that have none go to `unreadable`."""
     sizes: dict[_Item, tuple[int, int]] = {}
-    for item, size in zip(items, in_threads(_size, items), strict=True):
+    for item, size in zip(items, files.in_threads(_size, items), strict=True):
         if isinstance(size, Unreadable):
             unreadable.append(size)
         else:
@@ -268,8 +273,8 @@ def _read(batch: Sequence[_Item]) -> list[Pixels | Unreadable]:
 
 def _image(item: _Item) -> Pixels | Unreadable:
     try:
-        return decode_image(item.path.read_bytes())
-    except (OSError, UnreadableError) as error:
+        return files.decode_image(item.path.read_bytes())
+    except (OSError, files.UnreadableError) as error:
         return _unreadable(item, error)
 
 
@@ -292,12 +297,5 @@ def _overlay(image: Pixels, labels: Pixels, card: Card) -> Image.Image:
 def _save(path: Path, picture: Image.Image) -> None:
     content = io.BytesIO()
     picture.save(content, "PNG")
-    _write(path, content.getvalue())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
-    part.write_bytes(content)
-    part.replace(path)
+    write_whole(path, content.getvalue())

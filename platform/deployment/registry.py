@@ -12,6 +12,7 @@ import numpy as np
 
 from segadapt.platform.deployment.card import Card
 from segadapt.platform.errors import UsageError
+from segadapt.platform.tracking.tags import DATA_TAG, MODEL_CHECKPOINT_TAG, MODEL_SEARCH_TAG, MODEL_TRIAL_TAG
 
 _SERVED_EXAMPLE_SIZE = (64, 96)
 
@@ -38,10 +39,10 @@ def register(client: Any, name: str, card: Card, onnx: Path) -> str:
     from mlflow.exceptions import MlflowException
 
     tags = {
-        "segadapt.search": card.search,
-        "segadapt.trial": card.run,
-        "segadapt.checkpoint_sha256": card.checkpoint_sha256,
-        "segadapt.data": card.data_fingerprint,
+        MODEL_SEARCH_TAG: card.search,
+        MODEL_TRIAL_TAG: card.run,
+        MODEL_CHECKPOINT_TAG: card.checkpoint_sha256,
+        DATA_TAG: card.data_fingerprint,
     }
     try:
         client.create_registered_model(name)

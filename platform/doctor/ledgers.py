@@ -7,12 +7,12 @@ from typing import Any
 
 from segadapt.platform.doctor.drivers import experiment_of, folders_of
 from segadapt.platform.doctor.findings import Finding
-from segadapt.platform.doctor.ray_state import RayTrial, is_sound, ray_trials
+from segadapt.platform.doctor.ray_state import RayTrial, ray_trials
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.record import RECORD, Record
 from segadapt.platform.search.study import LOST, PRIOR, TRIAL_ID
 from segadapt.platform.settings.objective import TARGET, Objective
-from segadapt.platform.storage.checkpoints import TrialCheckpoint, best_checkpoint
+from segadapt.platform.storage.checkpoints import TrialCheckpoint, best_checkpoint, is_sound
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.tracking.tags import CHECKPOINT_TAG, KEY_TAG, STATE_TAG
 

@@ -8,31 +8,33 @@ from typing import Any
 
 from segadapt.platform.doctor.findings import Finding
 from segadapt.platform.doctor.ledgers import MLFLOW_STATUS, Ledgers, key_of, ledger_fault
-from segadapt.platform.doctor.ray_state import RayTrial, is_sound
+from segadapt.platform.doctor.ray_state import RayTrial
+from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.objective import GOALS
-from segadapt.platform.storage.checkpoints import TRAIN_FOLDER
-from segadapt.platform.tracking.descriptions import NOTE_TAG, trial_note
+from segadapt.platform.storage.checkpoints import checkpoint_folder, checkpoint_name, is_sound
+from segadapt.platform.tracking.descriptions import trial_note
 from segadapt.platform.tracking.tags import (
+    BEST_STEP_TAG,
     CHECKPOINT_TAG,
+    DUPLICATE_TAG,
+    EXPERIMENT_TAG,
     FAILURE_TAG,
+    GONE_TAG,
     KEY_TAG,
     KIND_TAG,
     METHOD_TAG,
     NOT_KEPT,
+    NOTE_TAG,
+    OBJECTIVE_TAG,
+    RECOVERED_TAG,
+    SEED_TAG,
     STATE_TAG,
+    TRIAL_ID_TAG,
 )
 from segadapt.platform.tracking.tracker import RunInfo, Tracker
 
-DUPLICATE_TAG = "segadapt.duplicate_of"
-"""Of a run that was recorded a second time: the run that counts."""
-
-RECOVERED_TAG = "segadapt.recovered"
-"""Of a run that was recorded again, from Ray's state."""
-
-GONE_TAG = "segadapt.checkpoint_gone"
-"""Where the checkpoint of a run lay, which is not there any more."""
-
 _BUDGET = ("out of time", "out of GPU hours")
+
 
 _FITTING = {
     "failed": ("failed", "infeasible"),
@@ -40,6 +42,7 @@ _FITTING = {
     "stopped early": ("stopped early", *_BUDGET),
 }
 """What MLflow may say of a trial, by how Ray ended it: Ray does not tell the end of a budget from early stopping."""
+
 
 _UNFINISHED = (None, "running", "paused", "interrupted", "lost")
 
@@ -65,8 +68,8 @@ def _mark_duplicates(ledgers: Ledgers, kept: Any, others: Sequence[Any]) -> None
         if run.info.status == "RUNNING":
             ledgers.client.set_tag(run_id, STATE_TAG, "lost")
             ledgers.client.set_terminated(run_id, "KILLED", _last_heard_ms(ledgers, run))
-        if "segadapt.experiment" in run.data.tags:
-            ledgers.client.delete_tag(run_id, "segadapt.experiment")
+        if EXPERIMENT_TAG in run.data.tags:
+            ledgers.client.delete_tag(run_id, EXPERIMENT_TAG)
         ledgers.client.delete_tag(run_id, KEY_TAG)  # last: it is what finds the run again after a kill
 
 
@@ -144,7 +147,7 @@ def _record_end(ledgers: Ledgers, run: Any, trial: RayTrial) -> None:
     run_id, tags = run.info.run_id, _end_tags(ledgers, key_of(run), trial)
     heard_ms = int((trial.heard or time.time()) * 1000)
     for metric, value in _kept_metrics(ledgers, key_of(run)).items():
-        ledgers.client.log_metric(run_id, metric, value, heard_ms, int(tags["segadapt.best_step"]))
+        ledgers.client.log_metric(run_id, metric, value, heard_ms, int(tags[BEST_STEP_TAG]))
     for tag, text in tags.items():
         ledgers.client.set_tag(run_id, tag, text)
     if FAILURE_TAG in run.data.tags and FAILURE_TAG not in tags:
@@ -158,8 +161,8 @@ def _end_tags(ledgers: Ledgers, key: str, trial: RayTrial) -> dict[str, str]:
     assert state is not None
     tags = {STATE_TAG: state}
     if best is not None:
-        where = str(best.path) if best.kept else NOT_KEPT
-        tags |= {CHECKPOINT_TAG: where, "segadapt.best_step": str(best.metrics["step"])}
+        where = checkpoint_name(ledgers.storage, best.path) if best.kept else NOT_KEPT
+        tags |= {CHECKPOINT_TAG: where, BEST_STEP_TAG: str(best.metrics["step"])}
     if trial.status == "ERROR":
         tags[FAILURE_TAG] = trial.reason
     goals = {name.removeprefix("best/"): value for name, value in _kept_metrics(ledgers, key).items()}
@@ -218,10 +221,10 @@ def _record_run(ledgers: Ledgers, key: str, trial: RayTrial) -> None:
     tags = {
         KIND_TAG: kind,
         METHOD_TAG: config.method_name,
-        "segadapt.trial_id": trial_id,
-        "segadapt.experiment": folder,
-        "segadapt.seed": str(config.seed),
-        "segadapt.objective": str(ledgers.objective(folder)),
+        TRIAL_ID_TAG: trial_id,
+        EXPERIMENT_TAG: folder,
+        SEED_TAG: str(config.seed),
+        OBJECTIVE_TAG: str(ledgers.objective(folder)),
         RECOVERED_TAG: "from Ray's state",
     }
     name = f"{config.method_name}-{number:03d}" if kind == "trial" else f"{kind}-{trial_id}"
@@ -260,17 +263,17 @@ def unknown_runs(ledgers: Ledgers) -> Iterator[Finding]:
 def checkpoint_findings(ledgers: Ledgers) -> Iterator[Finding]:
     """Find runs whose checkpoint is not where their tag says, or is cut short."""
     for run in ledgers.active:
-        if run.data.tags.get(CHECKPOINT_TAG, NOT_KEPT) == NOT_KEPT:
+        noted, name = run.data.tags.get(CHECKPOINT_TAG, NOT_KEPT), run.info.run_name
+        if noted == NOT_KEPT:
             continue
-        path = Path(run.data.tags[CHECKPOINT_TAG])
+        try:
+            path = checkpoint_folder(ledgers.storage, noted)
+        except UsageError as error:
+            meaning, advice = f"It is never opened: {error}", f"--fix clears the tag {CHECKPOINT_TAG}"
+            text = f"The tag {CHECKPOINT_TAG} of {name} leads out of the storage folder: {noted}"
+            yield ledger_fault(ledgers, text, meaning, advice, partial(_give_up_checkpoint, ledgers, run))
+            continue
         if is_sound(path):
-            continue
-        moved = _moved(ledgers, run)
-        name = run.info.run_name
-        if moved is not None:
-            text = f"The checkpoint of {name} is not in {path}, but in {moved}"
-            repair = partial(ledgers.client.set_tag, run.info.run_id, CHECKPOINT_TAG, str(moved))
-            yield ledger_fault(ledgers, text, "The storage folder was moved", "--fix makes MLflow point there", repair)
             continue
         is_there = path.exists()
         yield ledger_fault(
@@ -282,16 +285,8 @@ def checkpoint_findings(ledgers: Ledgers) -> Iterator[Finding]:
         )
 
 
-def _moved(ledgers: Ledgers, run: Any) -> Path | None:
-    """Return where the checkpoint of a run lies in this storage folder, if it does."""
-    folder, _, trial_id = key_of(run).partition("/")
-    name = Path(run.data.tags[CHECKPOINT_TAG]).name
-    parents = (ledgers.storage.experiment(folder), ledgers.storage.experiment(folder) / TRAIN_FOLDER)
-    return next((path for parent in parents if is_sound(path := parent / trial_id / name)), None)
-
-
-def _give_up_checkpoint(ledgers: Ledgers, run: Any, path: Path) -> None:
-    ledgers.client.set_tag(run.info.run_id, GONE_TAG, str(path))
-    if path.is_dir():
+def _give_up_checkpoint(ledgers: Ledgers, run: Any, path: Path | None = None) -> None:
+    ledgers.client.set_tag(run.info.run_id, GONE_TAG, run.data.tags[CHECKPOINT_TAG])
+    if path is not None and path.is_dir():
         path.rename(path.with_name(f"broken_{path.name}"))  # so that nothing takes it for the best
     ledgers.client.delete_tag(run.info.run_id, CHECKPOINT_TAG)

@@ -1,7 +1,6 @@
 """The trials in Ray's saved state."""
 
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 from segadapt.platform.settings.config import Values
 from segadapt.platform.settings.states import INFEASIBLE
-from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,3 @@ def ray_trials(folder: Path) -> dict[str, RayTrial] | None:
         }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{saved} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def is_sound(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is there and was not cut short. Its end is looked at; loading compares the hash."""
-    try:
-        json.loads((checkpoint / MANIFEST).read_text())["sha256"][STATE]
-        zipfile.ZipFile(checkpoint / STATE).close()  # reads the table at its end
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
-        return False
-    return True

@@ -1,7 +1,5 @@
 """Is the storage folder sound?"""
 
-import contextlib
-import fcntl
 import json
 import math
 import shutil
@@ -12,10 +10,11 @@ from pathlib import Path
 
 from segadapt.platform.doctor.drivers import Drivers, experiment_of
 from segadapt.platform.doctor.findings import Examination, Finding, fault
-from segadapt.platform.doctor.ray_state import is_sound
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.record import BEGUN
 from segadapt.platform.storage import cache
+from segadapt.platform.storage.checkpoints import is_sound
+from segadapt.platform.storage.files import lock, locked
 from segadapt.platform.storage.folders import Storage, open_storage
 from segadapt.platform.tracking import outbox
 
@@ -79,9 +78,8 @@ def _locks(storage: Storage, kind: str, options: str) -> Iterator[Finding]:
     """Locks tell which drivers live."""
     with tempfile.NamedTemporaryFile(dir=storage.root) as probe, Path(probe.name).open() as other:
         try:
-            fcntl.flock(probe, fcntl.LOCK_EX)
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(probe)
+            if lock(other, wait=False):
                 raise OSError("two processes hold one lock")
         except OSError as error:
             advice = "Mount it with locks, or choose another folder"
@@ -98,7 +96,7 @@ def _locks(storage: Storage, kind: str, options: str) -> Iterator[Finding]:
 
 def _in_work(storage: Storage) -> Iterator[Finding]:
     making = storage.mlflow_database.with_name(f".{storage.mlflow_database.name}.new")
-    with _alone(storage) as alone:
+    with locked(storage.mlflow_lock, wait=False) as alone:  # nobody is at it
         if alone and making.is_dir():
             text = f"{making} is MLflow's database, half made"
             repair = partial(shutil.rmtree, making)
@@ -107,18 +105,6 @@ def _in_work(storage: Storage) -> Iterator[Finding]:
         for folder in outbox.abandoned(server, _OLD_S) if server.is_dir() else ():
             repair = partial(shutil.rmtree, folder)
             yield _left(f"{folder} holds no record", "A command was killed as it began", repair)
-
-
-@contextlib.contextmanager
-def _alone(storage: Storage) -> Iterator[bool]:
-    """Keep others from making MLflow's database; yields False if one is at it."""
-    with (storage.root / ".mlflow.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def _left(text: str, meaning: str, repair: Callable[[], None]) -> Finding:

@@ -19,18 +19,38 @@ from segadapt.platform.experiment.tune_state import StateKeeper
 from segadapt.platform.ray_internals.tune import SHORT_OF_MEMORY
 from segadapt.platform.settings.objective import GOALS
 from segadapt.platform.settings.states import INFEASIBLE, MlflowStatus
-from segadapt.platform.storage.checkpoints import best_checkpoint
+from segadapt.platform.storage.checkpoints import best_checkpoint, checkpoint_name
 from segadapt.platform.storage.retention import CheckpointRetention
-from segadapt.platform.tracking.descriptions import NOTE_TAG, datasets, trial_note
-from segadapt.platform.tracking.tags import CHECKPOINT_TAG, FAILURE_TAG, KIND_TAG, METHOD_TAG, NOT_KEPT, STATE_TAG
+from segadapt.platform.tracking.descriptions import datasets, trial_note
+from segadapt.platform.tracking.tags import (
+    BEST_STEP_TAG,
+    CHECKPOINT_TAG,
+    DATA_TAG,
+    EXPERIMENT_TAG,
+    FAILURE_TAG,
+    KIND_TAG,
+    MEMORY_TAG,
+    METHOD_TAG,
+    NOT_KEPT,
+    NOTE_TAG,
+    OBJECTIVE_TAG,
+    PREEMPTIONS_TAG,
+    RESTARTS_TAG,
+    ROUND_TAGS,
+    SEED_TAG,
+    STATE_TAG,
+    TRIAL_ID_TAG,
+)
 from segadapt.platform.tracking.tracker import RunInfo, Tracker
 from segadapt.platform.trial.environment import environment, git_tags
 from segadapt.platform.trial.log import ENDED, FOLDER, STARTED, log_folder, note_by_driver
 from segadapt.platform.trial.spec import TrialSpec
-from segadapt.trainables.core.labelling.files import PROVENANCE
-from segadapt.trainables.core.training.interruption import noted_preemptions
+from segadapt.trainables.core.checkpoint import GALLERY
+from segadapt.trainables.core.preemption import noted_preemptions
+from segadapt.trainables.core.pseudo_labels import PROVENANCE
 
 logger = logging.getLogger(__name__)
+
 
 _STATUS: dict[str, MlflowStatus] = {
     "failed": "FAILED",
@@ -40,6 +60,7 @@ _STATUS: dict[str, MlflowStatus] = {
     "out of GPU hours": "KILLED",
 }
 """How the run of a trial in this state ends in MLflow; FINISHED otherwise."""
+
 
 METRIC_PREFIXES = (
     "target_val/",
@@ -248,10 +269,10 @@ class Events(tune.Callback):
             KIND_TAG: self._labels.kind,
             METHOD_TAG: config.method_name,
             STATE_TAG: "running",
-            "segadapt.trial_id": trial_id,
-            "segadapt.experiment": self._spec.experiment,
-            "segadapt.seed": str(config.seed),
-            "segadapt.objective": str(self._spec.objective),
+            TRIAL_ID_TAG: trial_id,
+            EXPERIMENT_TAG: self._spec.experiment,
+            SEED_TAG: str(config.seed),
+            OBJECTIVE_TAG: str(self._spec.objective),
             **git_tags(self._environment),
             **self._labels.tags,
         }
@@ -291,13 +312,13 @@ class Events(tune.Callback):
         self._tracker.log_metrics(self.key(trial_id), metrics, int(result["step"]))
         if "fingerprint" in result and trial_id not in self._described:
             self._described.add(trial_id)
-            self._tracker.set_tags(self.key(trial_id), {"segadapt.data": result["fingerprint"]})
+            self._tracker.set_tags(self.key(trial_id), {DATA_TAG: result["fingerprint"]})
             data = self._spec.config(trial.config).data
             self._tracker.log_datasets(self.key(trial_id), datasets(data, result["fingerprint"]))
         if "checkpoint_path" in result:  # of a trial that Ray Train runs: Tune sees no checkpoint
             self._keep_gallery(trial_id, Path(result["checkpoint_path"]), int(result["step"]))
         if "memory_note" in result:
-            self._tracker.set_tags(self.key(trial_id), {"segadapt.memory": result["memory_note"]})
+            self._tracker.set_tags(self.key(trial_id), {MEMORY_TAG: result["memory_note"]})
         self._progress.result(trial_id, int(result["step"]), result.get(self._spec.objective.leading))
         for name in ("config", *metrics):
             if name not in self._spec.objective.goals:  # Tune keeps six statistics of each number, of all trials
@@ -312,7 +333,7 @@ class Events(tune.Callback):
             return {}
         content = json.loads((self._spec.artifacts(trial_id) / stage / PROVENANCE).read_text())
         self._tracker.log_json(self.key(trial_id), content, f"rounds/{number}.json")
-        self._tracker.set_tags(self.key(trial_id), {f"segadapt.round.{number}.labelled_by": content["network"]})
+        self._tracker.set_tags(self.key(trial_id), {f"{ROUND_TAGS}{number}.labelled_by": content["network"]})
         ends = {
             name: value for name, value in result.items() if name.startswith(("target_val/miou", "source_val/miou"))
         }
@@ -325,7 +346,7 @@ class Events(tune.Callback):
 
     def _keep_gallery(self, trial_id: str, folder: Path, step: int) -> None:
         assert self._tracker is not None
-        if (folder / "gallery.png").is_file():
+        if (folder / GALLERY).is_file():
             self._tracker.log_gallery(self.key(trial_id), folder, step)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -339,7 +360,7 @@ class Events(tune.Callback):
         number, most = self._restarts[trial_id], self._spec.tolerance.max_failures
         message = f"Restart {number} from the last checkpoint: {reason}."
         self._note(trial_id, "restart", message, level="WARNING", restarts=number, max_failures=most)
-        self._tracker.set_tags(self.key(trial_id), {"segadapt.restarts": str(self._restarts[trial_id])})
+        self._tracker.set_tags(self.key(trial_id), {RESTARTS_TAG: str(self._restarts[trial_id])})
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Close the run of a trial that ended or was stopped early."""
@@ -381,12 +402,12 @@ class Events(tune.Callback):
         self._tracker.log_summary(key, {"cost/hours": self._ledger.trial_hours(trial_id)}, 0)
         tags = {STATE_TAG: state}
         if left := noted_preemptions(self._spec.artifacts(trial_id)):
-            tags["segadapt.preemptions"] = str(left)
+            tags[PREEMPTIONS_TAG] = str(left)
         best = best_checkpoint(self._spec.folder, trial_id, self._spec.objective.keeps)
         goals: dict[str, float] = {}
         if best is not None:
-            tags[CHECKPOINT_TAG] = str(best.path) if best.kept else NOT_KEPT
-            tags["segadapt.best_step"] = str(best.metrics["step"])
+            tags[CHECKPOINT_TAG] = checkpoint_name(self._spec.storage, best.path) if best.kept else NOT_KEPT
+            tags[BEST_STEP_TAG] = str(best.metrics["step"])
             known = {name: best.metrics[name] for name in GOALS if math.isfinite(best.metrics.get(name, math.nan))}
             goals = {goal: known[goal] for goal in self._spec.objective.goals if goal in known}
             kept = {f"best/{name}": value for name, value in known.items()}
@@ -409,7 +430,7 @@ class Events(tune.Callback):
         assert self._tracker is not None
         reason = tags.get(FAILURE_TAG)
         message = f"{self.name(trial_id)}: {state}" + (f": {reason}" if reason else ".")
-        best = tags.get("segadapt.best_step")
+        best = tags.get(BEST_STEP_TAG)
         level = "ERROR" if reason else "INFO"
         self._note(trial_id, ENDED, message, level=level, state=state, best_step=int(best) if best else None)
         # What is appended to these files after it, by a session that goes on, may be sent as well.

@@ -12,14 +12,20 @@ from typing import Any
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.planning import checked_config
-from segadapt.platform.experiment.record import Candidate, Options, Outcome, Record
+from segadapt.platform.experiment.record import RECORD, Candidate, Options, Outcome, Record
 from segadapt.platform.experiment.session import run
 from segadapt.platform.results.leaderboard import Row, leaderboard, open_client, pick_run, run_tags
 from segadapt.platform.settings.config import TrialConfig, Values, anchored, flatten, keys, resolve
 from segadapt.platform.settings.objective import Objective
-from segadapt.platform.storage.checkpoints import CONFIG, checkpoints, read_metrics
+from segadapt.platform.storage.checkpoints import (
+    checkpoint_folder,
+    checkpoint_name,
+    checkpoints,
+    configuration,
+    read_metrics,
+)
 from segadapt.platform.storage.folders import Place
-from segadapt.platform.tracking.tags import CHECKPOINT_TAG, KEY_TAG
+from segadapt.platform.tracking.tags import CHECKPOINT_TAG, EXPERIMENT_TAG, KEY_TAG, SEED_TAG, TRIAL_ID_TAG
 from segadapt.trainables import method_class
 from segadapt.trainables.self_training import SelfTraining
 
@@ -89,7 +95,7 @@ def plan_finish(request: FinishRequest, place: Place) -> tuple[Record, Row]:
     assert row.checkpoint is not None
     start = Path(row.checkpoint)
     try:
-        trained = dict(flatten(json.loads((start / CONFIG).read_text())))
+        trained = dict(flatten(configuration(start)))
     except OSError as error:
         raise UsageError(
             f"The checkpoint of {row.name} must lie in {start}, but cannot be read: {error.strerror}. "
@@ -98,21 +104,29 @@ def plan_finish(request: FinishRequest, place: Place) -> tuple[Record, Row]:
     values = request.settings if request.rounds is None else {**request.settings, "method.rounds": request.rounds}
     settings = finish_settings(row.method, trained, anchored(values), keep_losses=request.keep_losses)
     checked_config("self_training", settings)
-    asked = [row.checkpoint, settings, *([request.seeds] if request.seeds > 1 else [])]
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    noted = checkpoint_name(place.folders, start)
+    name = _finish_name(request, row, settings, noted)
+    former_name = _finish_name(request, row, settings, row.checkpoint)  # an earlier version may have begun it
     record = Record(
         kind="finish",
-        name=f"{request.search}.finish-{row.name}-{digest}",
+        name=former_name if (place.folders.experiment(former_name) / RECORD).is_file() else name,
         candidates={"self_training": Candidate(settings)},
         objective=board.objective,
         trials=request.seeds,
         seeds=request.seeds,
         search=request.search,
-        start=str(start),
+        start=noted,
         from_key=run_tags(row, place)[KEY_TAG],
         from_name=row.name,
     )
     return record, row
+
+
+def _finish_name(request: FinishRequest, row: Row, settings: Values, start: str) -> str:
+    """Return the name of the folder of a finish: the same for the same checkpoint, settings and seeds."""
+    asked = [start, settings, *([request.seeds] if request.seeds > 1 else [])]
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{request.search}.finish-{row.name}-{digest}"
 
 
 def finish_settings(method: str, trained: Values, values: Values, *, keep_losses: bool = False) -> dict[str, Any]:
@@ -159,7 +173,7 @@ def _finish_results(record: Record, row: Row, options: Options) -> list[FinishRe
     """Return how the runs of a finish ended, best first."""
     client = open_client(options.place)
     experiment = client.get_experiment_by_name(record.search)
-    found = client.search_runs([experiment.experiment_id], f"tags.`segadapt.experiment` = '{record.name}'")
+    found = client.search_runs([experiment.experiment_id], f"tags.`{EXPERIMENT_TAG}` = '{record.name}'")
     newest = {run.info.run_name: run for run in reversed(found)}
     results = [_finish_result(record, row, run, client, options) for run in newest.values()]
     return sorted(results, key=lambda result: (math.inf if result.best is None else -result.best, result.seed))
@@ -172,7 +186,7 @@ def _finish_result(record: Record, row: Row, run: Any, client: Any, options: Opt
             history = sorted(client.get_metric_history(run.info.run_id, name), key=lambda entry: entry.step)
             before[name], after[name] = history[0].value, history[-1].value
     if _restarts(next(iter(record.configs().values()))):  # what was evaluated first is not the trial's network
-        shown = read_metrics(Path(str(record.start)))
+        shown = read_metrics(checkpoint_folder(options.place.folders, str(record.start)))
         before = {name: shown.get(name, math.nan) for name in after}
     metrics, tags = run.data.metrics, run.data.tags
     ended = itertools.takewhile(lambda number: f"round/{number}/labelled_share" in metrics, itertools.count(1))
@@ -180,16 +194,17 @@ def _finish_result(record: Record, row: Row, run: Any, client: Any, options: Opt
         {name.removeprefix(f"round/{number}/"): v for name, v in metrics.items() if name.startswith(f"round/{number}/")}
         for number in ended
     ]
-    kept = list(checkpoints(options.place.folders.experiment(record.name), tags["segadapt.trial_id"]))
+    storage, noted = options.place.folders, tags.get(CHECKPOINT_TAG)
+    kept = list(checkpoints(storage.experiment(record.name), tags[TRIAL_ID_TAG]))
     last = max(kept, key=lambda entry: entry.metrics["step"], default=None)
     return FinishResult(
         name=run.info.run_name,
         from_run=row.name,
-        seed=int(tags["segadapt.seed"]),
+        seed=int(tags[SEED_TAG]),
         best=metrics.get(f"best/{Objective.parse(record.objective).leading}"),
         before=before,
         after=after,
         rounds=rounds,
-        checkpoint=tags.get(CHECKPOINT_TAG),
+        checkpoint=str(checkpoint_folder(storage, noted)) if noted is not None else None,
         last=str(last.path) if last is not None else None,
     )

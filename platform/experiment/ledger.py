@@ -12,6 +12,7 @@ from ray import tune
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.resources import Allocation
+from segadapt.platform.storage.files import write_whole
 from segadapt.platform.storage.folders import Storage
 
 logger = logging.getLogger(__name__)
@@ -89,11 +90,9 @@ class Ledger:
         for trial_id in self._running:
             self._settle(trial_id)
         self._saved = self._clock()
-        temporary = self._file.with_name(f".{LEDGER}")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._spent))
-            temporary.replace(self._file)
+            write_whole(self._file, json.dumps(self._spent))
         except OSError as error:  # tried again soon: storage that is away for a while ends no search
             logger.warning("What trials have cost is not saved in %s: %s", self._file, error)
 

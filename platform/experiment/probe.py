@@ -20,6 +20,7 @@ import torch
 from segadapt.platform.cluster.connection import worker_environment
 from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.config import TrialConfig, resolve
+from segadapt.platform.storage.files import folder_size
 from segadapt.platform.storage.stage_keys import split_plan
 from segadapt.platform.trial.training import build_method
 from segadapt.trainables.core.data.batch import LabelledImages, TargetImages
@@ -206,7 +207,7 @@ def measure(config: TrialConfig, folder: Path, threads: float, shared_threads: f
     def report(metrics: dict[str, Any], write: Any) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             write(Path(name))
-            sizes.append(_size(Path(name)))
+            sizes.append(folder_size(Path(name)))
 
     trainer = _TimedTrainer(
         method,
@@ -225,7 +226,7 @@ def measure(config: TrialConfig, folder: Path, threads: float, shared_threads: f
     trainer.prepare(source, target, threads, shared_threads)
     trainer.run()
     measured = {
-        name: _stage_probe(timing, (source.factor, target.factor), _size(trainer.folder / name))
+        name: _stage_probe(timing, (source.factor, target.factor), folder_size(trainer.folder / name))
         for name, timing in trainer.timings.items()
     }
     return Probe(
@@ -253,10 +254,6 @@ def _stage_probe(timing: _Timing, factors: tuple[float, float], written: int) ->
         preparation_s=(timing.marks[1] - timing.marks[0]) * scaled,
         artifact_bytes=round(written * factors[1]),
     )
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def peak_memory() -> int:

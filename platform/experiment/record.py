@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
@@ -16,8 +15,11 @@ from segadapt.platform.search.schedulers import SchedulerName
 from segadapt.platform.search.warm_start import SearchSettings
 from segadapt.platform.settings.config import TrialConfig, Values, resolve
 from segadapt.platform.settings.resources import Resources, Tolerance
+from segadapt.platform.storage.checkpoints import checkpoint_folder, trial_of
+from segadapt.platform.storage.files import write_whole
 from segadapt.platform.storage.folders import Place, Storage
-from segadapt.platform.storage.retention import locked, trial_of
+from segadapt.platform.storage.retention import locked
+from segadapt.platform.tracking.tags import FORKED_FROM_TAG, TRIALS_TAG, WARM_START_TAG
 
 RECORD = "record.json"
 
@@ -97,7 +99,7 @@ class Record:
     search: str | None = None
     """Of a finish: the experiment in MLflow that it belongs to."""
     start: str | None = None
-    """Checkpoint folder that the trial begins from."""
+    """Path below the storage folder of the checkpoint that the trial begins from."""
     from_key: str | None = None
     """Of a finish: key of the run it continues."""
     from_name: str | None = None
@@ -115,11 +117,11 @@ class Record:
 
     def lineage(self) -> dict[str, str]:
         """Return tags that say what a search builds on."""
-        found = {"segadapt.trials": str(self.trials)}  # the param of this name keeps what the search began with
+        found = {TRIALS_TAG: str(self.trials)}  # the param of this name keeps what the search began with
         if self.forked_from is not None:
-            found["segadapt.forked_from"] = self.forked_from
+            found[FORKED_FROM_TAG] = self.forked_from
         if self.warm_start:
-            found["segadapt.warm_start"] = ", ".join(self.warm_start)
+            found[WARM_START_TAG] = ", ".join(self.warm_start)
         return found
 
     def fresh_seeds(self) -> list[int]:
@@ -137,9 +139,7 @@ class Record:
         folder = storage.experiment(self.name)
         folder.mkdir(parents=True, exist_ok=True)
         content = vars(self) | {"candidates": {name: found.as_dict() for name, found in self.candidates.items()}}
-        temporary = folder / f".{RECORD}"
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(folder / RECORD)
+        write_whole(folder / RECORD, json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, storage: Storage, name: str) -> "Record":
@@ -190,7 +190,7 @@ def save_record(record: Record, storage: Storage) -> Record:
     """
     with locked(storage):
         is_new = not (storage.experiment(record.name) / RECORD).is_file()
-        if record.start is not None and is_new and not Path(record.start).is_dir():
+        if record.start is not None and is_new and not checkpoint_folder(storage, record.start).is_dir():
             raise UsageError(
                 f"The checkpoint of {record.from_name} must be there, but was removed just now (--keep-top). "
                 "Finish another run."
@@ -217,5 +217,5 @@ def finished_trials(storage: Storage, search: str) -> set[str]:
     for path in storage.experiments.glob(f"{search}.finish-*/{RECORD}"):
         start = json.loads(path.read_text())["start"]
         if start is not None:
-            found.add(trial_of(Path(start)))
+            found.add(trial_of(start))
     return found

@@ -22,7 +22,14 @@ from segadapt.platform.search.study_storage import open_study_storage
 from segadapt.platform.search.warm_start import Inheritance, inherit
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Allocation
-from segadapt.platform.storage.checkpoints import TrialCheckpoint, best_checkpoint, iou_table, read_metrics
+from segadapt.platform.storage.checkpoints import (
+    TrialCheckpoint,
+    best_checkpoint,
+    checkpoint_folder,
+    iou_table,
+    read_metrics,
+)
+from segadapt.platform.storage.files import write_whole
 from segadapt.platform.storage.retention import CheckpointRetention
 from segadapt.platform.storage.stage_keys import StageKey, code_versions, own_steps, stage_experiment, stage_keys
 from segadapt.platform.storage.stages import (
@@ -34,10 +41,24 @@ from segadapt.platform.storage.stages import (
     put_damaged_aside,
     turn_to_compute,
 )
-from segadapt.platform.tracking.descriptions import NOTE_TAG, datasets, search_note
+from segadapt.platform.tracking.descriptions import datasets, search_note
+from segadapt.platform.tracking.tags import (
+    BEST_NAME_TAG,
+    BEST_TRIAL_TAG,
+    CACHE_TAGS,
+    DATA_NOTES_TAG,
+    FROM_TAG,
+    KIND_TAG,
+    METHOD_TAG,
+    NOTE_TAG,
+    STAGE_TAGS,
+    STATE_TAG,
+    VERDICT_TAG,
+)
 from segadapt.platform.trial.environment import environment, git_tags
 from segadapt.platform.trial.spec import TrialSpec
-from segadapt.trainables.core.training.config import stage_steps
+from segadapt.trainables.core.checkpoint import GALLERY
+from segadapt.trainables.core.trainer import stage_steps
 
 if TYPE_CHECKING:
     from segadapt.platform.experiment.tuning import TrialResult
@@ -85,7 +106,7 @@ def run(record: Record, options: Options) -> Outcome:
             fixed={name: found.fixed for name, found in record.candidates.items()},
             resources=resources,
             objective=Objective.parse(record.objective),
-            start=Path(record.start) if record.start else None,
+            start=checkpoint_folder(storage, record.start) if record.start else None,
             tolerance=options.tolerance,
             code=code_versions(record.candidates),
         )
@@ -199,7 +220,7 @@ class _Session:
             experiment=record.search or record.name,
             kind="finish" if record.kind == "finish" else "trial",
             names=names,
-            tags={"segadapt.from": record.from_name} if record.from_name else {},
+            tags={FROM_TAG: record.from_name} if record.from_name else {},
             parent_key=self.parent_key,
         )
         title = f"{record.kind} {record.name} ({record.methods}"
@@ -243,14 +264,13 @@ class _Session:
         return [note for config in configs for note in load_data(config)[0].notes]
 
     def _open_parent(self) -> None:
-        from segadapt.platform.tracking.tags import KIND_TAG, METHOD_TAG, STATE_TAG
         from segadapt.platform.tracking.tracker import RunInfo
         from segadapt.trainables.core.data.datasets import load_data
 
         record, found = self.record, environment()
         tags = {KIND_TAG: record.kind, METHOD_TAG: record.methods, STATE_TAG: "running", **git_tags(found)}
         if notes := self._data_notes():
-            tags["segadapt.data_notes"] = "\n".join(notes)  # `segadapt.data` is a trial's fingerprint
+            tags[DATA_NOTES_TAG] = "\n".join(notes)  # `segadapt.data` is a trial's fingerprint
         params = {"method": record.methods, "objective": record.objective, "trials": record.trials, "seed": record.seed}
         if record.kind == "search":
             tags |= record.lineage()
@@ -279,7 +299,7 @@ class _Session:
             self.tracker.log_summary(record.name, values, best.metrics["step"])
             told = verdict(ranking) if ranking else None
             note = search_note(record.name, winner.name, goals, best.metrics["step"], len(results), told)
-            tags = {"segadapt.best_trial": winner.trial_id, "segadapt.best_name": winner.name}
+            tags = {BEST_TRIAL_TAG: winner.trial_id, BEST_NAME_TAG: winner.name}
             self.tracker.set_tags(record.name, tags | ({NOTE_TAG: note} if record.kind == "search" else {}))
             if best.kept:
                 self.tracker.log_file(f"{record.name}/{winner.trial_id}", best.path, "checkpoint")
@@ -329,7 +349,7 @@ class _Session:
         ranking = rerank(values)
         if ranking:
             self.tracker.log_json(record.name, [dataclasses.asdict(found) for found in ranking], "rerank.json")
-            self.tracker.set_tags(record.name, {"segadapt.verdict": verdict(ranking)})
+            self.tracker.set_tags(record.name, {VERDICT_TAG: verdict(ranking)})
         return ranking, _missing(again)
 
     def _log_study(self) -> None:
@@ -359,7 +379,6 @@ class _Session:
 
     def _close_parent(self, state: str) -> None:
         from segadapt.platform.experiment.ledger import spent_hours
-        from segadapt.platform.tracking.tags import STATE_TAG
 
         if state == "finished":
             need_no_more(self.spec.storage, self.record.name)
@@ -442,7 +461,7 @@ class _Session:
             shutil.rmtree(spec.folder)  # it was finished and pruned since, or the code was edited
         self._mend(spec.folder)
         spec.folder.mkdir(exist_ok=True)
-        begun.write_text(content)
+        write_whole(begun, content)
         missing = tuple(key.stage for key in keys[done:])
         steps = sum(stage_steps(missing, config.warmup.steps, config.trainer.steps).values())
         names = [stage.name for stage in missing]
@@ -464,15 +483,15 @@ class _Session:
         key, metrics = self.record.name, read_metrics(folders[0])
         start = {f"start/{goal}": metrics[goal] for goal in self.spec.objective.goals if goal in metrics}
         self.tracker.log_summary(key, start, 0)
-        self.tracker.log_file(key, folders[0] / "gallery.png", "start")
+        self.tracker.log_file(key, folders[0] / GALLERY, "start")
         self.tracker.log_json(key, iou_table(folders[0]), "start/per_class_iou.json")
         own = {stage_experiment(self.record.name, method) for method in self.record.candidates}
         tags = {}
         for stage, folder in zip(keys, folders, strict=True):
             found = describe(folder)
             computed = found is not None and found.experiment in own
-            tags[f"segadapt.stage.{stage.stage.name}"] = stage.hash
-            tags[f"segadapt.cache.{stage.stage.name}"] = "computed here" if computed else "hit"
+            tags[f"{STAGE_TAGS}{stage.stage.name}"] = stage.hash
+            tags[f"{CACHE_TAGS}{stage.stage.name}"] = "computed here" if computed else "hit"
         self.tracker.set_tags(key, tags)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage.checkpoints import REMOVED, TRAIN_FOLDER
+from segadapt.platform.storage.files import write_whole, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,10 @@ class StateKeeper:
         written = max((file.path.stat().st_mtime_ns for file in files), default=None)
         if written is None or written == self._kept:
             return
-        temporary = self._archive.with_name(f".{ARCHIVE}")
         try:
-            with zipfile.ZipFile(temporary, "w") as archive:
+            with written_whole(self._archive) as partial, zipfile.ZipFile(partial, "w") as archive:
                 for file in files:
                     archive.write(file.path, file.path.name)
-            temporary.replace(self._archive)
             self._kept = written
         except OSError as error:  # tried again soon: storage that is away for a while ends no search
             logger.warning("Tune's state is not kept in %s: %s", self._archive, error)
@@ -177,9 +176,7 @@ def _archived(folder: Path) -> dict[str, bytes]:
 def _put_back(folder: Path, archived: dict[str, bytes]) -> str:
     """Write archived files, each whole or not at all, and set those of later sessions aside; returns their time."""
     for name, content in archived.items():
-        temporary = folder / f".{name}"
-        temporary.write_bytes(content)
-        temporary.replace(folder / name)
+        write_whole(folder / name, content)
     session = next(file.session for file in _files(folder) if file.path.name in archived)
     for file in _files(folder):
         if file.session > session:

@@ -10,10 +10,19 @@ from segadapt.platform.results.label_free import Choice, compare
 from segadapt.platform.results.seeds import Reranked, rerank, verdict
 from segadapt.platform.search.study_storage import open_study_storage
 from segadapt.platform.settings.objective import GOALS, TARGET, Objective
-from segadapt.platform.storage.folders import Place
+from segadapt.platform.storage.checkpoints import checkpoint_folder
+from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.tracking.client import mlflow_client
 from segadapt.platform.tracking.sender import send_waiting
-from segadapt.platform.tracking.tags import CHECKPOINT_TAG, FAILURE_TAG, KIND_TAG, METHOD_TAG, NOT_KEPT, STATE_TAG
+from segadapt.platform.tracking.tags import (
+    BEST_STEP_TAG,
+    CHECKPOINT_TAG,
+    FAILURE_TAG,
+    KIND_TAG,
+    METHOD_TAG,
+    NOT_KEPT,
+    STATE_TAG,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Row:
     params: Mapping[str, str]
     run_id: str
     checkpoint: str | None
+    """Its folder; None if it left none, or that was not kept."""
     failure: str | None
     goals: Mapping[str, float] = field(default_factory=dict)
     """All goals of the search at that checkpoint."""
@@ -38,6 +48,8 @@ class Row:
     """What trials are ordered by; minus the mean rank where ranks decide, otherwise the leading goal."""
     checkpoint_removed: bool = False
     """Whether it left a checkpoint that was not kept."""
+    checkpoint_refused: str | None = None
+    """Why its checkpoint is not opened: MLflow names one outside the storage folder."""
     on_front: bool = False
     """Whether no other trial surpasses it in all goals, where they make a front."""
 
@@ -141,12 +153,18 @@ def open_client(place: Place) -> Any:
 
 def pick_run(board: Leaderboard, name: str, kinds: Sequence[str] = ("trial",)) -> Row:
     """Return the best trial, or the run of one of `kinds` with this name or id."""
-    rows = [row for row in board.rows if row.kind in kinds and (row.checkpoint is not None or row.checkpoint_removed)]
+    rows = [
+        row
+        for row in board.rows
+        if row.kind in kinds and (row.checkpoint or row.checkpoint_removed or row.checkpoint_refused)
+    ]
     known = ", ".join(row.name for row in rows if row.checkpoint is not None) or "none"
     if board.reranked and name == "best":
         name = board.reranked[0].name
     for row in rows:
         if name in (row.name, row.run_id) or (name == "best" and row.kind == "trial"):
+            if row.checkpoint_refused is not None:
+                raise UsageError(row.checkpoint_refused)
             if row.checkpoint is None:
                 raise UsageError(
                     f"The checkpoint of {row.name} must be there, but was not kept: {board.search!r} keeps those of "
@@ -160,11 +178,16 @@ def pick_run(board: Leaderboard, name: str, kinds: Sequence[str] = ("trial",)) -
     )
 
 
-def row_of(entry: Any, objective: Objective) -> Row:
-    """Return an MLflow run as a row of a leaderboard."""
+def row_of(entry: Any, objective: Objective, storage: Storage) -> Row:
+    """Return an MLflow run as a row of a leaderboard; its checkpoint is looked for in the storage folder."""
     tags, metrics = entry.data.tags, entry.data.metrics
     goals = {goal: metrics[f"best/{goal}"] for goal in objective.goals if f"best/{goal}" in metrics}
-    checkpoint = tags.get(CHECKPOINT_TAG)
+    noted = tags.get(CHECKPOINT_TAG, NOT_KEPT)
+    checkpoint, refused = None, None
+    try:
+        checkpoint = str(checkpoint_folder(storage, noted)) if noted != NOT_KEPT else None
+    except UsageError as error:
+        refused = str(error)
     return Row(
         name=entry.info.run_name,
         method=tags[METHOD_TAG],
@@ -172,12 +195,13 @@ def row_of(entry: Any, objective: Objective) -> Row:
         state=tags.get(STATE_TAG, entry.info.status.lower()),
         best=goals.get(objective.leading),
         goals=goals,
-        best_step=int(tags["segadapt.best_step"]) if "segadapt.best_step" in tags else None,
+        best_step=int(tags[BEST_STEP_TAG]) if BEST_STEP_TAG in tags else None,
         last=metrics.get(objective.leading),
         params=entry.data.params,
         run_id=entry.info.run_id,
-        checkpoint=checkpoint if checkpoint != NOT_KEPT else None,
-        checkpoint_removed=checkpoint == NOT_KEPT,
+        checkpoint=checkpoint,
+        checkpoint_removed=tags.get(CHECKPOINT_TAG) == NOT_KEPT,
+        checkpoint_refused=refused,
         failure=tags.get(FAILURE_TAG),
     )
 
@@ -210,7 +234,8 @@ def leaderboard(search_name: str, place: Place, *, selection: bool = False) -> L
     parents = [entry for entry in found if entry.data.tags.get(KIND_TAG) in ("search", "train")]
     parent = parents[0].data if parents else None
     objective = Objective.parse(parent.params.get("objective", TARGET) if parent else TARGET)
-    rows = in_order([row_of(run, objective) for run in found if kind_of(run) in ("trial", "finish")], objective)
+    trials = [run for run in found if kind_of(run) in ("trial", "finish")]
+    rows = in_order([row_of(run, objective, place.folders) for run in trials], objective)
     reached = {
         name.removeprefix("equal_budget/"): value
         for name, value in (parent.metrics if parent else {}).items()

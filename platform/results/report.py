@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from segadapt.platform.results.plots import MEASURES, importances
 from segadapt.platform.settings.objective import TARGET, Objective
 from segadapt.platform.tracking.tags import KIND_TAG
+from segadapt.trainables.core.checkpoint import GALLERY
 
 if TYPE_CHECKING:
     from segadapt.platform.results.leaderboard import Leaderboard, Row
@@ -84,8 +85,8 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
         best=best,
         best_params=_varied(best) if best else {},
         galleries={
-            "source-only": _picture(client, parent.info.run_id, "start/gallery.png"),
-            best.name: _picture(client, best.run_id, "gallery.png"),
+            "source-only": _picture(client, parent.info.run_id, f"start/{GALLERY}"),
+            best.name: _picture(client, best.run_id, GALLERY),
         }
         if best
         else {},

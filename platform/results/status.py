@@ -9,7 +9,7 @@ from typing import Any
 
 from segadapt.platform.search.study import decisions
 from segadapt.platform.settings.objective import TARGET, Objective
-from segadapt.platform.tracking.tags import FAILURE_TAG, KIND_TAG, STATE_TAG
+from segadapt.platform.tracking.tags import FAILURE_TAG, KIND_TAG, STATE_TAG, TRIALS_TAG
 
 _OPEN = ("running", "paused")
 
@@ -86,7 +86,7 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
     values |= {trial.name: trial.value for trial in running}
     known = {name: value for name, value in values.items() if value is not None}
     best = max(known, key=lambda name: known[name], default=None)
-    asked = int(parent.data.tags.get("segadapt.trials", len(trials)))
+    asked = int(parent.data.tags.get(TRIALS_TAG, len(trials)))
     names = list(state.values())
     is_over = parent.info.status != "RUNNING"
     return SearchStatus(

@@ -6,6 +6,7 @@ from typing import Any
 from segadapt.platform.errors import UsageError
 from segadapt.platform.results.leaderboard import find_run, open_client, runs_of
 from segadapt.platform.storage.folders import Place, check_name
+from segadapt.platform.tracking.tags import EXPERIMENT_TAG, TRIAL_ID_TAG
 from segadapt.platform.trial.log import entries, follow_entries, log_folder
 from segadapt.platform.trial.spec import trial_artifacts
 
@@ -25,16 +26,16 @@ def trial_log(run: str, search: str, place: Place, *, follow: bool = False) -> I
     in_search = runs_of(open_client(place), search)
     if run == "best":
         run = find_run(run, search, place).run_id
-    logged = [entry for entry in in_search if "segadapt.trial_id" in entry.data.tags]
+    logged = [entry for entry in in_search if TRIAL_ID_TAG in entry.data.tags]
     chosen = [entry for entry in logged if run in (entry.info.run_name, entry.info.run_id)]
     if not chosen:
         known = ", ".join(sorted({entry.info.run_name for entry in logged})) or "none"
         raise UsageError(f"TRIAL must be `best` or a run of {search!r}, but got {run!r}. Those are: {known}.")
     newest = max(chosen, key=lambda entry: entry.info.start_time)  # shared stages may have been begun twice
     tags = newest.data.tags
-    check_name(tags["segadapt.trial_id"])  # whoever may write to MLflow chose it
-    experiment = place.folders.experiment(tags["segadapt.experiment"])
-    folder = log_folder(trial_artifacts(experiment, tags["segadapt.trial_id"]))
+    check_name(tags[TRIAL_ID_TAG])  # whoever may write to MLflow chose it
+    experiment = place.folders.experiment(tags[EXPERIMENT_TAG])
+    folder = log_folder(trial_artifacts(experiment, tags[TRIAL_ID_TAG]))
     if not folder.is_dir():
         raise UsageError(
             f"The log of {newest.info.run_name} must lie in {folder}, but does not. Name the search's own --storage. "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage import leases
+from segadapt.platform.storage.files import folder_size
 from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.stages import DESCRIPTION, LEASES, NEEDS, Description, describe, lease_folder
 from segadapt.trainables.core.training.checkpoint import MANIFEST
@@ -113,7 +114,7 @@ def prune(storage: Storage, unused_for_s: float, *, dry_run: bool = False) -> Pr
         if not lease.alive and (dry_run or _end(storage, lease.hash)):
             pruned.leases.append(lease)
     for name in found.left_over:
-        pruned.bytes += _size(storage.stages / name)
+        pruned.bytes += folder_size(storage.stages / name)
         pruned.left_over.append(name)
         if not dry_run:
             shutil.rmtree(storage.stages / name, ignore_errors=True)  # another prune may be at it
@@ -159,7 +160,7 @@ def _stage(folder: Path, now: float, needed_by: list[str]) -> CachedStage:
     used = (folder / MANIFEST).stat().st_mtime
     computed = described.stat().st_mtime if described.exists() else used
     return CachedStage(
-        folder.name, describe(folder), _size(folder), now - computed, now - max(used, computed), needed_by
+        folder.name, describe(folder), folder_size(folder), now - computed, now - max(used, computed), needed_by
     )
 
 
@@ -197,7 +198,3 @@ def _end(storage: Storage, stage_hash: str) -> bool:
 
 def _last_change(folder: Path) -> float:
     return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

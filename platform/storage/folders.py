@@ -26,6 +26,11 @@ class Storage:
         return self.root / "mlflow.db"
 
     @property
+    def mlflow_lock(self) -> Path:
+        """Locked by whoever makes or changes that database by itself."""
+        return self.root / ".mlflow.lock"
+
+    @property
     def mlflow_artifacts(self) -> Path:
         """Pictures, plots and configurations of MLflow runs."""
         return self.root / "mlartifacts"

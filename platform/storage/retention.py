@@ -1,15 +1,14 @@
 """Which checkpoints of a search are kept (`--keep-top`), and the removal of the others. Lives in the driver."""
 
 import contextlib
-import fcntl
 import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from segadapt.platform.settings.objective import Objective
+from segadapt.platform.storage import files
 from segadapt.platform.storage.checkpoints import REMOVED, best_checkpoint, delete, put_away
 from segadapt.platform.storage.folders import Storage
 
@@ -68,8 +67,7 @@ def ranking_values(objective: Objective, metrics: Mapping[str, Any]) -> tuple[fl
 @contextlib.contextmanager
 def locked(storage: Storage) -> Iterator[None]:
     """Let one process at a time remove checkpoints of a storage folder or note that it needs one."""
-    with (storage.root / ".checkpoints.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with files.locked(storage.root / ".checkpoints.lock"):
         yield
 
 
@@ -142,8 +140,3 @@ class CheckpointRetention:
             logger.warning("Checkpoints of %s could not be removed (%s); tried again later.", trial_id, error)
             return False
         return True
-
-
-def trial_of(checkpoint: Path) -> str:
-    """Return the id of the trial that a checkpoint folder belongs to."""
-    return checkpoint.parent.name

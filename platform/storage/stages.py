@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from segadapt.platform.settings.config import TrialConfig
 from segadapt.platform.storage import leases
 from segadapt.platform.storage.checkpoints import readable_metrics
+from segadapt.platform.storage.files import write_whole
 from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.stage_keys import StageKey
 from segadapt.trainables.core.training.checkpoint import MANIFEST, is_whole
@@ -71,10 +72,7 @@ def lease_folder(storage: Storage, stage_hash: str) -> Path:
 
 def need(storage: Storage, experiment: str, keys: Iterable[StageKey]) -> None:
     """Note, before looking for them, which stages an experiment needs: they are not pruned until `need_no_more`."""
-    folder = storage.experiment(experiment)
-    temporary = folder / f".{NEEDS}"
-    temporary.write_text(json.dumps(sorted({key.hash for key in keys})))
-    temporary.replace(folder / NEEDS)
+    write_whole(storage.experiment(experiment) / NEEDS, json.dumps(sorted({key.hash for key in keys})))
 
 
 def need_no_more(storage: Storage, experiment: str) -> None:

@@ -3,10 +3,8 @@
 import json
 from collections.abc import Mapping
 
+from segadapt.trainables.core.checkpoint import GALLERY
 from segadapt.trainables.core.data.datasets import DataConfig, split_location
-
-NOTE_TAG = "mlflow.note.content"
-"""Tag that MLflow shows as a run's description."""
 
 _DIGEST = 36
 """Characters that MLflow keeps of a dataset's fingerprint."""
@@ -60,5 +58,5 @@ def trial_note(state: str, best: Mapping[str, float], step: int | None, failure:
         lines.append(f"Reason: `{failure}`")
     if step is not None:
         reached = ", ".join(f"{name} {value:.3f}" for name, value in best.items())
-        lines.append(f"Best checkpoint at step {step}: {reached}. `gallery.png` shows its predictions.")
+        lines.append(f"Best checkpoint at step {step}: {reached}. `{GALLERY}` shows its predictions.")
     return "\n\n".join(lines)

@@ -12,7 +12,6 @@ they are also forced to the disk, by the thread that sends them: a power cut los
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -25,6 +24,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from segadapt.platform.storage.files import lock
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Outbox:
         folder = server / f"{datetime.now(UTC):%Y%m%d-%H%M%S.%f}-{os.getpid()}"
         folder.mkdir(parents=True)
         records = (folder / ".new").open("ab+", buffering=0)
-        fcntl.flock(records, fcntl.LOCK_EX)
+        lock(records)
         (folder / ".new").rename(folder / _RECORDS)  # nobody can find it unlocked
         return cls(folder, records)
 
@@ -80,7 +81,7 @@ class Outbox:
             records = os.fdopen(os.open(folder / _RECORDS, os.O_RDWR | os.O_APPEND), "ab+", buffering=0)  # not created
         except FileNotFoundError:
             return None
-        if not _try_lock(records) or not (folder / _RECORDS).exists():  # it lives, or was removed just now
+        if not lock(records, wait=False) or not (folder / _RECORDS).exists():  # it lives, or was removed just now
             records.close()
             return None
         box = cls(folder, records)
@@ -218,7 +219,7 @@ def box_contents(server: Path) -> list[BoxContents]:
 def _contents_of(folder: Path) -> BoxContents | None:
     try:
         with (folder / _RECORDS).open("rb") as records:
-            alive = not _try_lock(records, fcntl.LOCK_SH)
+            alive = not lock(records, shared=True, wait=False)
             lines = records.read().rpartition(b"\n")[0].splitlines()  # the last one may be half written
         marks = folder / "delivered"
         delivered = _number(marks.read_bytes()) if marks.exists() else 0
@@ -274,15 +275,7 @@ def left_over(server: Path) -> list[Path]:
 @contextlib.contextmanager
 def taking(server: Path, given_up: threading.Event) -> Iterator[bool]:
     """Be the only one who sends what others left for a server; yields False if `given_up` came first."""
-    with (server / ".taking").open("a") as lock:
-        while not (locked := _try_lock(lock)) and not given_up.wait(0.1):
+    with (server / ".taking").open("a") as file:
+        while not (alone := lock(file, wait=False)) and not given_up.wait(0.1):
             pass
-        yield locked
-
-
-def _try_lock(file: Any, kind: int = fcntl.LOCK_EX) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        yield alone

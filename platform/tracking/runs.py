@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from segadapt.platform.settings.states import MlflowStatus
-from segadapt.platform.storage.checkpoints import GALLERY, iou_table, label_table
+from segadapt.platform.storage.checkpoints import class_names, confusion, iou_table, label_table
 from segadapt.platform.tracking.outbox import Entry
-from segadapt.platform.tracking.tags import KEY_TAG, STATE_TAG
+from segadapt.platform.tracking.tags import KEY_TAG, PARENT_TAG, STATE_TAG
+from segadapt.trainables.core.checkpoint import GALLERY
 
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow open an experiment with its table of runs; it would show traces of language models otherwise."""
@@ -73,7 +74,7 @@ class RunWriter:
 
         experiment_id = self._experiment_id(experiment)
         found = self._find([experiment_id], key)
-        parent = {} if parent_key is None else {"mlflow.parentRunId": self._run_id(parent_key)}
+        parent = {} if parent_key is None else {PARENT_TAG: self._run_id(parent_key)}
         own = {**tags, **parent}
         known: Mapping[str, str] = {}
         if found is not None:
@@ -175,9 +176,8 @@ class RunWriter:
         from segadapt.platform.tracking.pictures import confusion_picture
 
         run_id = self._run_id(key)
-        summary = json.loads((files / "evaluation.json").read_text())
         for domain in ("target_val", "source_val"):
-            picture = confusion_picture(summary[domain]["confusion"], summary["classes"], domain)
+            picture = confusion_picture(confusion(files, domain), class_names(files), domain)
             self._client.log_image(run_id, picture, f"confusion/{domain}.png")
         # `log_table` would add to the table of an earlier session
         tables = {_TABLE: iou_table(files), _LABEL_TABLE: label_table(files)}
@@ -186,7 +186,7 @@ class RunWriter:
             self._client.log_dict(run_id, table, name)
         logged = [{"path": name, "type": "table"} for name in shown]
         self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(logged))
-        self._client.log_artifact(run_id, str(files / "gallery.png"))
+        self._client.log_artifact(run_id, str(files / GALLERY))
 
     def _end(self, *, key: str, status: MlflowStatus, timestamp: int) -> None:
         self._client.set_terminated(self._run_id(key), status, timestamp)

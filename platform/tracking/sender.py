@@ -1,32 +1,37 @@
 """Sending records to the tracking server, as often as it takes."""
 
-import fcntl
+import contextlib
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from segadapt.platform.errors import redacted
+from segadapt.platform.storage.files import locked
 from segadapt.platform.storage.folders import Place
+from segadapt.platform.storage.retries import retry
 from segadapt.platform.tracking import outbox
 from segadapt.platform.tracking.client import mlflow_client, waiting_folder
+from segadapt.platform.tracking.moved import point_artifacts_here
 from segadapt.platform.tracking.outbox import Entry, Outbox
 from segadapt.platform.tracking.runs import RunWriter
 from segadapt.platform.tracking.tags import STATE_TAG
 
 logger = logging.getLogger(__name__)
 
-_PAUSES_S = (0.5, 1, 2, 5, 10)
-"""Between the attempts at a record; the last one repeats."""
-
-_REFUSALS = len(_PAUSES_S) + 1
+_REFUSALS = 6
 """So many failures in a row, while the server answers other requests, are the record's own fault."""
+
+
+class _AwayError(Exception):
+    """The server, or its database, is away or busy."""
 
 
 def send_waiting(place: Place, timeout_s: float = 60.0) -> None:
     """Send what ended processes have left for a server, for `timeout_s` seconds at most."""
+    point_artifacts_here(place)
     folder = waiting_folder(place)
     if not outbox.left_over(folder) or not os.access(folder, os.W_OK):
         return
@@ -65,9 +70,8 @@ class Sender:
         Raises:
             Exception: Whatever MLflow's client raises if the server does not answer.
         """
-        with (self._storage.root / ".mlflow.lock").open("w") as lock:
+        with locked(self._storage.mlflow_lock) if self._local else contextlib.nullcontext():
             if self._local:
-                fcntl.flock(lock, fcntl.LOCK_EX)
                 _make_database(self._storage.mlflow_database)
             runs = RunWriter(mlflow_client(self._uri), self._storage.mlflow_artifacts if self._local else None)
             runs.check()
@@ -110,24 +114,23 @@ class Sender:
 
     def _deliver(self, box: Outbox, entry: Entry) -> bool:
         """Try until the server has the record: later ones build on it. What it refuses for good is set aside."""
-        assert self._runs is not None
-        refusals = 0
-        for pause in _pauses():
+        runs, refusals = self._runs, 0
+        assert runs is not None
+
+        def deliver() -> None:
+            nonlocal refusals
             try:
-                self._runs.perform(entry)
+                runs.perform(entry)
             except Exception as error:
-                refusals = refusals + 1 if _may_be_refusal(error) and self._runs.answers() else 0
+                refusals = refusals + 1 if _may_be_refusal(error) and runs.answers() else 0
                 if not _is_transient(error) or refusals == _REFUSALS:
                     self._set_aside(box, entry, error)
-                    return True
-                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self.shown, redacted(error), pause)
-            else:
-                box.delivered(entry)
-                return True
-            box.sync()
-            if self.given_up.wait(pause):
-                return False
-        return False
+                    return
+                box.sync()
+                raise self._away(error) from error
+            box.delivered(entry)
+
+        return self._as_often_as_it_takes(deliver)
 
     def _set_aside(self, box: Outbox, entry: Entry, error: Exception) -> None:
         where = box.refuse(entry, redacted(f"{type(error).__name__}: {error}"))
@@ -136,16 +139,25 @@ class Sender:
 
     def _reach(self) -> bool:
         """Connect, if that is not done; returns False if `given_up` came first."""
-        pauses = _pauses()
-        while self._runs is None:
+
+        def connect() -> None:
             try:
                 self.connect()
             except Exception as error:
-                pause = next(pauses)
-                logger.warning("Tracking at %s failed (%s), trying again in %g s.", self.shown, redacted(error), pause)
-                if self.given_up.wait(pause):
-                    return False
+                raise self._away(error) from error
+
+        return self._runs is not None or self._as_often_as_it_takes(connect)
+
+    def _as_often_as_it_takes(self, attempt: Callable[[], None]) -> bool:
+        """Try until it succeeds; returns False if `given_up` came first."""
+        try:
+            retry(attempt, _AwayError, given_up=self.given_up)
+        except _AwayError:
+            return False
         return True
+
+    def _away(self, error: Exception) -> _AwayError:
+        return _AwayError(f"Tracking at {self.shown} failed ({redacted(error)})")
 
 
 def _make_database(path: Path) -> None:
@@ -171,12 +183,6 @@ def _left_open(entries: Collection[Entry]) -> dict[str, int]:
         elif entry.operation == "end":
             unfinished.pop(entry.arguments["key"], None)
     return dict.fromkeys(unfinished, last)
-
-
-def _pauses() -> Iterator[float]:
-    yield from _PAUSES_S
-    while True:
-        yield _PAUSES_S[-1]
 
 
 def _is_transient(error: Exception) -> bool:

@@ -21,17 +21,16 @@ from typing import Any
 
 from segadapt.platform.errors import redacted
 from segadapt.platform.settings.states import MlflowStatus
-from segadapt.platform.storage.checkpoints import GALLERY
+from segadapt.platform.storage.checkpoints import TRACKED
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.client import waiting_folder
+from segadapt.platform.tracking.moved import point_artifacts_here
 from segadapt.platform.tracking.outbox import Outbox
 from segadapt.platform.tracking.sender import Sender
 from segadapt.platform.tracking.tags import STATE_TAG
+from segadapt.trainables.core.checkpoint import GALLERY
 
 logger = logging.getLogger(__name__)
-
-_EVALUATION = ("evaluation.json", GALLERY)
-"""What of a checkpoint folder is tracked."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class Tracker:
     """
 
     def __init__(self, place: Place) -> None:
+        point_artifacts_here(place)
         self._uri = place.tracking_url
         self._outbox = Outbox.create(waiting_folder(place))
         self._open: dict[str, None] = {}
@@ -127,7 +127,7 @@ class Tracker:
         """Store the gallery, the confusion matrix and the per-class table that lie in a checkpoint folder."""
 
         def keep(files: Path) -> None:
-            for name in _EVALUATION:
+            for name in TRACKED:
                 _link(checkpoint / name, files / name)
 
         self._record("log_evaluation", keep, key=key)

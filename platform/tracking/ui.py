@@ -1,15 +1,20 @@
 """MLflow's pages for a storage folder."""
 
+import itertools
+import logging
 import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage.folders import Place
+from segadapt.platform.storage.retries import retry
 from segadapt.platform.tracking.sender import send_waiting
+
+_POLL_S = 0.2
+"""Between two looks at whether the server answers."""
 
 
 def serve(place: Place, port: int) -> int:
@@ -46,14 +51,15 @@ def serve(place: Place, port: int) -> int:
 
 
 def _wait_for_health(address: str, server: "subprocess.Popen[str]", timeout_s: float = 90.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
+    def ask() -> None:
         if server.poll() is not None:
             message = server.stderr.read() if server.stderr else ""
             raise UsageError(f"The MLflow server must start, but ended: {message.strip()[-2000:]}")
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=2):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise UsageError(f"The MLflow server must answer within {timeout_s:.0f} s, but did not. Is the machine busy?")
+        urllib.request.urlopen(f"{address}/health", timeout=2).close()
+
+    try:
+        retry(ask, OSError, timeout_s, pauses=itertools.repeat(_POLL_S), level=logging.DEBUG)
+    except OSError as error:
+        raise UsageError(
+            f"The MLflow server must answer within {timeout_s:.0f} s, but did not. Is the machine busy?"
+        ) from error

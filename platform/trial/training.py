@@ -1,6 +1,5 @@
 """The training function of a trial; every data-parallel worker calls it."""
 
-import json
 import os
 import socket
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segadapt.platform.settings.config import TrialConfig, Values
-from segadapt.platform.storage.checkpoints import CONFIG, read_metrics
+from segadapt.platform.storage.checkpoints import read_metrics, write_configuration
 from segadapt.platform.storage.stage_keys import split_plan, stage_keys
 from segadapt.platform.storage.stages import longest_prefix, publishing
 from segadapt.platform.trial.environment import machine
@@ -128,7 +127,7 @@ def _describing(report: Report, config: TrialConfig, fingerprint: str, use: "Mac
     def wrapped(metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
         def write_described(folder: Path) -> None:
             assert write is not None
-            (folder / CONFIG).write_text(json.dumps(config.as_dict()))
+            write_configuration(folder, config.as_dict())
             write(folder)
 
         report({**metrics, **use.take(), "fingerprint": fingerprint}, write_described if write is not None else None)

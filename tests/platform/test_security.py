@@ -20,6 +20,7 @@ from segadapt.platform.cli.main import app
 from segadapt.platform.cluster.connection import connect
 from segadapt.platform.deployment.evaluation import load_deployed
 from segadapt.platform.errors import UsageError, redacted
+from segadapt.platform.experiment.finishing import FinishRequest, plan_finish
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.client import mlflow_client
 from segadapt.platform.tracking.sender import send_waiting
@@ -119,6 +120,28 @@ def test_names_that_leave_the_storage_folder_are_refused(name: str, tmp_path: Pa
         with pytest.raises(UsageError, match="A name must be 1 to 100"):
             call()
     assert [path.name for path in tmp_path.rglob("*") if path.name != "runs"] == []
+
+
+@pytest.mark.parametrize("noted", ["../outside", "{}", "ray/../../outside"])
+def test_a_checkpoint_that_mlflow_names_outside_the_storage_folder_is_never_opened(noted: str, tmp_path: Path) -> None:
+    place, outside = Place(tmp_path / "runs"), tmp_path / "outside"
+    outside.mkdir()
+    save_state(outside, {"state": {}})
+    noted = noted.format(outside)
+    tracker = Tracker(place)
+    tags = {"segadapt.kind": "trial", "segadapt.method": "sdca", "segadapt.checkpoint": noted}
+    tracker.start(RunInfo("town/1", "town", "sdca-001", tags, {}))
+    tracker.end("town/1", "FINISHED")
+    tracker.close()
+    (row,) = api.runs("town", place=place).rows
+    assert row.checkpoint is None, "the leaderboard is shown all the same"
+    for use in (
+        lambda: api.evaluate("best", "town", place=place),
+        lambda: api.export("sdca-001", "town", place=place),
+        lambda: plan_finish(FinishRequest("best", "town", {}), place),
+    ):
+        with pytest.raises(UsageError, match=f"must lie in the storage folder .*, but is noted as '{noted}'"):
+            use()
 
 
 def test_logins_are_taken_out_of_what_is_shown() -> None:

@@ -23,7 +23,7 @@ from segadapt.platform.deployment.evaluation import (
     Submission,
     evaluate_target,
     load_deployed,
-    protocol,
+    protocol_of,
     target_images,
 )
 from segadapt.platform.errors import UsageError
@@ -282,7 +282,7 @@ def test_counts_and_iou_equal_those_of_cityscapesscripts(tmp_path: Path) -> None
     ids = [CITYSCAPES_IDS[name] for name in NAMES]
     assert counts.tolist() == np.array(expected["confMatrix"])[np.ix_(ids, ids)].tolist()
     assert counts.sum() > 10_000
-    ours = score(counts, NAMES, protocol("cityscapes-19", NAMES, labelled))
+    ours = score(counts, NAMES, protocol_of("cityscapes-19", NAMES, labelled))
     assert ours.iou == {name: expected["classScores"][name] for name in NAMES}
     assert ours.miou == expected["averageScoreClasses"]
     assert 0.1 < ours.miou < 0.9
@@ -290,7 +290,7 @@ def test_counts_and_iou_equal_those_of_cityscapesscripts(tmp_path: Path) -> None
     # It knows no subsets: give it labels without the classes that SYNTHIA lacks, and average what it says of the rest.
     expected = judged(narrow, tmp_path / "predictions")
     for size in ("16", "13"):
-        subset = protocol(f"cityscapes-{size}", NAMES, labelled)
+        subset = protocol_of(f"cityscapes-{size}", NAMES, labelled)
         ours = score(counts, NAMES, subset)
         values = {name: expected["classScores"][name] for name in SUBSETS[size]}
         assert subset.metric == f"miou_{size}"
@@ -309,21 +309,21 @@ def test_labels_are_numbered_as_the_network_numbers_its_classes(tmp_path: Path) 
     for before, after in ((NAMES.index("traffic light"), 0), (NAMES.index("road"), 2)):
         assert torch.equal(whole.label(0) == before, own.label(0) == after)
     assert set(own.label(0).unique().tolist()) <= {0, 2, IGNORE_INDEX}
-    assert protocol("auto", names, labelled).averaged == {"road", "Traffic_Light"}
+    assert protocol_of("auto", names, labelled).averaged == {"road", "Traffic_Light"}
     with pytest.raises(UsageError, match="The data must share classes with the network, which has unicorn"):
         target_images(config, ["unicorn"])
 
 
 def test_sixteen_classes_are_enough_for_synthia_and_not_for_gta5() -> None:
     names = SUBSETS["16"]
-    assert protocol("cityscapes-16", names, names).averaged == set(names)
-    thirteen = protocol("cityscapes-13", names, names)
+    assert protocol_of("cityscapes-16", names, names).averaged == set(names)
+    thirteen = protocol_of("cityscapes-13", names, names)
     assert thirteen.averaged == set(SUBSETS["13"])
     assert thirteen.counted == set(names), "wall, fence and pole are misses still"
     with pytest.raises(UsageError, match="lacks terrain, truck, train: the network was trained for 16 classes"):
-        protocol("cityscapes-19", names, names)
+        protocol_of("cityscapes-19", names, names)
     with pytest.raises(UsageError, match="lacks train: the data label 18 classes"):
-        protocol("cityscapes-19", NAMES, [name for name in NAMES if name != "train"])
+        protocol_of("cityscapes-19", NAMES, [name for name in NAMES if name != "train"])
 
 
 def test_predictions_of_other_classes_have_no_label_id(tmp_path: Path) -> None:

@@ -355,11 +355,10 @@ def test_a_stage_that_is_needed_at_the_last_moment_stays(storage: Storage) -> No
 
 
 DRIVER = """
-import sys
-from segadapt.platform import cli
+from segadapt.platform.cli.main import main
 from segadapt.platform.storage import leases
 leases.STALE_AFTER_S, leases.RENEWED_EVERY_S = 6.0, 0.5
-cli.main()
+main()
 """
 
 

@@ -25,11 +25,13 @@ from conftest import TINY_WORDS, process_group_is_gone
 from PIL import Image
 from searching import free_port
 
+from segadapt.platform.settings.states import MlflowStatus
+from segadapt.platform.storage import retries
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.tracking import sender
 from segadapt.platform.tracking.client import mlflow_client
 from segadapt.platform.tracking.tags import KEY_TAG, STATE_TAG
-from segadapt.platform.tracking.tracker import RunInfo, Status, Tracker
+from segadapt.platform.tracking.tracker import RunInfo, Tracker
 
 LOGGER = "segadapt.platform.tracking.sender"
 
@@ -96,7 +98,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, postgres_url: str) -> Itera
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again after moments, but often, where the time until the server is back is not the point."""
-    monkeypatch.setattr(sender, "_PAUSES_S", (0.05,))
+    monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.05)
     monkeypatch.setattr(sender, "_REFUSALS", 12)  # starting a run is many requests, each fails once
 
 
@@ -215,8 +218,9 @@ def waiting(storage: Path) -> list[str]:
 SEARCH_THAT_IS_KILLED = """
     import os, signal, sys, time
     from pathlib import Path
-    from segadapt.platform.storage.folders import Storage
-    from segadapt.platform.tracking import METHOD_TAG, RunInfo, Tracker
+    from segadapt.platform.storage.folders import Place
+    from segadapt.platform.tracking.tags import METHOD_TAG
+    from segadapt.platform.tracking.tracker import RunInfo, Tracker
 
     storage, uri, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     tracker = Tracker(Place(storage, uri))
@@ -407,8 +411,8 @@ def test_a_lost_server_does_not_keep_the_process_alive(tmp_path: Path) -> None:
         """
         import socket, sys, time
         from pathlib import Path
-        from segadapt.platform.storage.folders import Storage
-        from segadapt.platform.tracking import RunInfo, Tracker
+        from segadapt.platform.storage.folders import Place
+        from segadapt.platform.tracking.tracker import RunInfo, Tracker
 
         door = socket.create_server(("127.0.0.1", 0))  # takes a request, never answers
         tracker = Tracker(Place(Path(sys.argv[1]), f"http://127.0.0.1:{door.getsockname()[1]}"))
@@ -439,7 +443,7 @@ def test_a_second_session_continues_a_run_by_its_key(tmp_path: Path, caplog: pyt
     storage, best = Storage(tmp_path), checkpoint(tmp_path / "checkpoint")
     arrived = Arrived(Place(storage.root).tracking_url, "continued")
 
-    def session(steps: range, state: str, status: Status, *starts: RunInfo) -> dict[str, Any]:
+    def session(steps: range, state: str, status: MlflowStatus, *starts: RunInfo) -> dict[str, Any]:
         tracker = Tracker(Place(storage.root))
         for info in starts:
             tracker.start(info)
@@ -512,8 +516,8 @@ def kill(connection, cursor, statement, *_):
 TRACKS = """
 import sys
 from pathlib import Path
-from segadapt.platform.storage.folders import Storage
-from segadapt.platform.tracking import RunInfo, Tracker
+from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.tracker import RunInfo, Tracker
 tracker = Tracker(Place(Path(sys.argv[1])))
 tracker.start(RunInfo(sys.argv[2], "kills", sys.argv[2], {}, {}))
 tracker.end(sys.argv[2], "FINISHED")

@@ -15,6 +15,12 @@ STATE = "state.pt"
 
 MANIFEST = "manifest.json"
 
+EVALUATION = "evaluation.json"
+"""File in a checkpoint folder with the evaluation at its step."""
+
+GALLERY = "gallery.png"
+"""File in a checkpoint folder with pictures of what its network predicts."""
+
 
 class CorruptCheckpointError(RuntimeError):
     """A checkpoint folder whose content is not what was written."""

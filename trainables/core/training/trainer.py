@@ -40,7 +40,7 @@ from segadapt.trainables.core.labelling.rules import by_network
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, trained_parameters
 from segadapt.trainables.core.networks import recompute_blocks
 from segadapt.trainables.core.training import interruption
-from segadapt.trainables.core.training.checkpoint import is_whole, load_state, save_state, tensors_hash
+from segadapt.trainables.core.training.checkpoint import EVALUATION, GALLERY, is_whole, load_state, save_state, tensors_hash
 from segadapt.trainables.core.training.config import TrainerSettings, stage_steps
 from segadapt.trainables.core.training.gradients import (
     InfeasibleError,
@@ -577,7 +577,7 @@ class Trainer:
     ) -> None:
         save_state(folder, self._state(stage, step, optimizer))
         shown = evaluation_for_network(self.evaluation, self.settings.augmentation)
-        save_gallery(self.method.deployed, shown, self.device, folder / "gallery.png")
+        save_gallery(self.method.deployed, shown, self.device, folder / GALLERY)
         summary = {
             "metrics": metrics,
             "classes": evaluation.classes.names,
@@ -587,7 +587,7 @@ class Trainer:
         }
         if evaluation.target_val.pseudo_labels is not None:
             summary["pseudo_labels"] = evaluation.target_val.pseudo_labels.by_class(evaluation.classes.names)
-        (folder / "evaluation.json").write_text(json.dumps(summary))
+        (folder / EVALUATION).write_text(json.dumps(summary))
         size = sum(path.stat().st_size for path in folder.iterdir())
         message = f"Wrote a checkpoint of {size / 2**20:.1f} MiB."
         note("checkpoint", message, stage=stage.name, step=metrics["step"], bytes=size)

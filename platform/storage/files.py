@@ -1,0 +1,64 @@
+"""Files that several processes share: written whole or not at all, locked, measured."""
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield a file beside `path` to write to, which takes the place of `path` in one step when the context ends well.
+
+    Others see the old content or the new one, whatever is killed in between. One process at a time may write a path.
+    """
+    partial = path.with_name(f".{path.name}")
+    yield partial
+    partial.replace(path)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: If storage refuses; `path` is as it was then.
+    """
+    with written_whole(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def lock(file: Any, *, shared: bool = False, wait: bool = True) -> bool:
+    """Lock an open file until it is closed, or its process ends; returns False if another process has it locked.
+
+    Args:
+        file: The open file, or its descriptor.
+        shared: Others may lock it shared as well.
+        wait: Wait until the others let go of it.
+
+    Raises:
+        OSError: If the file system has no locks.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock that a file stands for; the file is made if need be.
+
+    Args:
+        path: The file; its content is left alone.
+        wait: Wait until others let go of it; otherwise yields False if somebody has it.
+    """
+    with path.open("a") as file:
+        yield lock(file, wait=wait)
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files in a folder and its sub-folders."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
