@@ -22,41 +22,31 @@ from segadapt.platform.storage.checkpoints import class_colors, read_metrics, st
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.tags import DATA_TAG
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.deployed import SMALLEST_SIDE, DeployedNetwork, stride
+from segadapt.trainables.core.evaluation.deployed import SMALLEST_SIDE, DeployedNetwork, stride
 
 ONNX = "model.onnx"
 
-
 PT2 = "model.pt2"
 
-
 CARD = "model.json"
-
 
 OPSET = 18
 """Of ONNX; what PyTorch's exporter writes without conversion."""
 
-
 TOLERANCE = 1e-3
 """Largest difference of a class probability between an exported file and the network it was made from."""
 
-
 LARGEST_SIDE = 2**15
-
 
 _LARGEST_BATCH = 1024
 
-
 _WHOLE_PIXELS = 2**22
-
 
 _WHOLE_CELLS = 2**14
 """Of the feature map, if they are aggregated: the exported network holds two matrices of this number squared."""
 
-
 _CHECKED_SHAPES = ((2, 64, 96), (1, 131, 173))
 """Batch, height and width of the images that exported files are compared on."""
-
 
 _EXAMPLE_SHAPE = (2, 96, 128)
 

@@ -18,24 +18,21 @@ from segadapt.platform.deployment.card import Card
 from segadapt.platform.deployment.export import Predict
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage.files import write_whole
-from segadapt.trainables.core.data import files, sampling
+from segadapt.trainables.core.data import sampling
+from segadapt.trainables.core.data.dataset import in_threads
+from segadapt.trainables.core.data.decoding import UnreadableError, decode_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-
 
 RECORD = "predict.json"
 """File in the folder written, with all that decides its content: the same command goes on in it."""
 
-
 LABELS, OVERLAYS, CONFIDENCE = "labels", "overlays", "confidence"
-
 
 _MARGIN_SHARE = 8
 """A part of a large image is looked at with a margin of this fraction of its side, which is then left out."""
 
-
 _OPACITY = 0.5
-
 
 Pixels = NDArray[np.uint8]
 
@@ -248,7 +245,7 @@ def _batches(
 ) -> Iterator[list[_Item]]:
     """Bring images of equal size together, by their headers; those that have none go to `unreadable`."""
     sizes: dict[_Item, tuple[int, int]] = {}
-    for item, size in zip(items, files.in_threads(_size, items), strict=True):
+    for item, size in zip(items, in_threads(_size, items), strict=True):
         if isinstance(size, Unreadable):
             unreadable.append(size)
         else:
@@ -273,8 +270,8 @@ def _read(batch: Sequence[_Item]) -> list[Pixels | Unreadable]:
 
 def _image(item: _Item) -> Pixels | Unreadable:
     try:
-        return files.decode_image(item.path.read_bytes())
-    except (OSError, files.UnreadableError) as error:
+        return decode_image(item.path.read_bytes())
+    except (OSError, UnreadableError) as error:
         return _unreadable(item, error)
 
 

@@ -35,14 +35,12 @@ from segadapt.platform.tracking.tracker import RunInfo, Tracker
 
 _BUDGET = ("out of time", "out of GPU hours")
 
-
 _FITTING = {
     "failed": ("failed", "infeasible"),
     "finished": ("finished", *_BUDGET),
     "stopped early": ("stopped early", *_BUDGET),
 }
 """What MLflow may say of a trial, by how Ray ended it: Ray does not tell the end of a budget from early stopping."""
-
 
 _UNFINISHED = (None, "running", "paused", "interrupted", "lost")
 

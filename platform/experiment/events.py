@@ -45,12 +45,11 @@ from segadapt.platform.tracking.tracker import RunInfo, Tracker
 from segadapt.platform.trial.environment import environment, git_tags
 from segadapt.platform.trial.log import ENDED, FOLDER, STARTED, log_folder, note_by_driver
 from segadapt.platform.trial.spec import TrialSpec
-from segadapt.trainables.core.checkpoint import GALLERY
-from segadapt.trainables.core.preemption import noted_preemptions
-from segadapt.trainables.core.pseudo_labels import PROVENANCE
+from segadapt.trainables.core.labelling.files import PROVENANCE
+from segadapt.trainables.core.training.checkpoint import GALLERY
+from segadapt.trainables.core.training.interruption import noted_preemptions
 
 logger = logging.getLogger(__name__)
-
 
 _STATUS: dict[str, MlflowStatus] = {
     "failed": "FAILED",
@@ -60,7 +59,6 @@ _STATUS: dict[str, MlflowStatus] = {
     "out of GPU hours": "KILLED",
 }
 """How the run of a trial in this state ends in MLflow; FINISHED otherwise."""
-
 
 METRIC_PREFIXES = (
     "target_val/",

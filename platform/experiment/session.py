@@ -57,8 +57,8 @@ from segadapt.platform.tracking.tags import (
 )
 from segadapt.platform.trial.environment import environment, git_tags
 from segadapt.platform.trial.spec import TrialSpec
-from segadapt.trainables.core.checkpoint import GALLERY
-from segadapt.trainables.core.trainer import stage_steps
+from segadapt.trainables.core.training.checkpoint import GALLERY
+from segadapt.trainables.core.training.config import stage_steps
 
 if TYPE_CHECKING:
     from segadapt.platform.experiment.tuning import TrialResult

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from segadapt.platform.results.plots import MEASURES, importances
 from segadapt.platform.settings.objective import TARGET, Objective
 from segadapt.platform.tracking.tags import KIND_TAG
-from segadapt.trainables.core.checkpoint import GALLERY
+from segadapt.trainables.core.training.checkpoint import GALLERY
 
 if TYPE_CHECKING:
     from segadapt.platform.results.leaderboard import Leaderboard, Row

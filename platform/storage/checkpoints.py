@@ -11,23 +11,19 @@ from typing import Any
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage.files import write_whole
 from segadapt.platform.storage.folders import Storage
-from segadapt.trainables.core.checkpoint import EVALUATION, GALLERY, MANIFEST, STATE, is_whole
+from segadapt.trainables.core.training.checkpoint import EVALUATION, GALLERY, MANIFEST, STATE, is_whole
 
 CONFIG = "config.json"
 """File in a checkpoint folder with the configuration of its trial."""
 
-
 TRACKED = (EVALUATION, GALLERY)
 """Files of a checkpoint folder from which its run in MLflow is written."""
-
 
 TRAIN_FOLDER = "train"
 """Sub-folder of an experiment in which Ray Train keeps the trials it runs; in-process trials lie beside it."""
 
-
 REMOVED = "removed"
 """Folder of an experiment with a record for each trial whose checkpoints were not kept: what they had reached."""
-
 
 _AWAY = ".removed_"
 """How the name of a checkpoint folder begins that is about to be deleted."""

@@ -9,15 +9,11 @@ from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
-
 T = TypeVar("T")
-
 
 FIRST_PAUSE_S = 0.5
 
-
 LONGEST_PAUSE_S = 10.0
-
 
 STORAGE_PATIENCE_S = 600.0
 """How long a trial, or the study, waits for storage that refuses what is written."""

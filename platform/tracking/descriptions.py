@@ -3,8 +3,8 @@
 import json
 from collections.abc import Mapping
 
-from segadapt.trainables.core.checkpoint import GALLERY
 from segadapt.trainables.core.data.datasets import DataConfig, split_location
+from segadapt.trainables.core.training.checkpoint import GALLERY
 
 _DIGEST = 36
 """Characters that MLflow keeps of a dataset's fingerprint."""

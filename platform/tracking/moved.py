@@ -12,7 +12,6 @@ from segadapt.platform.tracking.outbox import box_contents
 
 logger = logging.getLogger(__name__)
 
-
 _ADDRESSES = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),

@@ -11,7 +11,7 @@ from segadapt.platform.settings.states import MlflowStatus
 from segadapt.platform.storage.checkpoints import class_names, confusion, iou_table, label_table
 from segadapt.platform.tracking.outbox import Entry
 from segadapt.platform.tracking.tags import KEY_TAG, PARENT_TAG, STATE_TAG
-from segadapt.trainables.core.checkpoint import GALLERY
+from segadapt.trainables.core.training.checkpoint import GALLERY
 
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Has MLflow open an experiment with its table of runs; it would show traces of language models otherwise."""

@@ -28,7 +28,7 @@ from segadapt.platform.tracking.moved import point_artifacts_here
 from segadapt.platform.tracking.outbox import Outbox
 from segadapt.platform.tracking.sender import Sender
 from segadapt.platform.tracking.tags import STATE_TAG
-from segadapt.trainables.core.checkpoint import GALLERY
+from segadapt.trainables.core.training.checkpoint import GALLERY
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from segadapt.platform.storage.checkpoints import (
     trial_of,
 )
 from segadapt.platform.storage.folders import Storage
-from segadapt.trainables.core.checkpoint import EVALUATION, save_state
+from segadapt.trainables.core.training.checkpoint import EVALUATION, save_state
 
 NAME = "ray/town/abc/checkpoint_000003"
 

@@ -16,7 +16,7 @@ from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.client import waiting_folder
 from segadapt.platform.tracking.outbox import Outbox
 from segadapt.platform.tracking.sender import send_waiting
-from segadapt.trainables.core.checkpoint import file_hash
+from segadapt.trainables.core.training.checkpoint import file_hash
 
 LONG = [word for word in TINY_WORDS if not word.startswith("trainer.steps=")] + ["trainer.steps=60"]
 

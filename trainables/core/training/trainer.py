@@ -40,7 +40,14 @@ from segadapt.trainables.core.labelling.rules import by_network
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, Stage, StageData, trained_parameters
 from segadapt.trainables.core.networks import recompute_blocks
 from segadapt.trainables.core.training import interruption
-from segadapt.trainables.core.training.checkpoint import EVALUATION, GALLERY, is_whole, load_state, save_state, tensors_hash
+from segadapt.trainables.core.training.checkpoint import (
+    EVALUATION,
+    GALLERY,
+    is_whole,
+    load_state,
+    save_state,
+    tensors_hash,
+)
 from segadapt.trainables.core.training.config import TrainerSettings, stage_steps
 from segadapt.trainables.core.training.gradients import (
     InfeasibleError,
