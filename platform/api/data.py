@@ -21,8 +21,17 @@ def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
         layout: `folder` writes both domains, in the layout for own data. `gta5` and `synthia` write the source's
             training set, `cityscapes` the target, exactly as those datasets are stored.
 
+    Returns:
+        The folder that was written.
+
     Raises:
         UsageError: If the folder holds something already, or a setting or the layout is not known.
+
+    Example:
+        >>> import segadapt
+        >>> small = {"data.streets.train_images": 4, "data.streets.val_images": 2}
+        >>> sorted(path.name for path in segadapt.data_make("town", small).iterdir())
+        ['source', 'target']
     """
     from segadapt.trainables.core.data.datasets import KINDS
     from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
@@ -63,8 +72,17 @@ def data_check(
         root: Its folder, or the URI of packed shards.
         progress: Called with the number of images just done and of all.
 
+    Returns:
+        The report: images, labels, sizes as (H, W) and pixels of each class, by split; notes; and all faults.
+
     Raises:
         UsageError: If there is no such kind or folder, or its class list cannot be read.
+
+    Example:
+        >>> import segadapt
+        >>> report = segadapt.data_check("folder", "town/source")
+        >>> report.splits["train"].images, report.faults
+        (4, ())
     """
     from segadapt.trainables.core.data.checking import check_dataset
 
@@ -82,7 +100,7 @@ def data_pack(
     splits: Sequence[str] | None = None,
     size: tuple[int, int] | None = None,
     image_format: str = "png",
-    quality: int = 95,
+    quality: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> "Manifest":
     """Write a dataset as Parquet shards, which are read several times faster; go on if it was interrupted.
@@ -94,26 +112,59 @@ def data_pack(
         splits: Those to pack; None packs all.
         size: (H, W) the training split is resized to. The validation split keeps its size, and scores their meaning.
         image_format: png, without loss, or jpeg.
-        quality: Of JPEG.
+        quality: Quality of JPEG, 1 to 100, by default 95.
         progress: Called with the number of images just done and of all.
 
+    Returns:
+        The manifest of the shards, which is also written.
+
     Raises:
-        UsageError: If there is no such dataset, a file of it is broken, or the folder holds something else.
+        UsageError: If there is no such dataset, a file of it is broken, the folder holds something else, or a size or
+            quality is given that could not act.
+
+    Example:
+        >>> import segadapt
+        >>> manifest = segadapt.data_pack("folder", "town/source", "packed", size=(32, 64))
+        >>> {name: split["images"] for name, split in manifest.splits.items()}
+        {'train': 4, 'val': 2}
     """
     from segadapt.trainables.core.data.datasets import KINDS, open_dataset
     from segadapt.trainables.core.data.packing import PackConfig, pack
 
     if kind not in KINDS:
         raise UsageError(f"The kind of a dataset to pack must be one of {', '.join(KINDS)}, but got {kind!r}.")
+    if quality is not None and image_format == "png":
+        raise UsageError(f"--quality must come with --format jpeg, but got --quality {quality} for PNG. Leave it out.")
+    if size is not None and splits is not None and "train" not in splits:
+        raise UsageError(
+            f"--size resizes the split train alone, but got --size {size[0]} {size[1]} for {', '.join(splits)}. "
+            "Leave it out."
+        )
     try:
-        config = PackConfig(size, image_format, quality)  # type: ignore[arg-type]  # checked there
+        config = PackConfig(size, image_format, 95 if quality is None else quality)  # type: ignore[arg-type]  # checked
         return pack(open_dataset(kind, root), Path(out), config, splits=splits, progress=progress)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
 def data_show(path: str, values: Values) -> Path:
-    """Write a contact sheet of both domains with labels in Cityscapes colours."""
+    """Write a contact sheet of both domains of streets, with labels in Cityscapes colours.
+
+    Args:
+        path: The PNG to write, in a folder that exists.
+        values: Settings of `data.streets`, by dotted key.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        UsageError: If the folder does not exist, or a setting is not known.
+
+    Example:
+        >>> import segadapt
+        >>> segadapt.data_show("sheet.png", {"data.streets.height": 32, "data.streets.width": 64}).stat().st_size > 1000
+        True
+    """
     from segadapt.trainables.core.data.streets import contact_sheet
 
     target = Path(path)

@@ -11,7 +11,7 @@ from segadapt.platform.storage.folders import HERE, Place
 if TYPE_CHECKING:
     from segadapt.platform.deployment.evaluation import EvaluationResult
     from segadapt.platform.deployment.export import ExportResult
-    from segadapt.platform.deployment.prediction import PredictionResult
+    from segadapt.platform.deployment.prediction import Labeller, PredictionResult
 
 
 def evaluate(
@@ -39,8 +39,18 @@ def evaluate(
         save_predictions: New folder for the predictions as files for the Cityscapes server.
         place: Where the search is kept and tracked.
 
+    Returns:
+        The result: `metrics` by name and `iou` by class, between 0 and 1 (None for a class that nobody saw), and
+        `confusion`, counts of pixels as (C, C), true classes in rows.
+
     Raises:
         UsageError: If there is no such run, or it cannot be evaluated as asked.
+
+    Example:
+        >>> import segadapt
+        >>> result = segadapt.evaluate("best", "demo", flip=True)
+        >>> result.images, sorted(result.iou)[:2], 0 <= result.metrics["target_val/miou"] <= 1
+        (6, ['building', 'car'], True)
     """
     from segadapt.platform.deployment.evaluation import evaluate_run
 
@@ -72,9 +82,20 @@ def export(
         register: Name of the registered model; None takes the search's.
         place: Where the search is kept and tracked.
 
+    Returns:
+        The result: the folder, the largest difference of a class probability from the run's network by file, and name
+        and version of the registered model. The files take uint8 RGB images (B, 3, H, W) of any size and return class
+        probabilities (B, C, H, W).
+
     Raises:
         UsageError: If there is no such run, it cannot be exported, or the folder holds something.
         ExportError: If an exported file differs from the network; nothing is written.
+
+    Example:
+        >>> import segadapt
+        >>> exported = segadapt.export("best", "demo", out="exported")
+        >>> sorted(exported.differences), exported.model, exported.version
+        (['model.onnx', 'model.pt2'], 'demo', '1')
     """
     from segadapt.platform.deployment.export import export_run
 
@@ -100,32 +121,31 @@ def predict(
         images: An image, or a folder that is searched recursively.
         out: New, empty, or begun by the same command. Gets `labels`, `overlays` and `confidence`, with the images'
             paths.
-        search: The search (or single run) that holds the run.
+        search: The search (or single run) that holds the run; None for a file.
         batch_size: Images of equal size that are predicted at a time, at most.
         overlay: Also write the images under their classes' colours.
         confidence: Also write the probability of the predicted class, 0 to 255.
         place: Where the search is kept and tracked.
         progress: Called with the number of images just done and of all.
 
+    Returns:
+        The result: how many images were labelled and how many had been before, and which could not be read. A label is
+        a palette PNG (H, W) of class indices, of the image's size.
+
     Raises:
-        UsageError: If there is no such run or file, there are no images, or `out` holds something else.
+        UsageError: If there is no such run or file, there are no images, `out` holds something else, or a search is
+            named beside a file.
+
+    Example:
+        >>> import segadapt
+        >>> labelled = segadapt.predict("exported/model.onnx", "town/target/val/images", "labels")
+        >>> labelled.written, labelled.unreadable
+        (2, ())
     """
-    import torch
+    from segadapt.platform.deployment import prediction
 
-    from segadapt.platform.deployment import export, prediction
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if source.endswith((".onnx", ".pt2")):
-        network, card = export.open_exported(Path(source), device)
-    elif search is None:
-        raise UsageError(
-            f"RUN needs --search NAME, and a file must end in .onnx or .pt2, but got {source!r} alone. "
-            "`segadapt runs NAME` shows the runs of a search."
-        )
-    else:
-        network, card = export.from_run(export.origin_of(source, search, place), device)
     return prediction.predict(
-        prediction.Labeller(network, card),
+        _labeller(source, search, place),
         Path(images).expanduser(),
         Path(out).expanduser(),
         batch_size=batch_size,
@@ -133,3 +153,25 @@ def predict(
         confidence=confidence,
         progress=progress,
     )
+
+
+def _labeller(source: str, search: str | None, place: Place) -> "Labeller":
+    """Return what labels images with the network of a file, or of a run in a search."""
+    import torch
+
+    from segadapt.platform.deployment import export, prediction
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if source.endswith((".onnx", ".pt2")):
+        if search is not None or place != HERE:
+            raise UsageError(
+                f"--search, --storage and --tracking-uri say where a run is, but got the file {source!r}. "
+                "Leave them out."
+            )
+        return prediction.Labeller(*export.open_exported(Path(source), device))
+    if search is None:
+        raise UsageError(
+            f"RUN needs --search NAME, and a file must end in .onnx or .pt2, but got {source!r} alone. "
+            "`segadapt runs NAME` shows the runs of a search."
+        )
+    return prediction.Labeller(*export.from_run(export.origin_of(source, search, place), device))

@@ -26,8 +26,17 @@ def runs(search: str, *, selection: bool = False, place: Place = HERE) -> Leader
         selection: Also judge what label-free scores would have chosen, by target mIoU.
         place: Where it is kept and tracked.
 
+    Returns:
+        The leaderboard: a row per trial and finish, best first. Metrics lie between 0 and 1.
+
     Raises:
         UsageError: If MLflow knows no search of that name; lists those it knows.
+
+    Example:
+        >>> import segadapt
+        >>> board = segadapt.runs("demo")
+        >>> board.objective, [(row.kind, row.state, row.best_step) for row in board.rows if row.kind == "trial"]
+        ('target_val/miou', [('trial', 'finished', 8)])
     """
     return leaderboard(search, place, selection=selection)
 
@@ -40,14 +49,22 @@ def report(search: str, out: str | None = None, *, place: Place = HERE) -> Path:
         out: The file; None for `SEARCH.html` in the current folder.
         place: Where it is kept and tracked.
 
+    Returns:
+        The file that was written.
+
     Raises:
         UsageError: If there is no such search, or the file cannot be written.
+
+    Example:
+        >>> import segadapt
+        >>> segadapt.report("demo").name
+        'demo.html'
     """
     from segadapt.platform.results.report import render
 
     board, client = leaderboard(search, place, selection=True), open_client(place)
     page = render(board, runs_of_search(client, search), client, study_of(search, place))
-    path = Path(out or f"{search}.html")
+    path = Path(f"{search}.html" if out is None else out)
     try:
         path.write_text(page)
     except OSError as error:
@@ -62,8 +79,18 @@ def status(search: str, *, place: Place = HERE) -> "SearchStatus":
         search: The search.
         place: Where it is kept and tracked.
 
+    Returns:
+        The status: trials by state, the best so far, rungs, failures, and the seconds left, None for a search that is
+        over.
+
     Raises:
         UsageError: If there is no such search.
+
+    Example:
+        >>> import segadapt
+        >>> status = segadapt.status("demo")
+        >>> status.state, status.states, status.left_s
+        ('finished', {'finished': 1}, None)
     """
     from segadapt.platform.results.status import search_status
 
@@ -80,8 +107,16 @@ def trial_log(run: str, search: str, *, follow: bool = False, place: Place = HER
         follow: Wait for more.
         place: Where it is kept and tracked.
 
+    Returns:
+        The entries: `time` (UTC), `event`, `step`, `message`, `fields` and more.
+
     Raises:
         UsageError: If there is no such run, or it left no log here.
+
+    Example:
+        >>> import segadapt
+        >>> [entry["event"] for entry in segadapt.trial_log("best", "demo")][:3]
+        ['started', 'start', 'stage_begun']
     """
     from segadapt.platform.results import trial_logs
 

@@ -43,7 +43,19 @@ class Choices(Running, SearchChoices, total=False):
 
 @dataclass(frozen=True)
 class Result:
-    """How an experiment ended."""
+    """How an experiment ended.
+
+    Example:
+        >>> import segadapt
+        >>> result = segadapt.search(resume="demo")  # which has ended: nothing runs again
+        sdca: stages computed earlier are loaded: source_only, statistics.
+        search demo (sdca, 1 at a time): 0/1 trials done, 8 steps each
+        ...
+        >>> result.failed, result.interrupted, list(result.seconds)
+        (0, False, ['start', 'shared stages', 'trials', 'tracking'])
+        >>> [row.name for row in result.leaderboard().rows if row.kind == "trial"]
+        ['sdca-001']
+    """
 
     name: str
     """Name of the search or single run."""
@@ -54,21 +66,35 @@ class Result:
     interrupted: bool
     """Whether it can go on."""
     seconds: Mapping[str, float]
-    """Wall time of each part, in order: start, shared stages, trials, tracking."""
+    """Wall time of each part, in order: start, shared stages, trials, and with them `rerank`, tracking."""
 
     def leaderboard(self) -> Leaderboard:
-        """Return its trials, best first."""
+        """Return the trials of the experiment, best first.
+
+        Raises:
+            UsageError: If the MLflow server does not know the experiment, as when it was away all the time.
+        """
         return leaderboard(self.name, self.place)
 
     @property
     def best(self) -> Row | None:
-        """The best trial; None if none has been evaluated."""
+        """The best trial; None if no trial has been evaluated."""
         return next((row for row in self.leaderboard().rows if row.kind == "trial" and row.best is not None), None)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search or single run would do."""
+    """What a search or single run would do.
+
+    Example:
+        >>> import segadapt
+        >>> few = {"data.streets.train_images": 16, "data.streets.val_images": 6, "warmup.steps": 4, "trainer.steps": 8}
+        >>> planned = segadapt.plan("sdca", few, trials=40)
+        >>> estimate = planned.estimate()
+        measuring 4 steps of each stage of sdca ...
+        >>> estimate.search_s > estimate.methods["sdca"].trial_s > 0, estimate.problems
+        (True, ())
+    """
 
     record: Record
     options: Options
@@ -76,7 +102,10 @@ class Plan:
     def estimate(self) -> "Estimate":
         """Measure a few real steps of each method and predict time, memory and disk space.
 
-        `Estimate.check` refuses what cannot fit. Nothing is kept and no Ray is started.
+        Nothing is kept and no Ray is started.
+
+        Returns:
+            The estimate, in seconds and bytes; its `check` refuses what cannot fit.
 
         Raises:
             UsageError: If a trial can never run here, or a method's steps fail.
@@ -97,10 +126,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Finish:
-    """How the final self-training of a trial ended."""
+    """How the final self-training of a trial ended.
+
+    Example:
+        >>> import segadapt
+        >>> again = segadapt.finish("best", "demo", {"trainer.steps": 8})  # which has ended: nothing runs again
+        finish ...
+        >>> [(entry.name, entry.seed) for entry in again.results], again.interrupted
+        ([('finish-sdca-001', 0)], False)
+    """
 
     results: "Sequence[FinishResult]"
-    """One of each seed that began, best first."""
+    """One result for each seed that began, best first; metrics before and after lie between 0 and 1."""
     failed: int
     """Seeds that failed."""
     interrupted: bool
@@ -117,10 +154,33 @@ def plan(
     place: Place = HERE,
     **choices: Unpack[Choices],
 ) -> Plan:
-    """Check a new search and return what it would do; touches nothing. It takes what `search` takes.
+    """Check a new search and return what it would do; touches nothing.
+
+    Args:
+        methods: As in `search`, like all that follows.
+        settings: Settings that no trial changes, by dotted key, or ranges to search instead.
+        trials: Trials to run, by default 20.
+        objective: What to maximise, by default target validation mIoU.
+        name: Name of the search, by default made from methods and data.
+        place: Where it would be kept and tracked.
+        choices: The other fields of `SearchRequest` and of `Options`. A search that goes on cannot be planned.
+
+    Returns:
+        The plan, whose `estimate` measures a few steps and whose `run` runs it.
 
     Raises:
-        UsageError: If a method, a setting, a range or a number is not as it must be.
+        UsageError: If a method, a setting, a range or a number is not as it must be, or something that is asked for
+            could not act.
+
+    Example:
+        >>> import segadapt
+        >>> planned = segadapt.plan("sdca", {"method.temperature": 5.0}, trials=4)
+        >>> planned.record.name, planned.record.trials, "method.temperature" in planned.record.candidates["sdca"].space
+        ('sdca-streets', 4, False)
+        >>> segadapt.plan("sdca", {"method.temp": 5.0})
+        Traceback (most recent call last):
+        ...
+        segadapt.platform.errors.UsageError: There is no setting 'method.temp'. Did you mean 'method.temperature'? ...
     """
     running, asked = _split(choices)
     request = SearchRequest(
@@ -147,6 +207,8 @@ def search(
 ) -> Result:
     """Search the space of one method, or of several at once; or go on with a search, extend or fork it.
 
+    Progress is printed. Ctrl-C ends it in good order: the result says `interrupted`, and `resume` goes on.
+
     Args:
         methods: Names of the methods, or `all`; none with `resume`, `extend` or `fork`.
         settings: Settings that no trial changes, by dotted key, or ranges to search instead.
@@ -156,8 +218,24 @@ def search(
         place: Where it is kept and tracked.
         choices: The other fields of `SearchRequest` and of `Options`.
 
+    Returns:
+        How it ended; its `best` is the best trial.
+
     Raises:
-        UsageError: If it cannot run as asked; nothing was started then.
+        UsageError: If it cannot run as asked, or something that is asked for could not act; nothing was started then.
+
+    Example:
+        >>> import segadapt
+        >>> few = {"data.streets.train_images": 16, "data.streets.val_images": 6, "warmup.steps": 4, "trainer.steps": 8}
+        >>> result = segadapt.search("sdca", few, trials=1, name="demo")
+        shared stages source_only, statistics: 0/1 trials done, 4 steps each
+        ...
+        >>> result.best.name, result.best.best_step, 0 <= result.best.best <= 1
+        ('sdca-001', 8, True)
+        >>> segadapt.search(resume="demo", seed=0)
+        Traceback (most recent call last):
+        ...
+        segadapt.platform.errors.UsageError: --resume takes methods and settings from the search 'demo', but got ...
     """
     running, asked = _split(choices)
     request = SearchRequest(
@@ -203,8 +281,19 @@ def train(
         place: Where it is kept and tracked.
         running: The other fields of `Options`.
 
+    Returns:
+        How it ended; its `best` is the trial.
+
     Raises:
-        UsageError: If it cannot run as asked; nothing was started then.
+        UsageError: If it cannot run as asked, or something that is asked for could not act; nothing was started then.
+
+    Example:
+        >>> import segadapt
+        >>> few = {"data.streets.train_images": 16, "data.streets.val_images": 6, "warmup.steps": 4, "trainer.steps": 8}
+        >>> single = segadapt.train("source_only", few, name="alone")
+        train alone (source_only): 0/1 trials done, ...
+        >>> single.failed, single.best.method
+        (0, 'source_only')
     """
     request = TrainRequest(
         method=method,
@@ -244,8 +333,19 @@ def finish(
         place: Where the search is kept and tracked.
         running: The other fields of `Options`.
 
+    Returns:
+        One result for each seed, best first: metrics before and after, of each round, and the checkpoints.
+
     Raises:
         UsageError: If there is no such trial, it left no checkpoint, or its losses cannot be kept.
+
+    Example:
+        >>> import segadapt
+        >>> finished = segadapt.finish("best", "demo", {"trainer.steps": 8})
+        finish ...
+        >>> outcome = finished.results[0]
+        >>> outcome.from_run, sorted(outcome.after)[-1], len(outcome.rounds)
+        ('sdca-001', 'target_val/miou', 1)
     """
     from segadapt.platform.experiment.finishing import FinishRequest, finish_run
 

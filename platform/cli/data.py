@@ -69,7 +69,7 @@ def pack(
     image_format: Annotated[str, typer.Option("--format", help="png, without loss, or jpeg, smaller and faster.")] = (
         "png"
     ),
-    quality: Annotated[int, typer.Option(help="Of JPEG, 1 to 100.")] = 95,
+    quality: Annotated[int | None, typer.Option(help="Quality of JPEG, 1 to 100; default: 95.")] = None,
 ) -> None:
     """Write a dataset as Parquet shards, which are read several times faster: data.source=shards:OUT.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segadapt.platform.cli.options import JOBS, AsJson, JobsAddress, shared, tracked_place
+from segadapt.platform.cli.options import JOBS, AsJson, JobsAddress, refuse_idle, shared, tracked_place
 from segadapt.platform.cli.tables import console
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _JobName = Annotated[str, typer.Argument(metavar="JOB", help="A name that `segad
 def submit(
     words: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="A search, train or finish command.")],
     address: JobsAddress = JOBS,
-    name: Annotated[str | None, typer.Option(help="Of the job; default: made of command and time.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job; default: made of command and time.")] = None,
     follow_job: Annotated[
         bool, typer.Option("--follow", help="Show what it prints; Ctrl-C leaves it running.")
     ] = False,
@@ -56,6 +56,7 @@ def jobs(address: JobsAddress = JOBS, as_json: AsJson = False) -> None:
 @shared(place=tracked_place)
 def logs(
     place: "Place",
+    context: typer.Context,
     name: Annotated[
         str,
         typer.Argument(metavar="JOB|TRIAL", help="As `segadapt jobs` shows it; with --search a run's name or `best`."),
@@ -64,7 +65,7 @@ def logs(
         str | None, typer.Option("--search", metavar="SEARCH", help="Show the log of this search's trial instead.")
     ] = None,
     follow_log: Annotated[bool, typer.Option("--follow", help="Until it ends; Ctrl-C leaves it running.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Of a trial: a line of JSON per entry.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --search: a line of JSON per entry.")] = False,
     address: JobsAddress = JOBS,
 ) -> None:
     """Show what a job printed, or with --search what a trial noted: start, stages, scores, checkpoints, faults, end.
@@ -77,6 +78,10 @@ def logs(
     from segadapt.platform.errors import UsageError
     from segadapt.platform.trial.log import as_text
 
+    if search_name is None:
+        refuse_idle(context, "--json", "--storage", "--tracking-uri", why="go with --search, for the log of a trial")
+    else:
+        refuse_idle(context, "--address", why="names the cluster of a job, but --search a trial's log in the storage")
     if search_name is not None:
         for entry in results.trial_log(name, search_name, follow=follow_log, place=place):
             print(json.dumps(entry) if as_json else as_text(entry), flush=follow_log)

@@ -70,19 +70,32 @@ def shared(**groups: Callable[..., Any]) -> Callable[[Command], Command]:
     Args:
         groups: By the name of the command's parameter, the function that makes its value; the function's parameters are
             the options.
+
+    Raises:
+        TypeError: If the command has no such parameter, or two of its options have one name.
     """
 
     def decorate(command: Command) -> Command:
-        @functools.wraps(command)
-        def call(**given: Any) -> None:
-            for name, group in groups.items():
-                given[name] = group(**{option: given.pop(option) for option in inspect.signature(group).parameters})
-            command(**given)
+        parameters = inspect.signature(command).parameters
+        options_of = {name: list(inspect.signature(group).parameters.values()) for name, group in groups.items()}
+        entries = [entry for entry in parameters.values() if entry.name not in groups]
+        entries += [entry for options in options_of.values() for entry in options]
+        names = [entry.name for entry in entries]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not groups.keys() <= parameters.keys():
+            raise TypeError(
+                f"{command.__name__} must have the parameters {', '.join(groups)} and each option once, but has "
+                f"{', '.join(parameters)} and twice {', '.join(twice) or 'none'}."
+            )
 
-        own = [entry for entry in inspect.signature(command).parameters.values() if entry.name not in groups]
-        options = [entry for group in groups.values() for entry in inspect.signature(group).parameters.values()]
-        call.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-        call.__annotations__ = {entry.name: entry.annotation for entry in (*own, *options)}
+        @functools.wraps(command)
+        def call(**values: Any) -> None:
+            for name, group in groups.items():
+                values[name] = group(**{entry.name: values.pop(entry.name) for entry in options_of[name]})
+            command(**values)
+
+        call.__signature__ = inspect.Signature(entries)  # type: ignore[attr-defined]
+        call.__annotations__ = {entry.name: entry.annotation for entry in entries}
         return call  # type: ignore[return-value]  # called by name, as typer does
 
     return decorate
@@ -132,13 +145,34 @@ def debug(debug: _Debug = False) -> bool:
     return debug
 
 
+def refuse_idle(context: typer.Context, *options: str, why: str) -> None:
+    """Refuse options that this command line holds and that cannot act in it.
+
+    Raises:
+        UsageError: If there are any; `why` tells what they are for.
+    """
+    from segadapt.platform.errors import UsageError
+
+    typed = [
+        option
+        for parameter in context.command.params
+        for option in parameter.opts
+        if option in options and getattr(context.get_parameter_source(str(parameter.name)), "name", "") == "COMMANDLINE"
+    ]
+    if typed:
+        raise UsageError(f"{', '.join(options)} {why}, but got {' '.join(typed)}. Leave it out.")
+
+
 def hand_over(address: str | None) -> None:
     """Submit this command line to the cluster whose Ray Jobs `address` names, follow it and exit; else do nothing."""
-    if address is None or not address.startswith(("http://", "https://")):
+    if address is None:
+        return
+    from segadapt.platform.cluster.jobs import is_jobs_address, without_option
+
+    if not is_jobs_address(address):
         return
     from segadapt.platform.api.operation import submit
     from segadapt.platform.cli.jobs import follow
-    from segadapt.platform.cluster.jobs import without_option
 
     job = submit(without_option(sys.argv[1:], "--address"), address=address)
     print(f"{job} runs on {address}; Ctrl-C leaves it running, `segadapt stop {job}` ends it", flush=True)
@@ -149,13 +183,13 @@ def scales(options: list[str] | None, words: list[str]) -> list[float]:
     """Return the scales of `--scales 0.75 1.0` or `--scales 0.75,1.0`; an option takes the first word alone."""
     from segadapt.platform.errors import UsageError
 
-    given = [part for option in options or [] for part in option.replace(",", " ").split()]
-    wrong = [part for part in given if not is_number(part)] if options else words
+    parts = [part for option in options or [] for part in option.replace(",", " ").split()]
+    wrong = [part for part in parts if not is_number(part)] if options else words
     if wrong:
         raise UsageError(
             f"Numbers must follow --scales, and only numbers, but got {' '.join(wrong)}. Example: --scales 0.75 1 1.25"
         )
-    return [float(part) for part in [*given, *words]] or [1.0]
+    return [float(part) for part in [*parts, *words]] or [1.0]
 
 
 def is_number(text: str) -> bool:

@@ -61,7 +61,9 @@ _Scheduler = Annotated[
         "trials show to be good), median, hyperband or none."
     ),
 ]
-_Seed = Annotated[int | None, typer.Option(help="Of the sampler, default 0; `seed=N` as a setting seeds the training.")]
+_Seed = Annotated[
+    int | None, typer.Option(help="Seed of the sampler, default 0; `seed=N` as a setting seeds the training.")
+]
 _Rerank = Annotated[
     int | None,
     typer.Option(metavar="K", help="Train the K best configurations again on other seeds; the mean decides."),
@@ -70,7 +72,7 @@ _Seeds = Annotated[int | None, typer.Option(help="Seeds of --rerank; default: 3.
 _KeepTop = Annotated[
     int | None, typer.Option(metavar="K", help="Keep the checkpoints of the K best trials alone; default: of all.")
 ]
-_Name = Annotated[str | None, typer.Option(help="Of the search; default: METHOD-DATA, numbered.")]
+_Name = Annotated[str | None, typer.Option(help="Name of the search; default: METHOD-DATA, numbered.")]
 _Resume = Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this search.")]
 _Extend = Annotated[str | None, typer.Option(metavar="NAME", help="Run --trials more trials of this search.")]
 _Fork = Annotated[
@@ -84,7 +86,7 @@ _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would run, measure a few steps and what follows; keep nothing.")
 ]
 _Method = Annotated[str | None, typer.Argument(help="A name shown by `segadapt list`; left out with --resume.")]
-_RunName = Annotated[str | None, typer.Option(help="Of the run; default: train-METHOD-DATA, numbered.")]
+_RunName = Annotated[str | None, typer.Option(help="Name of the run; default: train-METHOD-DATA, numbered.")]
 _ResumeRun = Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this run.")]
 _Run = Annotated[str, typer.Argument(help="`best`, or the name or id of a run in the search.", metavar="RUN")]
 _Rounds = Annotated[
@@ -130,23 +132,20 @@ def search(
     Examples: segadapt search sdca --trials 4 trainer.steps=120; segadapt search sdca plca --trials 40;
     segadapt search --extend sdca-streets --trials 20 --rerank 3
     """
-    asked = {option: value for option, value in locals().items() if option not in ("place", "running", "words")}
+    asked = {name: value for name, value in locals().items() if name not in ("running", "words", "dry_run")}
+    asked |= {"time_budget_s": asked.pop("time_budget"), "warm_start": warm_start or ()}
     hand_over(running["address"])
-    from segadapt.platform.api.training import Plan
-    from segadapt.platform.experiment.planning import SearchRequest, plan_search
-    from segadapt.platform.experiment.record import Options
+    from segadapt.platform.api import training
 
     methods, settings = [word for word in words or [] if "=" not in word], [word for word in words or [] if "=" in word]
-    asked |= {"time_budget_s": asked.pop("time_budget"), "warm_start": warm_start or ()}
-    request = SearchRequest(methods=methods, settings=assignments(settings), **asked)
-    plan = Plan(plan_search(request, place), Options(place=place, **running))
     if dry_run:
+        plan = training.plan(methods, assignments(settings), **asked, **running)
         show_plan(plan.record)
         estimate = plan.estimate()
         show_estimate(estimate)
         estimate.check()
-        return
-    _conclude(plan.run(), running, resume_by="search")
+    else:
+        _conclude(training.search(methods, assignments(settings), **asked, **running), running, resume_by="search")
 
 
 @shared(place=tracked_place, running=running)

@@ -10,8 +10,9 @@ from typing import Any
 
 from segadapt.platform.cluster.capacity import Capacity, capacity_of_cluster
 from segadapt.platform.errors import UsageError
-from segadapt.platform.ray_internals.start import authenticated, on_loopback
+from segadapt.platform.ray_internals.start import authenticated, on_loopback, variables_set
 from segadapt.platform.ray_internals.tune import memory_kills_are_deaths, no_secrets_for_trials
+from segadapt.platform.settings.text import first_line
 
 _DEFAULTS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers use this environment instead of building one each
@@ -34,15 +35,20 @@ logger = logging.getLogger(__name__)
 
 def worker_environment() -> dict[str, str]:
     """Return the environment that trials run in."""
-    defaults = dict(_DEFAULTS)
+    return {**os.environ, **_missing_variables()}
+
+
+def _missing_variables() -> dict[str, str]:
+    """Return the variables that trials need and the user has not set."""
+    missing = {name: value for name, value in _DEFAULTS.items() if name not in os.environ}
     if "OMP_WAIT_POLICY" in os.environ:  # the user's, which the number of spins would override
-        del defaults["GOMP_SPINCOUNT"]
-    return defaults | os.environ
+        missing.pop("GOMP_SPINCOUNT", None)
+    return missing
 
 
 @contextlib.contextmanager
 def connect(address: str | None, *, verbose: bool = False) -> Iterator[Capacity]:
-    """Start Ray on this machine, or join a cluster; leave it as it was found.
+    """Start Ray on this machine, or join a cluster; leave it, the environment and signal handlers as they were found.
 
     A Ray that is started here listens on 127.0.0.1 alone and asks for a token that only its own processes know. To a
     cluster that is joined, this process shows the token that Ray finds: RAY_AUTH_TOKEN, the file that
@@ -56,13 +62,18 @@ def connect(address: str | None, *, verbose: bool = False) -> Iterator[Capacity]
     Raises:
         UsageError: If the cluster cannot be reached.
     """
-    os.environ.update(worker_environment())
+    with variables_set(_missing_variables()), signal_handlers_kept(), _connected(address, verbose) as capacity:
+        yield capacity
+
+
+@contextlib.contextmanager
+def _connected(address: str | None, verbose: bool) -> Iterator[Capacity]:
     import ray
     from ray._private import ray_constants
 
     # Ray reads this one at import, which may have been before: then workers would be built anew by `uv run`.
     ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] not in ("0", "false")
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS") or None if address is None else address
     if address is not None:
         check_address(address)
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
@@ -75,7 +86,7 @@ def connect(address: str | None, *, verbose: bool = False) -> Iterator[Capacity]
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise UsageError(
                 f"--address must name a running Ray cluster that takes this machine's token, but {address!r} did not "
-                f"answer: {_first_line(error)}. Is it started, and is its token in ~/.ray/auth_token or "
+                f"answer: {first_line(error).rstrip('.')}. Is it started, and is its token in ~/.ray/auth_token or "
                 "RAY_AUTH_TOKEN_PATH? Without --address Ray is started here."
             ) from error
         treat_termination_as_interrupt()
@@ -98,7 +109,7 @@ def check_address(address: str) -> None:
     Raises:
         UsageError: If the address is neither `auto` nor HOST:PORT.
     """
-    if "://" in address:
+    if not address or "://" in address:
         raise UsageError(
             f"--address must be auto or HOST:PORT, on a machine of the cluster, but got {address!r}. A search needs a "
             "process there: `segadapt submit --address http://127.0.0.1:8265 -- search ...` starts it from here, "
@@ -106,14 +117,23 @@ def check_address(address: str) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def treat_termination_as_interrupt() -> None:
     """Make SIGTERM end this process as Ctrl-C does, with everything it started; Ray's own handler aborts it instead."""
     if threading.current_thread() is threading.main_thread():  # Python allows it there alone
         signal.signal(signal.SIGTERM, _interrupt)
+
+
+@contextlib.contextmanager
+def signal_handlers_kept() -> Iterator[None]:
+    """Restore what Ray, Tune and this module replace meanwhile: a notebook or prompt lives on."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                if handler is not None:  # else it was set outside of Python
+                    signal.signal(number, handler)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -300,11 +300,12 @@ def origin_of(run: str, search: str, place: Place) -> Origin:
 
 def export_run(run: str, search: str, out: str | None, register: str | None, place: Place) -> ExportResult:
     """Export a run's network and register it in MLflow; see `api.export`."""
-    name = register or search
+    name = search if register is None else register
     registry.check_name(name)
     origin = origin_of(run, search, place)
     network, card = load_network(origin, torch.device("cpu"))
-    folder = Path(out or re.sub(r"[^\w.-]", "-", f"{origin.search}-{origin.run}")).expanduser()  # a server named it
+    default = re.sub(r"[^\w.-]", "-", f"{origin.search}-{origin.run}")  # a server named it
+    folder = Path(default if out is None else out).expanduser()
     differences = write(network, card, folder)
     version = registry.register(open_client(place), name, card, folder / ONNX)
     return ExportResult(origin.run, str(folder), differences, name, version)

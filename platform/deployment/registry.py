@@ -1,7 +1,6 @@
 """Exported networks in MLflow's registry."""
 
 import logging
-import os
 import re
 import tempfile
 from importlib.metadata import version
@@ -12,6 +11,7 @@ import numpy as np
 
 from segadapt.platform.deployment.card import Card
 from segadapt.platform.errors import UsageError
+from segadapt.platform.tracking.client import mlflow_settings
 from segadapt.platform.tracking.tags import DATA_TAG, MODEL_CHECKPOINT_TAG, MODEL_SEARCH_TAG, MODEL_TRIAL_TAG
 
 _SERVED_EXAMPLE_SIZE = (64, 96)
@@ -54,7 +54,8 @@ def register(client: Any, name: str, card: Card, onnx: Path) -> str:
             return str(known.version)
     place = f"exported-{card.checkpoint_sha256[:8]}"
     with tempfile.TemporaryDirectory(prefix="segadapt-") as temporary:
-        _save_pyfunc(Path(temporary) / "model", card, onnx)
+        with mlflow_settings():
+            _save_pyfunc(Path(temporary) / "model", card, onnx)
         client.log_artifacts(card.run_id, str(Path(temporary) / "model"), place)
     source = f"{client.get_run(card.run_id).info.artifact_uri}/{place}"
     miou = card.metrics.get("target_val/miou")
@@ -64,7 +65,6 @@ def register(client: Any, name: str, card: Card, onnx: Path) -> str:
 
 def _save_pyfunc(folder: Path, card: Card, onnx: Path) -> None:
     """Write the model as MLflow loads and serves it: the ONNX file and code that needs no segadapt."""
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # standard output is ours
     logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # it misses pip, which uv leaves out
     import mlflow.pyfunc
     from mlflow.models import ModelSignature

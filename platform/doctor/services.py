@@ -16,6 +16,7 @@ from packaging.version import Version
 from segadapt.platform.doctor.findings import Examination, Finding, fault
 from segadapt.platform.errors import UsageError, redacted
 from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.settings.text import first_line
 from segadapt.platform.tracking import outbox
 from segadapt.platform.tracking.client import mlflow_client, waiting_folder
 from segadapt.platform.tracking.sender import send_waiting
@@ -63,7 +64,7 @@ def tracking_findings(what: Examination) -> Iterator[Finding]:
     try:
         mlflow_client(what.place.tracking_url).search_experiments(max_results=1)
     except Exception as error:  # whatever the client raises for what does not answer
-        reason = _first_line(error)
+        reason = first_line(error)
         advice = "Start the server, or correct --tracking-uri; records wait on disk meanwhile"
         yield fault("tracking", f"{shown} does not answer: {reason}", "Runs cannot be seen or compared", advice)
         return
@@ -147,7 +148,7 @@ def study_findings(what: Examination) -> Iterator[Finding]:
     except UsageError as error:
         yield fault("study", str(error), "Searches cannot begin or go on", "")
     except Exception as error:  # of another version, or no database of Optuna's
-        reason = _first_line(error)
+        reason = first_line(error)
         text = f"{redacted(url)} cannot be used: {reason}"
         yield fault("study", text, "Searches cannot begin or go on", "Use the Optuna that made it, or a backup")
     else:
@@ -161,17 +162,12 @@ def _studies(url: str) -> int:
     return len(optuna.get_all_study_names(open_study_storage(url)))
 
 
-def _first_line(error: Exception) -> str:
-    """Return the first line of a message, without logins."""
-    return redacted(str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 # Cluster.
 
 
 def cluster_findings(what: Examination) -> Iterator[Finding]:
     """Look whether the cluster answers, and what its nodes have and see."""
-    address = what.address or os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS") or None if what.address is None else what.address
     if address is None:
         yield Finding("cluster", "ok", "No --address: commands start Ray on this machine, and end it with themselves")
         return
@@ -186,7 +182,7 @@ def cluster_findings(what: Examination) -> Iterator[Finding]:
     try:
         yield from _nodes(what, address)
     except Exception as error:  # whatever Ray raises for a cluster that refuses or does not answer
-        reason = _first_line(error)
+        reason = first_line(error)
         meaning = "The cluster asks for a token that this machine lacks, runs another Ray, or is ending"
         advice = "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH as on the head; compare `ray --version`"
         yield fault("cluster", f"{address} refuses: {reason}", meaning, advice)

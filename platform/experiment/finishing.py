@@ -90,6 +90,11 @@ def plan_finish(request: FinishRequest, place: Place) -> tuple[Record, Row]:
     """
     if request.seeds < 1:
         raise UsageError(f"--seeds must be at least 1, but got {request.seeds}.")
+    if request.rounds is not None and "method.rounds" in request.settings:
+        raise UsageError(
+            f"--rounds sets method.rounds, but got --rounds {request.rounds} and "
+            f"method.rounds={request.settings['method.rounds']}. Keep one."
+        )
     board = leaderboard(request.search, place)
     row = pick_run(board, request.run)
     assert row.checkpoint is not None

@@ -1,6 +1,8 @@
 """Checking what is asked for, and planning a search or a run."""
 
-from collections.abc import Sequence, Sized
+import json
+import shlex
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -41,7 +43,10 @@ class SearchChoices(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest:
-    """What is asked of a search, by the shell or a notebook. What is None, empty or False was not asked for."""
+    """What is asked of a search, by the shell or a notebook.
+
+    What is None, False or an empty list was not asked for; 0 and "" were.
+    """
 
     methods: Sequence[str] = ()
     """Names of the methods to search, or `all` for every method that adapts."""
@@ -92,7 +97,7 @@ class SearchRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest:
-    """What is asked of a single run. What is None, empty or False was not asked for."""
+    """What is asked of a single run. What is None, False or an empty list was not asked for; 0 and "" were."""
 
     method: str | None = None
     settings: Values = field(default_factory=dict)
@@ -109,12 +114,19 @@ class TrainRequest:
     """Run to go on with."""
 
 
-_ACTS_WITH = {
-    "resume": {"rerank", "seeds", "keep_top"},
-    "extend": {"trials", "time_budget_s", "rerank", "seeds", "keep_top"},
-    "fork": {entry.name for entry in fields(SearchRequest)} - {"methods", "preset"},
+_ACTS_WITH: Mapping[type, Mapping[str, frozenset[str]]] = {
+    SearchRequest: {
+        "resume": frozenset({"rerank", "seeds", "keep_top"}),
+        "extend": frozenset({"trials", "time_budget_s", "rerank", "seeds", "keep_top"}),
+        "fork": frozenset(entry.name for entry in fields(SearchRequest)) - {"methods", "preset"},
+    },
+    TrainRequest: {"resume": frozenset()},
 }
-"""What can be asked of a search that was begun before, by how it is named; the rest was decided when it began."""
+"""What may be asked for beside the name of an experiment that exists, by how it is named. The rest was decided when it
+began."""
+
+_TAKEN = {"resume": "methods and settings", "extend": "methods and settings", "fork": "its methods"}
+"""What is taken from a search that exists."""
 
 _DEFAULT_TRIALS, _DEFAULT_SEEDS = 20, 3
 
@@ -148,17 +160,13 @@ def plan_training(request: TrainRequest, place: Place) -> Record:
     Raises:
         UsageError: If a method or setting is not as it must be, or something that is asked for could not act.
     """
+    _refuse_idle(request)
     if request.resume is not None:
-        if idle := [shown for name, shown in _given(request).items() if name != "resume"]:
-            raise UsageError(
-                f"--resume takes method and settings from the run {request.resume!r}, but got {' '.join(idle)}. "
-                "Leave them out, or begin a new run."
-            )
         return Record.load(place.folders, request.resume)
     if request.method is None:
         raise UsageError("METHOD must be given, or --resume NAME. `segadapt list` shows the methods.")
     resolve(request.method, {})
-    preset = request.preset or search_spaces.DEFAULT_PRESET
+    preset = search_spaces.DEFAULT_PRESET if request.preset is None else request.preset
     base = preset_settings(request.method, preset) if preset != search_spaces.DEFAULT_PRESET else {}
     settings = anchored({**base, **_settings(request)})
     config = checked_config(request.method, settings)
@@ -176,43 +184,55 @@ def _settings(request: SearchRequest | TrainRequest) -> dict[str, Any]:
     return {**from_file, **({"data.skip_bad": True} if request.skip_bad else {}), **request.settings}
 
 
-def _given(request: SearchRequest | TrainRequest) -> dict[str, str]:
-    """Return what is asked for, by field, as the command line spells it."""
-    shown = {}
+def _asked(request: SearchRequest | TrainRequest) -> dict[str, str]:
+    """Return what is asked for, by field, as the command line spells it; numbers and texts count whatever they are."""
+    spelled: dict[str, str] = {}
     for entry in fields(request):
         value = getattr(request, entry.name)
-        if value is None or value is False or (isinstance(value, Sized) and not len(value)):
+        if value is None or value is False or (isinstance(value, Sized) and not isinstance(value, str) and not value):
             continue
-        if entry.name == "settings":
-            shown[entry.name] = " ".join(f"{key}={setting}" for key, setting in value.items())
-        elif entry.name in ("methods", "method"):
-            shown[entry.name] = value if isinstance(value, str) else " ".join(value)
-        else:
-            shown[entry.name] = "--" + entry.name.removesuffix("_s").replace("_", "-")
-    return shown
+        match entry.name:
+            case "settings":
+                spelled[entry.name] = " ".join(f"{key}={setting}" for key, setting in value.items())
+            case "methods" | "method":
+                spelled[entry.name] = shlex.join([value] if isinstance(value, str) else value)
+            case "dry_run":
+                spelled[entry.name] = "--dry-run (in Python: `plan`)"
+            case name:
+                spelled[name] = "--" + name.removesuffix("_s").replace("_", "-")
+    return spelled
 
 
-def _refuse_idle(request: SearchRequest) -> None:
+def _refuse_idle(request: SearchRequest | TrainRequest) -> None:
     """Refuse what could not act, by name.
 
     Raises:
         UsageError: If there is such a thing.
     """
-    given = _given(request)
-    for begun in ("resume", "extend", "fork"):
-        if begun not in given:
+    asked = _asked(request)
+    for option, acting in _ACTS_WITH[type(request)].items():
+        idle = [spelled for name, spelled in asked.items() if name != option and name not in acting]
+        if option not in asked or not idle:
             continue
-        idle = [shown for name, shown in given.items() if name != begun and name not in _ACTS_WITH[begun]]
-        if idle:
-            source = getattr(request, begun)
-            what = "its methods" if begun == "fork" else "methods and settings"
-            hint = "" if begun == "fork" else "; --fork begins a new search with changed settings"
-            raise UsageError(
-                f"--{begun} takes {what} from the search {source!r}, but got {' '.join(idle)}. Leave them out{hint}."
-            )
-    if request.seeds is not None and not request.rerank:
+        taken, kind, advice = _TAKEN[option], "search", "Leave them out"
+        if isinstance(request, TrainRequest):
+            taken, kind, advice = "method and settings", "run", "Leave them out, or begin a new run"
+        elif option != "fork":
+            advice = "Leave them out; --fork begins a new search with changed settings"
         raise UsageError(
-            f"--seeds must come with --rerank, whose runs they are for, but got --seeds {request.seeds} without it."
+            f"--{option} takes {taken} from the {kind} {getattr(request, option)!r}, but got {' '.join(idle)}. "
+            f"{advice}."
+        )
+    if request.skip_bad and request.settings.get("data.skip_bad", True) is not True:
+        raise UsageError(
+            "--skip-bad sets data.skip_bad=true, but got data.skip_bad="
+            f"{json.dumps(request.settings['data.skip_bad'], default=str)} as well. Keep one."
+        )
+    if isinstance(request, SearchRequest) and request.seeds is not None and not request.rerank:
+        rerank = "without it" if request.rerank is None else f"and --rerank {request.rerank}"
+        raise UsageError(
+            "--seeds must come with --rerank K, whose runs they are for, but got "
+            f"--seeds {request.seeds} {rerank}. Leave it out, or give both."
         )
 
 
@@ -244,9 +264,11 @@ def _new_search(request: SearchRequest, place: Place) -> Record:
     if parent is not None:
         candidates = forked_candidates(parent, values)
     else:
-        candidates = new_candidates(request.methods, values, request.preset or search_spaces.DEFAULT_PRESET)
+        preset = search_spaces.DEFAULT_PRESET if request.preset is None else request.preset
+        candidates = new_candidates(request.methods, values, preset)
     base = parent or Record("search", "", {}, TARGET, trials=_DEFAULT_TRIALS)
-    objective = Objective.parse(request.objective or base.objective)
+    objective = Objective.parse(base.objective if request.objective is None else request.objective)
+    scheduler = "none" if objective.is_front else base.scheduler
     configs = {method: checked_config(method, {**each.fixed, **each.first}) for method, each in candidates.items()}
     methods = "-".join(candidates) if len(candidates) <= 3 else f"{len(candidates)}-methods"
     earlier_searches = dict.fromkeys([*([request.fork] if request.fork is not None else []), *request.warm_start])
@@ -261,11 +283,12 @@ def _new_search(request: SearchRequest, place: Place) -> Record:
         concurrent=request.concurrent,
         time_budget_s=request.time_budget_s,
         max_gpu_hours=request.max_gpu_hours,
-        sampler=request.sampler or base.sampler,  # type: ignore[arg-type]  # `check_plan` looks at both
-        scheduler=request.scheduler or ("none" if objective.is_front else base.scheduler),  # type: ignore[arg-type]
+        # `check_plan` looks at both
+        sampler=base.sampler if request.sampler is None else request.sampler,  # type: ignore[arg-type]
+        scheduler=scheduler if request.scheduler is None else request.scheduler,  # type: ignore[arg-type]
         forked_from=request.fork,
         warm_start=list(earlier_searches),
-        rerank=request.rerank or 0,
+        rerank=0 if request.rerank is None else request.rerank,
         seeds=seeds if request.rerank else 0,
         keep_top=request.keep_top,
     )
@@ -273,11 +296,11 @@ def _new_search(request: SearchRequest, place: Place) -> Record:
 
 def check_plan(record: Record, objective: Objective) -> None:
     """Make sure that the parts of a planned search fit together."""
-    given = (record.trials, record.concurrent, record.time_budget_s, record.max_gpu_hours)
-    if any(number is not None and number <= 0 for number in given):
+    limits = (record.trials, record.concurrent, record.time_budget_s, record.max_gpu_hours)
+    if any(number is not None and number <= 0 for number in limits):
         raise UsageError(
             "--trials, --concurrent, --time-budget and --max-gpu-hours must be positive, but got "
-            f"{', '.join(map(str, given))}."
+            f"{', '.join(map(str, limits))}."
         )
     spaces = record.settings().spaces
     if len(spaces) == 1 and not any(spaces.values()):

@@ -9,6 +9,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from segadapt.platform.settings.text import number_text
+
 _SHOWN_TRIALS = 12
 
 _ACTIVE = ("starting", "running")
@@ -86,7 +88,7 @@ class Progress:
             view.best = value
             if self._best is None or self._best.best is None or value > self._best.best:
                 self._best = view
-        self._say(f"{view.name} step {step}/{self.steps} {self.objective} {_number(value)}")
+        self._say(f"{view.name} step {step}/{self.steps} {self.objective} {number_text(value)}")
 
     def paused(self, key: str) -> None:
         """A trial waits at a rung."""
@@ -120,7 +122,7 @@ class Progress:
     def _say(self, event: str) -> None:
         if self._live is None:
             best = self._best
-            shown = f"best {_number(best.best)} ({best.name})" if best else "no result yet"
+            shown = f"best {number_text(best.best)} ({best.name})" if best else "no result yet"
             self.console.print(f"{event} · {shown} · {self._count()} · {self._time_left()}")
 
     def _count(self) -> str:
@@ -139,15 +141,11 @@ class Progress:
             table.add_column(column, justify="left" if column in ("trial", "state") else "right")
         for view in list(self._views.values())[-_SHOWN_TRIALS:]:
             step = f"{view.step}/{self.steps}"
-            table.add_row(view.name, view.state, step, _number(view.value), _number(view.best))
+            table.add_row(view.name, view.state, step, number_text(view.value), number_text(view.best))
         best = self._best
         line = f"{self._count()} · {self._time_left()}"
         if best is not None:
-            line += f" · best {self.objective} {_number(best.best)} ({best.name})"
+            line += f" · best {self.objective} {number_text(best.best)} ({best.name})"
         total = self.trials * self.steps
         bar = ProgressBar(total=max(1, total), completed=total - self._missing, width=60)
         return Group(Text(self.title, style="bold"), table, bar, Text(line))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

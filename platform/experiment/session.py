@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segadapt.platform.cluster.capacity import Capacity, resources_of
-from segadapt.platform.cluster.connection import connect
+from segadapt.platform.cluster.connection import connect, signal_handlers_kept, treat_termination_as_interrupt
 from segadapt.platform.cluster.preflight import check_nodes, data_paths
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.record import BEGUN, Options, Outcome, Record, finished_trials, save_record
@@ -90,11 +90,13 @@ def run(record: Record, options: Options) -> Outcome:
     if record.kind == "search":
         open_study_storage(options.place.study_url)  # answers, or nothing is begun
     with (
+        signal_handlers_kept(),
         contextlib.ExitStack() as ending,
         connect(options.address, verbose=options.debug) as capacity,
     ):
         tracker = Tracker(options.place)  # not before: what it imports would slow Ray's start down
         ending.callback(tracker.close)
+        ending.callback(treat_termination_as_interrupt)  # as before, while what waits is sent
         resources, concurrent = resources_of(options.resources, capacity, record.trials, record.concurrent)
         check_gpu_hours(record, resources)
         if capacity.joined:

@@ -1,14 +1,18 @@
 """segadapt: search, train and finish unsupervised domain-adaptive semantic segmentation on Ray.
 
+Example:
     >>> import segadapt
-    >>> segadapt.Place("runs").folders.mlflow_database.name
-    'mlflow.db'
+    >>> planned = segadapt.plan(["sdca", "plca"], {"trainer.steps": 400}, trials=20, place=segadapt.Place("runs"))
+    >>> planned.record.name
+    'sdca-plca-streets'
+
+`planned.run()` runs it, as `segadapt.search` with the same arguments does. What the command line refuses raises a
+`UsageError` here, with the same words.
 
 Names are looked up when they are first used, so that importing this takes milliseconds and starts nothing.
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from segadapt.platform.settings.resources import Resources, Tolerance
     from segadapt.platform.storage.folders import Place
 
+__version__: str
+
 _MODULES = {
     "api.data": ("data_check", "data_make", "data_pack", "data_show"),
     "api.methods": ("describe", "list_methods"),
@@ -44,7 +50,7 @@ _MODULES = {
 }
 """Where each public name is defined, below `segadapt.platform`."""
 
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Finish",
@@ -81,16 +87,21 @@ __all__ = [
     "ui",
 ]
 
+if not TYPE_CHECKING:  # a type checker would take any name for one that this returns
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return importlib.metadata.version("segadapt")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'segadapt' has no attribute {name!r}; it offers {', '.join(sorted(_HOMES))}")
-    value = getattr(importlib.import_module(f"segadapt.platform.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version  # takes as long as all the rest
+
+            return version("segadapt")
+        if name not in _MODULE_OF:
+            raise AttributeError(
+                f"module 'segadapt' has no attribute {name!r}; it offers {', '.join(sorted(_MODULE_OF))}"
+            )
+        value = getattr(importlib.import_module(f"segadapt.platform.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, "__version__"})
+    return sorted({*globals(), *_MODULE_OF, "__version__"})

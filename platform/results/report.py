@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from segadapt.platform.results.plots import MEASURES, importances
 from segadapt.platform.settings.objective import TARGET, Objective
+from segadapt.platform.settings.text import number_text, short_text
 from segadapt.platform.tracking.tags import KIND_TAG
 from segadapt.trainables.core.training.checkpoint import GALLERY
 
@@ -70,7 +71,7 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
         "classes": _classes_figure(client, parent, by_id[best.run_id]) if best else None,
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["number"] = lambda value: "-" if value is None else f"{value:.3f}"
+    environment.filters["number"] = number_text
     template = environment.from_string((files("segadapt.platform.results") / "report.html.j2").read_text())
     return template.render(
         board=board,
@@ -267,14 +268,7 @@ def _last_step(client: Any, entry: Any) -> int:
 
 
 def _varied(row: "Row") -> dict[str, str]:
-    return {key: _short(value) for key, value in sorted(row.params.items()) if key != "method"}
-
-
-def _short(text: str) -> str:
-    try:
-        return f"{float(text):.4g}"
-    except ValueError:
-        return text
+    return {key: short_text(value, 4) for key, value in sorted(row.params.items()) if key != "method"}
 
 
 def _counts(names: Sequence[str]) -> Mapping[str, int]:

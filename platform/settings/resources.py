@@ -14,6 +14,15 @@ class Resources:
 
     Raises:
         UsageError: If there is no worker, a number is negative, or GPUs cannot be shared out so.
+
+    Example:
+        >>> import segadapt
+        >>> segadapt.Resources(gpus=0.5)  # two trials share a GPU
+        Resources(workers=1, gpus=0.5, launcher='auto')
+        >>> segadapt.Resources(gpus=1.5)
+        Traceback (most recent call last):
+        ...
+        segadapt.platform.errors.UsageError: --gpus-per-trial must be a part of one GPU or a whole number of them, ...
     """
 
     workers: int = 1
@@ -29,7 +38,7 @@ class Resources:
         if self.workers < 1 or (self.gpus is not None and self.gpus < 0):
             raise UsageError(
                 "A trial must have at least 1 worker and no negative number of GPUs, but got "
-                f"{self.workers} workers and {self.gpus} GPUs."
+                f"--workers-per-trial {self.workers} and --gpus-per-trial {self.gpus}."
             )
         if self.launcher == "inprocess" and self.workers > 1:
             raise UsageError(
@@ -61,12 +70,21 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much may go wrong with the machines that a trial runs on before it has failed."""
+    """How much may go wrong with the machines that a trial runs on before it has failed.
+
+    Raises:
+        UsageError: If `max_failures` is negative or `timeout_s` is not positive.
+
+    Example:
+        >>> import segadapt
+        >>> segadapt.Tolerance(max_failures=0, timeout_s=600)  # try once; ten silent minutes are a failure
+        Tolerance(max_failures=0, timeout_s=600)
+    """
 
     max_failures: int = 2
     """How often a trial is started again after its process or node died, or it hung; preemptions do not count."""
     timeout_s: float = 7200.0
-    """A trial that reports nothing for so long hangs."""
+    """Seconds; a trial that reports nothing for so long hangs."""
 
     def __post_init__(self) -> None:
         if self.max_failures < 0:

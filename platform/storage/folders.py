@@ -67,7 +67,19 @@ class Storage:
 
 @dataclass(frozen=True)
 class Place:
-    """Where experiments are kept and tracked."""
+    """Where experiments are kept and tracked. Making one touches nothing.
+
+    Raises:
+        UsageError: If an address is an empty text.
+
+    Example:
+        >>> import segadapt
+        >>> place = segadapt.Place("runs")
+        >>> place.folders.experiment("sdca-streets").relative_to(place.folders.root).as_posix()
+        'ray/sdca-streets'
+        >>> segadapt.Place(tracking_uri="http://127.0.0.1:5000").tracking_url
+        'http://127.0.0.1:5000'
+    """
 
     storage: str | Path = "runs"
     """Folder that keeps everything; all nodes must see it."""
@@ -75,6 +87,11 @@ class Place:
     """MLflow server; None keeps runs in a database in the storage folder."""
     study_uri: str | None = None
     """Optuna's storage, such as postgresql+psycopg://...; None keeps studies in a database in the storage folder."""
+
+    def __post_init__(self) -> None:
+        for option, address in (("--tracking-uri", self.tracking_uri), ("--study-uri", self.study_uri)):
+            if address == "":
+                raise UsageError(f"{option} must be an address, but got ''. Leave it out to use the storage folder.")
 
     @property
     def folders(self) -> Storage:

@@ -13,7 +13,7 @@ from segadapt.platform.storage.files import locked
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.storage.retries import retry
 from segadapt.platform.tracking import outbox
-from segadapt.platform.tracking.client import mlflow_client, waiting_folder
+from segadapt.platform.tracking.client import mlflow_client, mlflow_settings, waiting_folder
 from segadapt.platform.tracking.moved import point_artifacts_here
 from segadapt.platform.tracking.outbox import Entry, Outbox
 from segadapt.platform.tracking.runs import RunWriter
@@ -44,8 +44,9 @@ def send_waiting(place: Place, timeout_s: float = 60.0) -> None:
         )
         return
     thread = threading.Thread(target=sender.send_left_over, name="segadapt-tracking", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
+    with mlflow_settings():
+        thread.start()
+        thread.join(timeout_s)
     if thread.is_alive():
         sender.given_up.set()
         logger.warning("%s did not take all within %g s; the rest waits in %s.", sender.shown, timeout_s, folder)

@@ -8,6 +8,7 @@ same server from the same storage folder, before its own records. A kill between
 repeats the record, so each kind may be repeated: see `RunWriter`.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -23,7 +24,7 @@ from segadapt.platform.errors import redacted
 from segadapt.platform.settings.states import MlflowStatus
 from segadapt.platform.storage.checkpoints import TRACKED
 from segadapt.platform.storage.folders import Place
-from segadapt.platform.tracking.client import waiting_folder
+from segadapt.platform.tracking.client import mlflow_settings, waiting_folder
 from segadapt.platform.tracking.moved import point_artifacts_here
 from segadapt.platform.tracking.outbox import Outbox
 from segadapt.platform.tracking.sender import Sender
@@ -58,6 +59,8 @@ class Tracker:
         self._outbox = Outbox.create(waiting_folder(place))
         self._open: dict[str, None] = {}
         self._sender = Sender(place)
+        self._settings = contextlib.ExitStack()
+        self._settings.enter_context(mlflow_settings())
         self._thread = threading.Thread(
             target=self._sender.send_all, args=(self._outbox,), name="segadapt-tracking", daemon=True
         )
@@ -165,6 +168,7 @@ class Tracker:
         self._outbox.finish_input()
         self._thread.join(timeout_s)
         self._sender.given_up.set()
+        self._settings.close()
         if waiting := self._outbox.waiting:
             logger.warning(
                 "The tracking server %s did not take %d records within %g s. They wait in %s; the next segadapt "
