@@ -5,19 +5,13 @@ cleaner of placement groups. Here the controller is an object in the trial's pro
 the workers take the trial's placement group: Tune asks for it, removes it however the trial ends, and hands it on with
 the process to the next trial. What a trial starts are its workers, and the actor at which they wait for each other.
 
-Importing this takes seconds.
+Importing this fails where Ray Train has changed in one of these parts.
 """
 
 import asyncio
-import socket
 from typing import Any
 
-import ray
 import ray.train.torch
-from ray import tune
-from ray.train import UserCallback
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import get_address_and_port  # type: ignore[attr-defined]
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.controller import TrainController
@@ -25,20 +19,70 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.util import get_current_placement_group
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from segadapt.trainables.core import preemption
+PRIVATE = (
+    ("ray.train.v2._internal.callbacks", "DatasetsCallback", "start no manager of data sets"),
+    (
+        "ray.train.v2._internal.callbacks.placement_group_callback",
+        "PlacementGroupCleanerCallback",
+        "start no cleaner of placement groups",
+    ),
+    ("ray.train.v2._internal.execution.controller", "TrainController", "control the workers from the trial's process"),
+    (
+        "ray.train.v2._internal.execution.controller",
+        "TrainController.worker_group_cls",
+        "have the controller start our workers",
+    ),
+    (
+        "ray.train.v2._internal.execution.controller",
+        "TrainController.get_worker_group",
+        "end the workers with the trial",
+    ),
+    ("ray.train.v2._internal.execution.scaling_policy", "FixedScalingPolicy", "keep the number of workers"),
+    (
+        "ray.train.v2._internal.execution.scaling_policy",
+        "FixedScalingPolicy._maybe_send_resource_request",
+        "ask for nothing",
+    ),
+    ("ray.train.v2._internal.execution.scaling_policy", "FixedScalingPolicy._send_resource_request", "ask for nothing"),
+    (
+        "ray.train.v2._internal.execution.scaling_policy",
+        "FixedScalingPolicy._cancel_resource_request",
+        "take nothing back",
+    ),
+    ("ray.train.v2._internal.execution.worker_group", "WorkerGroup", "place the workers"),
+    (
+        "ray.train.v2._internal.execution.worker_group",
+        "WorkerGroup._get_worker_runtime_env",
+        "have workers inherit variables",
+    ),
+    (
+        "ray.train.v2._internal.execution.worker_group",
+        "WorkerGroup._create_placement_group",
+        "take the trial's placement group",
+    ),
+    (
+        "ray.train.v2._internal.execution.worker_group",
+        "WorkerGroup._create_workers",
+        "place workers in the trial's bundles",
+    ),
+    ("ray.train.v2._internal.execution.worker_group", "WorkerGroup.abort", "end the workers with the trial"),
+    (
+        "ray.train.v2._internal.execution.worker_group.placement_group_handle",
+        "DefaultPlacementGroupHandle",
+        "leave the trial's placement group to Tune",
+    ),
+    (
+        "ray.train.v2._internal.execution.worker_group.placement_group_handle",
+        "DefaultPlacementGroupHandle.shutdown",
+        "leave the trial's placement group to Tune",
+    ),
+    ("ray.train.torch", "TorchTrainer._create_default_callbacks", "leave out what is not needed"),
+    ("ray.train.torch", "TorchTrainer._initialize_and_run_controller", "control the workers from the trial's process"),
+)
+"""Parts of Ray Train that are not public: module, name and what they are for."""
 
 _TorchTrainer: Any = ray.train.torch.TorchTrainer  # for type checkers it is the one of Ray Train's first version
-
-
-class ReportToTune(UserCallback):
-    """Passes what the first worker reports on to Tune, with the path of its checkpoint as `checkpoint_path`."""
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Report, and wait until Tune has decided whether the trial goes on."""
-        found = {} if checkpoint is None else {"checkpoint_path": checkpoint.path}
-        tune.report(metrics[0] | found)
 
 
 class TrialTrainer(_TorchTrainer):  # type: ignore[misc]
@@ -49,7 +93,7 @@ class TrialTrainer(_TorchTrainer):  # type: ignore[misc]
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [found for found in super()._create_default_callbacks() if not isinstance(found, unused)]
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         controller = _Controller(**parts | {"scaling_policy": _FixedSize(self.scaling_config)})
@@ -103,62 +147,3 @@ class _Controller(TrainController):
         group = self.get_worker_group()
         if group is not None and group.has_started():
             group.abort()  # type: ignore[no-untyped-call]
-
-
-_stores: list[Any] = []
-"""Of this process; the process group's own is the same one as long as this one lives."""
-
-
-class PreemptibleTorchConfig(TorchConfig):
-    """Sets the process group up as `TorchConfig` does, on one address, and has the workers heed SIGTERM."""
-
-    @property
-    def backend_cls(self) -> Any:
-        """What sets the workers up."""
-        return PreemptibleTorchBackend
-
-
-class PreemptibleTorchBackend(TorchConfig().backend_cls):  # type: ignore[misc]
-    """Runs in Ray Train's controller."""
-
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Set the workers up; what they execute here runs in their main thread."""
-        super().on_start(_MeetingInOurStore(worker_group), backend_config)
-        worker_group.execute(preemption.leave_when_terminated)
-
-
-class _MeetingInOurStore:
-    """A group of workers whose first one opens the store in which they meet, when it is asked for its address.
-
-    torch would have the store listen on all interfaces, and whoever reaches it may read and write it.
-    """
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-
-    def __len__(self) -> int:
-        return len(self._group)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._group, name)
-
-    def execute_single(self, rank: int, function: Any, *args: Any, **options: Any) -> Any:
-        """Run a function in one worker."""
-        asked = open_store if function is get_address_and_port else function
-        return self._group.execute_single(rank, asked, *args, **options)
-
-
-def open_store() -> tuple[str, int]:
-    """Start a store that listens on this node's address alone; returns the address and the port.
-
-    A process group that is made in this process on that port takes it over rather than start its own.
-    """
-    address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    listener.bind((address, 0))
-    port = int(listener.getsockname()[1])
-    listening = listener.detach()
-    _stores.append(
-        TCPStore(address, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listening)
-    )
-    return address, port
