@@ -8,10 +8,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from segadapt.platform.cluster.capacity import Capacity, capacity_of_cluster
+from segadapt.platform.cluster.capacity import Capacity, capacity_of_cluster, this_machine
 from segadapt.platform.errors import UsageError
-from segadapt.platform.ray_internals.start import authenticated, on_loopback, variables_set
+from segadapt.platform.ray_internals.start import authenticated, keep_uv_out, on_loopback, variables_set
 from segadapt.platform.ray_internals.tune import memory_kills_are_deaths, no_secrets_for_trials
+from segadapt.platform.settings.resources import Allocation, Resources
 from segadapt.platform.settings.text import first_line
 
 _DEFAULTS = {
@@ -47,7 +48,7 @@ def _missing_variables() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def connect(address: str | None, *, verbose: bool = False) -> Iterator[Capacity]:
+def connect(address: str | None, *, verbose: bool = False, resources: Resources | None = None) -> Iterator[Capacity]:
     """Start Ray on this machine, or join a cluster; leave it, the environment and signal handlers as they were found.
 
     A Ray that is started here listens on 127.0.0.1 alone and asks for a token that only its own processes know. To a
@@ -58,29 +59,32 @@ def connect(address: str | None, *, verbose: bool = False) -> Iterator[Capacity]
         address: Of a running cluster, as seen from one of its machines: `auto` or HOST:PORT. None takes RAY_ADDRESS,
             which Ray sets in its jobs, or else starts a local one that ends with this command.
         verbose: Show what the workers print.
+        resources: What a trial is to take; None if no trial will run.
 
     Raises:
         UsageError: If the cluster cannot be reached.
     """
-    with variables_set(_missing_variables()), signal_handlers_kept(), _connected(address, verbose) as capacity:
+    with (
+        variables_set(_missing_variables()),
+        signal_handlers_kept(),
+        _connected(address, verbose, resources) as capacity,
+    ):
         yield capacity
 
 
 @contextlib.contextmanager
-def _connected(address: str | None, verbose: bool) -> Iterator[Capacity]:
+def _connected(address: str | None, verbose: bool, resources: Resources | None) -> Iterator[Capacity]:
     import ray
-    from ray._private import ray_constants
 
-    # Ray reads this one at import, which may have been before: then workers would be built anew by `uv run`.
-    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] not in ("0", "false")
+    keep_uv_out()
     address = os.environ.get("RAY_ADDRESS") or None if address is None else address
     if address is not None:
         check_address(address)
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
-    local: dict[str, Any] = {} if address else {"include_dashboard": False}
+    local: dict[str, Any] = {} if address else {"include_dashboard": _needs_dashboard(resources)}
     with authenticated(local=address is None):
         try:
-            with contextlib.nullcontext() if address else on_loopback():
+            with contextlib.nullcontext() if address else on_loopback(dashboard=local["include_dashboard"]):
                 # "local", or Ray would join whatever cluster was started on this machine last
                 ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **local)
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
@@ -91,7 +95,7 @@ def _connected(address: str | None, verbose: bool) -> Iterator[Capacity]:
             ) from error
         treat_termination_as_interrupt()
         try:
-            if address is not None and os.environ["RAY_AUTH_MODE"] == "disabled":
+            if address is not None and os.environ.get("RAY_AUTH_MODE") == "disabled":
                 logger.warning(
                     "The Ray cluster %s is joined without a token: if it needs none, whoever reaches its ports runs "
                     "code on it. docs/security.md tells how to close it.",
@@ -101,6 +105,21 @@ def _connected(address: str | None, verbose: bool) -> Iterator[Capacity]:
                 yield capacity_of_cluster(joined=address is not None)
         finally:
             ray.shutdown()
+
+
+def _needs_dashboard(resources: Resources | None) -> bool:
+    """Return whether a Ray that is started here must have its dashboard.
+
+    Ray Train's own trainer leaves cleaning up after a trial that is stopped to a process that asks the dashboard.
+    """
+    if resources is None:
+        return False
+    gpus = float(this_machine().gpus > 0) if resources.gpus is None else resources.gpus
+    if not Allocation(resources.workers, gpus, launcher=resources.launcher).uses_train:
+        return False
+    from segadapt.platform.ray_internals.train import workers_are_in_the_trial
+
+    return not workers_are_in_the_trial()
 
 
 def check_address(address: str) -> None:

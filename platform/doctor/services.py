@@ -19,6 +19,7 @@ from segadapt.platform.search.study_storage import open_study_storage
 from segadapt.platform.settings.text import first_line
 from segadapt.platform.tracking import outbox
 from segadapt.platform.tracking.client import mlflow_client, waiting_folder
+from segadapt.platform.tracking.mlflow_internals import newest_schema
 from segadapt.platform.tracking.sender import send_waiting
 
 NEW_DATABASE = "Move it away, or copy a backup in its place"
@@ -92,9 +93,6 @@ def _server_version(uri: str | None, shown: str) -> Iterator[Finding]:
 
 def _database_problems(path: Path) -> Iterator[Finding]:
     """Find out, without a change, whether an SQLite database is MLflow's and of this MLflow's schema."""
-    from mlflow.store.db import utils
-    from mlflow.store.db.base_sql_model import Base
-
     try:
         with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
             tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
@@ -108,9 +106,14 @@ def _database_problems(path: Path) -> Iterator[Finding]:
     except sqlite3.DatabaseError as error:
         yield fault("tracking", f"{path} is damaged: {error}", "No run can be seen or tracked", NEW_DATABASE)
         return
-    wanted = utils._get_latest_schema_revision()  # type: ignore[no-untyped-call]
+    schema = newest_schema()
+    if schema is None:
+        text = f"The schema of {path} cannot be looked at: MLflow has changed in the part that tells the newest one"
+        meaning = "It may have been written by another version of MLflow, or be half made"
+        yield Finding("tracking", "warning", text, meaning, "Install the MLflow that segadapt is made for")
+        return
     version = found[0] if found else None
-    if version == wanted and set(Base.metadata.tables) <= tables:
+    if version == schema.revision and schema.tables <= tables:
         return
     if not runs:
         text = f"{path} was left half made, without a run"
@@ -119,7 +122,7 @@ def _database_problems(path: Path) -> Iterator[Finding]:
         yield Finding("tracking", "fault", text, "A command was killed while it made it", advice, repair)
         return
     own = importlib.metadata.version("mlflow")
-    text = f"{path} holds {runs} runs in another schema ({version}) than MLflow {own} has ({wanted})"
+    text = f"{path} holds {runs} runs in another schema ({version}) than MLflow {own} has ({schema.revision})"
     advice = f"Use the MLflow that wrote it; or, if it is older, copy it and `mlflow db upgrade sqlite:///{path}`"
     yield fault(
         "tracking", text, "It was written by another version of MLflow, or a change of it was cut short", advice

@@ -9,6 +9,7 @@ from segadapt.platform.doctor.ledgers import DUPLICATES, Ledgers, ledger_fault, 
 from segadapt.platform.doctor.ray_state import RayTrial
 from segadapt.platform.experiment.record import Record
 from segadapt.platform.search.study import LOST, TRIAL_ID, study_name, study_point, values_by_step
+from segadapt.platform.search.study_storage import trial_handle
 from segadapt.platform.settings.config import METHOD
 
 
@@ -79,12 +80,12 @@ def _agree(state: str, trial: RayTrial) -> bool:
 
 def _give_up(ledgers: Ledgers, found: Any, *, again: bool) -> None:
     """Close a proposal that nobody runs, as a resumed search does; `again` proposes its values once more."""
-    import optuna
+    from optuna.trial import TrialState
 
     study = ledgers.study
     assert study is not None
-    optuna.trial.Trial(study, found._trial_id).set_user_attr(LOST, True)
-    study.tell(found.number, state=optuna.trial.TrialState.FAIL)
+    trial_handle(study, found).set_user_attr(LOST, True)
+    study.tell(found.number, state=TrialState.FAIL)
     if again:
         study.enqueue_trial(found.params)
 

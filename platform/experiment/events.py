@@ -16,6 +16,14 @@ from ray.tune.experiment import Trial
 from segadapt.platform.experiment.ledger import Ledger, Limits
 from segadapt.platform.experiment.progress import Progress
 from segadapt.platform.experiment.tune_state import StateKeeper
+from segadapt.platform.ray_internals.trials import (
+    allow_failures,
+    allow_no_failure,
+    forget_replaced_checkpoint,
+    forgive_failure,
+    kill_process,
+    staging_folder,
+)
 from segadapt.platform.ray_internals.tune import SHORT_OF_MEMORY
 from segadapt.platform.settings.objective import GOALS
 from segadapt.platform.settings.states import INFEASIBLE, MlflowStatus
@@ -192,7 +200,7 @@ class Events(tune.Callback):
         assert self._states is not None
         self._ledger.keep()
         if trials:
-            self._states.keep(Path(trials[0].storage.experiment_driver_staging_path))
+            self._states.keep(staging_folder(trials[0]))
         if not self._swept:
             self._swept = True
             known = [self.key(trial.trial_id) for trial in trials]
@@ -205,8 +213,8 @@ class Events(tune.Callback):
             if ended := len(trials) - len(self._open):
                 self._progress.ended_before(ended)
             for trial in self._open.values():
-                _forget_replaced_checkpoint(trial)
-                trial.max_failures = trial.run_metadata.num_failures + self._spec.tolerance.max_failures
+                forget_replaced_checkpoint(trial)
+                allow_failures(trial, self._spec.tolerance.max_failures)
             if self._keeper is not None:
                 self._keeper.sweep()
         self._follow_pauses()
@@ -233,8 +241,6 @@ class Events(tune.Callback):
 
     def _end_hung(self) -> None:
         """Kill the process of a trial that was not heard of for too long; Tune starts it again."""
-        import ray
-
         now, timeout_s = time.monotonic(), self._spec.tolerance.timeout_s
         for trial_id, trial in self._open.items():
             if trial.status != Trial.RUNNING:
@@ -243,7 +249,7 @@ class Events(tune.Callback):
                 self._failures[trial_id] = f"hung: nothing was reported for {timeout_s:g} s (--trial-timeout)"
                 self._note(trial_id, "hung", f"Killed, since it {self._failures[trial_id]}.", level="WARNING")
                 self._heard[trial_id] = now
-                ray.kill(trial.temporary_state.ray_actor)
+                kill_process(trial)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Open the run of a trial, or continue it."""
@@ -297,11 +303,11 @@ class Events(tune.Callback):
         trial_id = trial.trial_id
         self._heard[trial_id] = time.monotonic()
         if "preempted" in result:
-            trial.max_failures += 1  # this one does not count
+            forgive_failure(trial)
             return
         if "failure" in result:
             self._failures[trial_id] = result["failure"]
-            trial.max_failures = 0  # the code or its settings failed, not a machine: trying again would fail again
+            allow_no_failure(trial)  # the code or its settings failed, not a machine: trying again would fail again
             return
         self._failures.pop(trial_id, None)
         metrics = {name: value for name, value in result.items() if name.startswith(METRIC_PREFIXES)}
@@ -381,7 +387,7 @@ class Events(tune.Callback):
                 if trial.trial_id in self._started:
                     self._end(trial.trial_id, state)
         if trials:  # Tune has saved for the last time
-            self._states.keep(Path(trials[0].storage.experiment_driver_staging_path), at_once=True)
+            self._states.keep(staging_folder(trials[0]), at_once=True)
         if self._keeper is not None:
             self._collect()
             self._keeper.sweep()
@@ -464,11 +470,3 @@ def _death(trial: Any) -> str:
     except (OSError, TypeError):  # none was written
         last = ""
     return SHORT_OF_MEMORY if SHORT_OF_MEMORY in last else "its process or node died"
-
-
-def _forget_replaced_checkpoint(trial: Any) -> None:
-    """Let a trial begin whose checkpoint was replaced after Tune's state was saved; it finds the newest one itself."""
-    manager = trial.run_metadata.checkpoint_manager
-    latest = manager.latest_checkpoint_result
-    if latest is not None and latest.checkpoint is not None and not Path(latest.checkpoint.path).is_dir():
-        trial.run_metadata.checkpoint_manager = type(manager)(manager.checkpoint_config)

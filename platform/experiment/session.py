@@ -92,7 +92,7 @@ def run(record: Record, options: Options) -> Outcome:
     with (
         signal_handlers_kept(),
         contextlib.ExitStack() as ending,
-        connect(options.address, verbose=options.debug) as capacity,
+        connect(options.address, verbose=options.debug, resources=options.resources) as capacity,
     ):
         tracker = Tracker(options.place)  # not before: what it imports would slow Ray's start down
         ending.callback(tracker.close)

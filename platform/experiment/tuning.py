@@ -10,11 +10,12 @@ from segadapt.platform.experiment.events import Events, Labels
 from segadapt.platform.experiment.ledger import GpuHours, Ledger, Limits, spent_hours
 from segadapt.platform.experiment.progress import Progress
 from segadapt.platform.experiment.tune_state import TUNER
+from segadapt.platform.ray_internals.tune import callbacks_of, set_tune_config, trials_of
 from segadapt.platform.search.samplers import SamplerName, make_sampler
 from segadapt.platform.search.schedulers import SchedulerName, scheduler
 from segadapt.platform.search.searcher import ListedTrials, Proposals, StudySearch
 from segadapt.platform.search.study import LOST, TRIAL_ID, Spaces, values_by_step
-from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.search.study_storage import open_study_storage, trial_handle
 from segadapt.platform.search.warm_start import Inheritance
 from segadapt.platform.settings.config import Values
 from segadapt.platform.storage.retention import CheckpointRetention
@@ -112,8 +113,7 @@ def run_experiment(
             resume_unfinished=True,
             resume_errored=plan is None,  # what a single run failed of may be mended; a failed trial is a result
         )
-        assert tuner._local_tuner is not None
-        tuner._local_tuner._tune_config = config  # the study remembers; what was pickled may be out of date
+        set_tune_config(tuner, config)  # the study remembers; what was pickled may be out of date
     else:
         tuner = tune.Tuner(
             trainable,
@@ -139,7 +139,7 @@ def run_experiment(
     finally:
         progress.close()
         ledger.save()
-    trials = results._experiment_analysis.trials
+    trials = trials_of(results)
     trials = sorted(trials, key=lambda trial: events.number(trials, trial.trial_id))
     if searcher is not None and not events.interrupted:
         _close_unfinished(searcher, spec.objective.goals)
@@ -164,9 +164,8 @@ def _last_line(trial: Any) -> str:
 
 
 def _events(tuner: Any) -> Events:
-    callbacks = tuner._local_tuner.get_run_config().callbacks
-    found: Events = next(callback for callback in callbacks if isinstance(callback, Events))
-    return found
+    events: Events = next(callback for callback in callbacks_of(tuner) if isinstance(callback, Events))
+    return events
 
 
 def _limits(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", ledger: Ledger) -> Limits:
@@ -184,10 +183,11 @@ def _trainable(spec: TrialSpec) -> Any:
 
     resources = spec.resources
     if resources.uses_train:
+        from segadapt.platform.ray_internals.train import bundles
+
         worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-        bundles = [{"node:__internal_head__": 0.001}, *[worker] * resources.workers]  # the trial's process takes no CPU
         function = tune.with_parameters(run_with_ray_train, spec=spec)
-        return tune.with_resources(function, tune.PlacementGroupFactory(bundles))
+        return tune.with_resources(function, tune.PlacementGroupFactory(bundles(worker, resources.workers)))
     needs = {"cpu": resources.cpus} | ({"gpu": resources.gpus} if resources.gpus else {})
     return tune.with_resources(_preemptible(tune.with_parameters(run_in_process, spec=spec)), needs)
 
@@ -211,7 +211,7 @@ def _tune_config(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", searcher
         metric=spec.objective.keeps,
         mode="max",
         num_samples=1,
-        reuse_actors=plan is not None,
+        reuse_actors=plan is not None and _may_be_reused(spec),
         trial_dirname_creator=_folder_name,
     )
     match plan:
@@ -233,6 +233,15 @@ def _tune_config(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", searcher
     return config
 
 
+def _may_be_reused(spec: TrialSpec) -> bool:
+    """Return whether the process of a trial may run another one after it."""
+    if not spec.resources.uses_train:
+        return True
+    from segadapt.platform.ray_internals.train import workers_are_in_the_trial
+
+    return workers_are_in_the_trial()
+
+
 def _folder_name(trial: Any) -> str:
     return str(trial.trial_id)
 
@@ -242,7 +251,7 @@ def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = open_study_storage(plan.study_url, alone=True)
+    storage = open_study_storage(plan.study_url)
     names = optuna.get_all_study_names(storage)
     begun = (spec.folder / TUNER).is_file()
     if spec.experiment in names and not begun:  # left by a driver killed before its first trial
@@ -274,25 +283,23 @@ def load_study(name: str, url: str) -> Any:
 
 def _close_lost(searcher: StudySearch, known: Collection[str]) -> None:
     """Propose again what a killed driver had asked for but not yet saved, so that nobody would run it."""
-    import optuna
     from optuna.trial import TrialState
 
     study = searcher.study
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if trial.user_attrs.get(TRIAL_ID) not in known:
-            optuna.trial.Trial(study, trial._trial_id).set_user_attr(LOST, True)
+            trial_handle(study, trial).set_user_attr(LOST, True)
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params)
 
 
 def _close_unfinished(searcher: StudySearch, goals: Sequence[str]) -> None:
     """End the study's trials that nobody runs any more: pruned if they reported anything, otherwise failed."""
-    import optuna
     from optuna.trial import TrialState
 
     study = searcher.study
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if TRIAL_ID not in trial.user_attrs:  # made twice, since the answer of the database was lost
-            optuna.trial.Trial(study, trial._trial_id).set_user_attr(LOST, True)
+            trial_handle(study, trial).set_user_attr(LOST, True)
         reported = values_by_step(trial, goals)
         study.tell(trial.number, state=TrialState.PRUNED if reported else TrialState.FAIL)

@@ -5,7 +5,21 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from segadapt.platform.errors import UsageError, warn_of_change
+
+PRIVATE = (
+    ("ray._raylet", "AuthenticationTokenLoader", "see whether there is a token, and have Ray read it"),
+    ("ray._raylet", "Config", "have Ray read again how to authenticate"),
+    ("ray._private.ray_constants", "ENABLE_RAY_CLUSTERS_ENV_VAR", "have Ray listen on 127.0.0.1 alone"),
+    ("ray._private.ray_constants", "ENABLE_RAY_CLUSTER", "have Ray listen on 127.0.0.1 alone"),
+    ("ray._private.ray_constants", "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "have workers use the environment that is there"),
+    ("ray._private.node", "Node.start_monitor", "start Ray without its autoscaler"),
+    ("ray._private.services", "start_api_server", "start Ray without its dashboard"),
+)
+"""Parts of Ray that are not public: module, name and what they are for."""
 
 _LOOPBACK = "127.0.0.1"
 
@@ -17,13 +31,15 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def authenticated(*, local: bool) -> Iterator[None]:
     """Decide how Ray authenticates: its own default depends on what ran before on the machine."""
     if "RAY_AUTH_MODE" in os.environ:
-        told = {}
+        variables = {}
     elif local:
-        told = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     else:
-        told = {"RAY_AUTH_MODE": "token" if has_token() else "disabled"}
+        variables = {"RAY_AUTH_MODE": "token" if has_token() else "disabled"}
+    if variables and not _reads_again():
+        variables = {}  # processes that are started would ask for a token that this one does not show
     try:
-        with variables_set(told):
+        with variables_set(variables):
             _read_again()
             yield
     finally:
@@ -32,52 +48,125 @@ def authenticated(*, local: bool) -> Iterator[None]:
 
 def has_token() -> bool:
     """Return whether Ray finds a token in the environment or in a file."""
-    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-
+    try:
+        from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+    except ImportError:
+        file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+        return bool(os.environ.get("RAY_AUTH_TOKEN")) or file.is_file()
     return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
+
+
+def _reads_again() -> bool:
+    """Return whether Ray can be had to look at the environment again; say so if not."""
+    try:
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # noqa: F401
+    except ImportError as error:
+        warn_of_change(
+            "ray",
+            str(error),
+            "Ray authenticates as it does by itself. If it does not, whoever reaches its ports runs code as you. Set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with a token, before this command.",
+        )
+        return False
+    return True
 
 
 def _read_again() -> None:
     """Have Ray look at the environment again: it keeps the mode and token that it once read."""
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+    with contextlib.suppress(ImportError):
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+def keep_uv_out() -> None:
+    """Have Ray heed RAY_ENABLE_UV_RUN_RUNTIME_ENV: it reads it when it is imported, which may have been before."""
+    try:
+        from ray._private import ray_constants
+        from ray._private.ray_constants import RAY_ENABLE_UV_RUN_RUNTIME_ENV  # noqa: F401
+    except ImportError as error:
+        warn_of_change(
+            "ray", str(error), "under `uv run`, Ray may build an environment for each process, which is slow."
+        )
+        return
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] not in ("0", "false")
 
 
 @contextlib.contextmanager
-def on_loopback() -> Iterator[None]:
+def on_loopback(*, dashboard: bool) -> Iterator[None]:
     """Have the Ray that is started meanwhile listen on 127.0.0.1 alone, on a port that its processes are told.
 
-    Without its dashboard and its autoscaler: Ray would start both and wait until the former answers, having told it to
-    offer nothing.
-
     Its processes look for "the" Ray of the machine; where several run, as two users' searches, they would find none.
-    """
-    from ray._private import node, ray_constants, services
 
+    Args:
+        dashboard: Start it; otherwise Ray would start it all the same, and wait until it answers, having told it to
+            offer nothing.
+
+    Raises:
+        UsageError: If Ray can neither be kept to 127.0.0.1 nor asks for a token.
+    """
     with socket.socket() as probe:
         probe.bind((_LOOPBACK, 0))
         port = str(probe.getsockname()[1])
-    told = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{_LOOPBACK}:{port}"}
-    told[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # on all systems: Ray then takes 127.0.0.1 as its address
+    variables = {"RAY_GCS_SERVER_PORT": port}
+    changes: list[tuple[Any, str, Any]] = []
+    try:
+        from ray._private import ray_constants
+        from ray._private.ray_constants import ENABLE_RAY_CLUSTER, ENABLE_RAY_CLUSTERS_ENV_VAR  # noqa: F401
+    except ImportError as error:
+        _listen_beyond_loopback(error)
+    else:
+        variables["RAY_ADDRESS"] = f"{_LOOPBACK}:{port}"
+        variables[ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # on all systems: Ray then takes 127.0.0.1 as its address
+        changes.append((ray_constants, "ENABLE_RAY_CLUSTER", False))  # Ray read it when it was imported
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    told |= {name: loopback for name in _INTERFACES if name not in os.environ}
-    unused = (
-        (node.Node, "start_monitor", lambda node: None),
-        (services, "start_api_server", lambda *words, **options: (None, None)),  # as after a failure that it forgives
-    )
-    read_at_import = (ray_constants, "ENABLE_RAY_CLUSTER", False)
-    with variables_set(told), attributes_changed(read_at_import, *unused):
+    variables |= {name: loopback for name in _INTERFACES if name not in os.environ}
+    with variables_set(variables), attributes_changed(*changes, *_without_services(dashboard=dashboard)):
         yield
+
+
+def _listen_beyond_loopback(error: Exception) -> None:
+    """Say that Ray will listen where other machines reach it.
+
+    Raises:
+        UsageError: If it does not ask for a token there.
+    """
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        raise UsageError(
+            "The Ray that is started here must listen on 127.0.0.1 alone or ask for a token, but this version of Ray "
+            f"can be had to do neither ({error}): whoever reaches this machine would run code on it. Set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with a token."
+        ) from error
+    warn_of_change(
+        "ray",
+        str(error),
+        "Ray may listen on this machine's network address rather than on 127.0.0.1, guarded by its token alone. Have a "
+        "firewall close its ports.",
+    )
+
+
+def _without_services(*, dashboard: bool) -> list[tuple[Any, str, Any]]:
+    """Return what to change so that Ray starts neither its autoscaler nor, unless it is needed, its dashboard."""
+    try:
+        from ray._private import services
+        from ray._private.node import Node
+        from ray._private.services import start_api_server  # noqa: F401
+    except ImportError as error:
+        warn_of_change("ray", str(error), "Ray starts more processes than it needs, which takes longer.")
+        return []
+    changes: list[tuple[Any, str, Any]] = [(Node, "start_monitor", lambda node: None)]
+    if not dashboard:  # as after a failure that Ray forgives
+        changes.append((services, "start_api_server", lambda *words, **options: (None, None)))
+    return changes
 
 
 @contextlib.contextmanager
 def attributes_changed(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
     """Give attributes of Ray's modules and classes other values meanwhile."""
     before = [getattr(owner, name) for owner, name, _ in attributes]
-    for owner, name, value in attributes:
-        setattr(owner, name, value)
+    for owner, name, changed in attributes:
+        setattr(owner, name, changed)
     try:
         yield
     finally:
@@ -86,10 +175,10 @@ def attributes_changed(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def variables_set(told: Mapping[str, str]) -> Iterator[None]:
+def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
     """Set variables of this process's environment meanwhile."""
-    before = {name: os.environ.get(name) for name in told}
-    os.environ.update(told)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:

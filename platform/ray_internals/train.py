@@ -1,35 +1,71 @@
-"""Ray Train's workers, watched from the trial's own process and placed on what Tune set aside for the trial.
-
-By itself, Ray Train starts for each trial a process for its controller, a queue to it, a manager of data sets and a
-cleaner of placement groups. Here the controller is an object in the trial's process, reports go straight to Tune, and
-the workers take the trial's placement group: Tune asks for it, removes it however the trial ends, and hands it on with
-the process to the next trial. What a trial starts are its workers, and the actor at which they wait for each other.
+"""Ray Train in a trial: which trainer runs its workers, how they are placed and how they meet.
 
 Importing this takes seconds.
 """
 
-import asyncio
+import functools
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import ray
-import ray.train.torch
 from ray import tune
 from ray.train import UserCallback
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import get_address_and_port  # type: ignore[attr-defined]
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
-from ray.util import get_current_placement_group
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from segadapt.platform.errors import warn_of_change
 from segadapt.trainables.core.training import interruption as preemption
 
-_TorchTrainer: Any = ray.train.torch.TorchTrainer  # for type checkers it is the one of Ray Train's first version
+PRIVATE = (("ray.train.torch.config", "get_address_and_port", "have the workers of a trial meet on one address alone"),)
+"""Parts of Ray Train that are not public: module, name and what they are for."""
+
+
+@functools.cache
+def _trial_trainer() -> Any:
+    """Return our trainer; None where Ray Train has changed in its parts."""
+    try:
+        from segadapt.platform.ray_internals.trial_trainer import TrialTrainer
+    except (ImportError, AttributeError) as error:
+        warn_of_change(
+            "ray",
+            str(error),
+            "Ray's own TorchTrainer runs the workers of trials. Each trial takes longer to begin and starts more "
+            "processes.",
+        )
+        return None
+    return TrialTrainer
+
+
+def trainer_in_trial() -> tuple[Any, Callable[[], Any]]:
+    """Return the class of the trainer of a trial's workers, and what makes the callback that reports to Tune.
+
+    The trainer is Ray's own `TorchTrainer` where Ray Train has changed in the parts that ours is made of.
+    """
+    trainer = _trial_trainer()
+    if trainer is not None:
+        return trainer, ReportToTune
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    return TorchTrainer, TuneReportCallback
+
+
+def workers_are_in_the_trial() -> bool:
+    """Return whether a trial's workers end with its process and live in its placement group.
+
+    Otherwise a process of Ray's ends them, which asks the dashboard, and no process may be used for another trial.
+    """
+    return _trial_trainer() is not None
+
+
+def bundles(worker: dict[str, float], workers: int) -> list[dict[str, float]]:
+    """Return the resources of a trial, of which each of so many workers takes `worker`; its process takes no CPU.
+
+    Ray's own trainer asks for those of the workers by itself.
+    """
+    process = {"node:__internal_head__": 0.001}
+    return [process, *[worker] * workers] if workers_are_in_the_trial() else [process]
 
 
 class ReportToTune(UserCallback):
@@ -37,76 +73,12 @@ class ReportToTune(UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Report, and wait until Tune has decided whether the trial goes on."""
-        found = {} if checkpoint is None else {"checkpoint_path": checkpoint.path}
-        tune.report(metrics[0] | found)
-
-
-class TrialTrainer(_TorchTrainer):  # type: ignore[misc]
-    """`TorchTrainer` for a trial whose placement group has a bundle for its process, then one for each worker.
-
-    `fit` ends the workers however it is left: when Tune stops the trial, by `SystemExit`.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        unused = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [found for found in super()._create_default_callbacks() if not isinstance(found, unused)]
-
-    def _initialize_and_run_controller(self, **parts: Any) -> Any:
-        controller = _Controller(**parts | {"scaling_policy": _FixedSize(self.scaling_config)})
-        try:
-            asyncio.run(controller.run())  # type: ignore[no-untyped-call]
-        finally:
-            controller.end_workers()
-        return controller.get_result()
-
-
-class _FixedSize(FixedScalingPolicy):
-    """Asks nobody for resources: the trial has them."""
-
-    def _maybe_send_resource_request(self) -> None:
-        pass
-
-    def _send_resource_request(self) -> None:
-        pass
-
-    def _cancel_resource_request(self) -> None:
-        pass
-
-
-class _TrialsPlacementGroup(DefaultPlacementGroupHandle):
-    def shutdown(self) -> None:
-        """Leave the placement group, which is the trial's, as it is."""
-
-
-class _Workers(WorkerGroup):
-    @staticmethod
-    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
-        return custom_runtime_env  # workers inherit the variables that the trial's process has
-
-    def _create_placement_group(self, *described: Any) -> _TrialsPlacementGroup:
-        group = get_current_placement_group()
-        assert group is not None
-        return _TrialsPlacementGroup(group)
-
-    def _create_workers(
-        self, num_workers: int, placement_group: Any, resources_per_worker: Any, *rest: Any, **options: Any
-    ) -> Any:
-        bundles = list(range(1, num_workers + 1))  # the first is for the trial's process
-        return super()._create_workers(num_workers, placement_group, resources_per_worker, bundles, *rest, **options)
-
-
-class _Controller(TrainController):
-    worker_group_cls = _Workers
-
-    def end_workers(self) -> None:
-        """End the workers if they run, without waiting for their training."""
-        group = self.get_worker_group()
-        if group is not None and group.has_started():
-            group.abort()  # type: ignore[no-untyped-call]
+        path = {} if checkpoint is None else {"checkpoint_path": checkpoint.path}
+        tune.report(metrics[0] | path)
 
 
 _stores: list[Any] = []
-"""Of this process; the process group's own is the same one as long as this one lives."""
+"""Stores that this process opened. A process group that is made on the port of one takes it over while it lives."""
 
 
 class PreemptibleTorchConfig(TorchConfig):
@@ -123,18 +95,39 @@ class PreemptibleTorchBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Set the workers up; what they execute here runs in their main thread."""
-        super().on_start(_MeetingInOurStore(worker_group), backend_config)
+        super().on_start(_meeting_on_one_address(worker_group), backend_config)
         worker_group.execute(preemption.leave_when_terminated)
+
+
+def _meeting_on_one_address(group: Any) -> Any:
+    """Return a group of workers that meet in a store on one address.
+
+    torch would have the store listen on all interfaces, and whoever reaches it may read and write it.
+    """
+    try:
+        from ray.train.torch.config import get_address_and_port  # type: ignore[attr-defined]
+    except ImportError as error:
+        warn_of_change(
+            "ray",
+            str(error),
+            "the workers of a trial meet in a store of torch that listens on all interfaces without a password. Have "
+            "a firewall close this machine's ports.",
+        )
+        return group
+    return _MeetingInOurStore(group, get_address_and_port)
 
 
 class _MeetingInOurStore:
     """A group of workers whose first one opens the store in which they meet, when it is asked for its address.
 
-    torch would have the store listen on all interfaces, and whoever reaches it may read and write it.
+    Args:
+        group: The workers.
+        get_address_and_port: By what Ray Train asks for the address.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, get_address_and_port: Callable[[], tuple[str, int]]) -> None:
         self._group = group
+        self._get_address_and_port = get_address_and_port
 
     def __len__(self) -> int:
         return len(self._group)
@@ -144,8 +137,8 @@ class _MeetingInOurStore:
 
     def execute_single(self, rank: int, function: Any, *args: Any, **options: Any) -> Any:
         """Run a function in one worker."""
-        asked = open_store if function is get_address_and_port else function
-        return self._group.execute_single(rank, asked, *args, **options)
+        run = open_store if function is self._get_address_and_port else function
+        return self._group.execute_single(rank, run, *args, **options)
 
 
 def open_store() -> tuple[str, int]:

@@ -1,40 +1,52 @@
 """Ray Tune's private parts: how often it saves its state, what it sends to trials, which errors it forgives."""
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
-
+from segadapt.platform.errors import warn_of_change
 from segadapt.platform.ray_internals.start import attributes_changed
 
-_LEAST_S = 1.0
-"""Between two of them, in seconds."""
+PRIVATE = (
+    ("ray.tune", "Tuner._local_tuner", "give a search that goes on its searcher and scheduler"),
+    ("ray.tune.impl.tuner_internal", "TunerInternal._tune_config", "give a search that goes on its searcher"),
+    ("ray.tune.impl.tuner_internal", "TunerInternal.get_run_config", "find our callbacks in a restored search"),
+    ("ray.tune", "ResultGrid._experiment_analysis", "list the trials of a search"),
+    (
+        "ray.tune.execution.tune_controller",
+        "TrialRunnerWrapper._tune_controller",
+        "pace how often Tune saves its state",
+    ),
+    ("ray.tune.execution.tune_controller", "TuneController._checkpoint_manager", "pace how often Tune saves its state"),
+    ("ray.tune.execution.tune_controller", "TuneController._storage", "pace how often Tune saves its state"),
+    ("ray.tune.execution.class_cache", "ENV_VARS_TO_PROPAGATE", "send trials no secrets"),
+    ("ray.tune.execution.class_cache", "DEFAULT_ENV_VARS", "have processes that are ready take trials"),
+    ("ray.air.execution._internal.actor_manager", "RayActorManager", "start trials again that had too little memory"),
+    (
+        "ray.air.execution._internal.actor_manager",
+        "RayActorManager._actor_task_failed",
+        "start trials again that had too little memory",
+    ),
+)
+"""Parts of Ray that are not public: module, name and what they are for."""
 
-_PAUSE = 19
-"""So many times as long as saving took passes until it is done again: a twentieth of the driver's time at most."""
+
+def set_tune_config(tuner: Any, config: Any) -> None:
+    """Have a restored search go on with this searcher and scheduler rather than those that were pickled."""
+    tuner._local_tuner._tune_config = config
 
 
-class Snapshots(_ExperimentCheckpointManager):
-    """Saves at most each second, less often when it takes longer.
+def callbacks_of(tuner: Any) -> Sequence[Any]:
+    """Return the callbacks of a search, which are those that were pickled if it was restored."""
+    callbacks: Sequence[Any] = tuner._local_tuner.get_run_config().callbacks
+    return callbacks
 
-    Tune has a fixed pace or one of 10 s and more, and also saves after every checkpoint of a trial, so that its state
-    names none that was replaced since. Here a resumed trial looks for the newest one itself.
-    """
 
-    def __init__(self, storage: Any) -> None:
-        super().__init__(storage=storage, checkpoint_period=_LEAST_S)
-
-    def sync_up_experiment_state(self, save_fn: Callable[[], None], force: bool = False, wait: bool = False) -> None:
-        """Save by `save_fn` if it is time, or at once if forced."""
-
-        def save() -> None:
-            begun = time.thread_time()  # whatever else the machine does
-            save_fn()
-            self._checkpoint_period = max(_LEAST_S, _PAUSE * (time.thread_time() - begun))
-
-        super().sync_up_experiment_state(save, force=force, wait=wait)
+def trials_of(results: Any) -> Sequence[Any]:
+    """Return Tune's trials behind the results of a search."""
+    trials: Sequence[Any] = results._experiment_analysis.trials
+    return trials
 
 
 def pace(shown: Any) -> None:
@@ -43,13 +55,22 @@ def pace(shown: Any) -> None:
     Args:
         shown: What Tune shows its schedulers of its controller.
     """
-    controller = shown._tune_controller
-    if not isinstance(controller._checkpoint_manager, Snapshots):
-        controller._checkpoint_manager = Snapshots(controller._storage)
+    try:
+        from segadapt.platform.ray_internals.snapshots import Snapshots
+
+        controller = shown._tune_controller
+        if not isinstance(controller._checkpoint_manager, Snapshots):
+            controller._checkpoint_manager = Snapshots(controller._storage)
+    except (ImportError, AttributeError) as error:
+        consequence = "Tune saves its state at its own pace, which takes more of the driver's time with many trials."
+        warn_of_change("ray", str(error), consequence)
 
 
 SHORT_OF_MEMORY = "its node was short of memory, so that Ray ended its process"
 """How the error begins of a trial that this happened to."""
+
+_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+"""Variables that Tune sends to trials by itself."""
 
 
 @contextlib.contextmanager
@@ -60,10 +81,19 @@ def no_secrets_for_trials(*, joined: bool) -> Iterator[None]:
     variables of this process, and one that is sent any could not take a process that is ready. On a cluster, AWS_* must
     be in the environment in which Ray was started there.
     """
-    from ray.tune.execution import class_cache
-
-    sent = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if joined and not name.startswith("AWS_")}
-    fixed = class_cache.DEFAULT_ENV_VARS if joined else {}
+    try:
+        from ray.tune.execution import class_cache
+        from ray.tune.execution.class_cache import DEFAULT_ENV_VARS, ENV_VARS_TO_PROPAGATE
+    except ImportError as error:
+        secrets = ", ".join(name for name in _SECRETS if name in os.environ)
+        consequence = "Tune sends trials the variables of its choice"
+        if secrets:
+            consequence += f", and Ray writes {secrets} into a log in /tmp that all users of this machine may read"
+        warn_of_change("ray", str(error), f"{consequence}.")
+        yield
+        return
+    sent = {name for name in ENV_VARS_TO_PROPAGATE if joined and not name.startswith("AWS_")}
+    fixed = DEFAULT_ENV_VARS if joined else {}
     with attributes_changed((class_cache, "ENV_VARS_TO_PROPAGATE", sent), (class_cache, "DEFAULT_ENV_VARS", fixed)):
         yield
 
@@ -74,10 +104,16 @@ def memory_kills_are_deaths() -> Iterator[None]:
 
     Ray has an error of its own for that, at which Tune would give up all trials.
     """
-    from ray.air.execution._internal.actor_manager import RayActorManager
     from ray.exceptions import OutOfMemoryError, RayActorError
 
-    failed = RayActorManager._actor_task_failed
+    try:
+        from ray.air.execution._internal.actor_manager import RayActorManager
+
+        failed = RayActorManager._actor_task_failed
+    except (ImportError, AttributeError) as error:
+        warn_of_change("ray", str(error), "a trial whose node is short of memory ends the search; --resume goes on.")
+        yield
+        return
 
     def task_failed(manager: Any, tracked_actor_task: Any, exception: Exception) -> None:
         if isinstance(exception, OutOfMemoryError):

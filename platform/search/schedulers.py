@@ -5,11 +5,13 @@ from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from optuna.trial import FrozenTrial
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
 from segadapt.platform.ray_internals.tune import pace
 from segadapt.platform.search.study import RUNG, TRIAL_ID, decisions, record_values
+from segadapt.platform.search.study_storage import read_trial, trial_handle
 from segadapt.platform.settings.objective import Objective
 
 SchedulerName = Literal["asha", "asha-promote", "median", "hyperband", "none"]
@@ -72,10 +74,11 @@ class StudyScheduler(FIFOScheduler):
         super().__init__()  # type: ignore[no-untyped-call]
         self._study = study
         self._objective = objective
-        self._ids: dict[str, int] = {}
+        self._trials: dict[str, FrozenTrial] = {}  # as they once were
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_study": None}  # its address may hold a password; a resumed search makes a new one
+        # The study's address may hold a password; a resumed search makes a new one.
+        return {**self.__dict__, "_study": None, "_trials": {}}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """See to it that Tune's state is not saved too often; Tune shows its controller to schedulers alone."""
@@ -86,8 +89,8 @@ class StudyScheduler(FIFOScheduler):
         values = {goal: result.get(goal, math.nan) for goal in self._objective.goals}
         if STEP not in result or not all(map(math.isfinite, values.values())):
             return str(self.CONTINUE)
-        own = self._own(trial.trial_id)
-        record_values(self._handle(own), own, int(result[STEP]), values)
+        recorded = self._recorded(trial.trial_id)
+        record_values(trial_handle(self._study, recorded), recorded, int(result[STEP]), values)
         if result.get("finished"):
             return str(self.CONTINUE)
         return self._decide(tune_controller, trial, result[STEP], values)
@@ -95,20 +98,15 @@ class StudyScheduler(FIFOScheduler):
     def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
         return str(self.CONTINUE)
 
-    def _own(self, trial_id: str) -> Any:
-        """Return the study's record of a trial."""
-        if trial_id not in self._ids:
-            self._ids = {
-                trial.user_attrs[TRIAL_ID]: trial._trial_id
+    def _recorded(self, trial_id: str) -> FrozenTrial:
+        """Return what the study holds of a trial."""
+        if trial_id not in self._trials:
+            self._trials = {
+                trial.user_attrs[TRIAL_ID]: trial
                 for trial in self._study.get_trials(deepcopy=False)
                 if TRIAL_ID in trial.user_attrs
             }
-        return self._study._storage.get_trial(self._ids[trial_id])
-
-    def _handle(self, own: Any) -> Any:
-        import optuna
-
-        return optuna.trial.Trial(self._study, own._trial_id)
+        return read_trial(self._study, self._trials[trial_id])
 
 
 class StudyPruner(StudyScheduler):
@@ -125,11 +123,11 @@ class StudyPruner(StudyScheduler):
         self._pruner = pruner
 
     def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
-        own = self._own(trial.trial_id)
-        decision = own.user_attrs.get(f"{RUNG}{step}")
+        recorded = self._recorded(trial.trial_id)
+        decision = recorded.user_attrs.get(f"{RUNG}{step}")
         if decision is None:
-            decision = {"values": values, "continues": not self._pruner.prune(self._study, own)}
-            self._handle(own).set_user_attr(f"{RUNG}{step}", decision)
+            decision = {"values": values, "continues": not self._pruner.prune(self._study, recorded)}
+            trial_handle(self._study, recorded).set_user_attr(f"{RUNG}{step}", decision)
         return str(self.CONTINUE if decision["continues"] else self.STOP)
 
 
@@ -157,18 +155,18 @@ class StudyRungs(StudyScheduler):
         if not reached:
             return str(self.CONTINUE)
         rung = f"{RUNG}{reached[-1]}"
-        own = self._own(trial.trial_id)
-        if rung not in own.user_attrs:
+        decision = self._recorded(trial.trial_id).user_attrs.get(rung)
+        if decision is None:
             return self._arrive(tune_controller, trial, rung, values)
-        return str(self.CONTINUE if own.user_attrs[rung]["continues"] else self._halt(tune_controller, trial))
+        return str(self.CONTINUE if decision["continues"] else self._halt(tune_controller, trial))
 
     def _arrive(self, tune_controller: Any, trial: Any, rung: str, values: Mapping[str, float]) -> str:
         """Compare a trial that has just reached a rung with those there before it."""
         import numpy as np
 
         others = self._values_at(rung)
-        *before, own = self._objective.scores([*others, values])
-        continues = not before or own >= float(np.percentile(before, 100 * (1 - 1 / REDUCTION_FACTOR)))
+        *before, score = self._objective.scores([*others, values])
+        continues = not before or score >= float(np.percentile(before, 100 * (1 - 1 / REDUCTION_FACTOR)))
         self._set_decision(trial.trial_id, rung, values, continues=continues)
         others.append(values)
         return str(self.CONTINUE if continues else self.STOP)
@@ -188,7 +186,7 @@ class StudyRungs(StudyScheduler):
 
     def _set_decision(self, trial_id: str, rung: str, values: Mapping[str, float], *, continues: bool) -> None:
         decision = {"values": dict(values), "continues": continues}
-        self._handle(self._own(trial_id)).set_user_attr(rung, decision)
+        trial_handle(self._study, self._recorded(trial_id)).set_user_attr(rung, decision)
 
 
 class PromotingRungs(StudyRungs):
@@ -215,16 +213,15 @@ class PromotingRungs(StudyRungs):
         """Keep a trial that an earlier session left at a rung waiting there."""
         super().on_trial_add(tune_controller, trial)
         if trial.status == Trial.PENDING and trial.last_result:
-            found = decisions(self._own(trial.trial_id))
-            if found and not found[max(found)]["continues"]:
+            by_rung = decisions(self._recorded(trial.trial_id))
+            if by_rung and not by_rung[max(by_rung)]["continues"]:
                 trial.set_status(Trial.PAUSED)
                 tune_controller.search_alg.searcher.on_pause(trial.trial_id)
 
     def _arrive(self, tune_controller: Any, trial: Any, rung: str, values: Mapping[str, float]) -> str:
         others = [other for other in self._study.get_trials(deepcopy=False) if rung in other.user_attrs]
         self._set_decision(trial.trial_id, rung, values, continues=False)
-        own = self._own(trial.trial_id)
-        population = [*others, own]
+        population = [*others, self._recorded(trial.trial_id)]
         scores = self._objective.scores([other.user_attrs[rung]["values"] for other in population])
         ranking = sorted(zip(scores, population, strict=True), key=lambda entry: (-entry[0], entry[1].number))
         action = self._halt(tune_controller, trial)
@@ -263,12 +260,12 @@ class PromotingRungs(StudyRungs):
         from optuna.trial import TrialState
 
         if not self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            own = [self._own(trial_id) for trial_id in paused]
-            rung = max(max(decisions(trial)) for trial in own)
-            highest = [trial for trial in own if rung in decisions(trial)]
+            waiting = [self._recorded(trial_id) for trial_id in paused]
+            rung = max(max(decisions(trial)) for trial in waiting)
+            highest = [trial for trial in waiting if rung in decisions(trial)]
             scores = self._objective.scores([decisions(trial)[rung]["values"] for trial in highest])
             best = highest[scores.index(max(scores))].user_attrs[TRIAL_ID]
-            self._set_decision(best, f"{RUNG}{rung}", decisions(self._own(best))[rung]["values"], continues=True)
+            self._set_decision(best, f"{RUNG}{rung}", decisions(self._recorded(best))[rung]["values"], continues=True)
             tune_controller.search_alg.searcher.on_unpause(best)
             return paused[best]
         for trial in paused.values():

@@ -1,35 +1,41 @@
 """Tune's Optuna searcher over one method or several, whose memory is the study."""
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import NopPruner
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher, SearchGenerator
-from ray.tune.search.optuna import OptunaSearch
 
 from segadapt.platform.search.study import LOST, PRIOR, TRIAL_ID, Spaces, choice_of, propose, study_point
+from segadapt.platform.search.study_storage import trial_handle
 from segadapt.platform.settings.config import METHOD, Values
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.states import INFEASIBLE
 from segadapt.trainables.core.data.sampling import derived_seed
 
+logger = logging.getLogger(__name__)
+
 FLOOR = 0.5
 """Part of an equal share of the trials that every method of a search gets, however badly it begins."""
 
+_DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 
-class StudySearch(OptunaSearch):
-    """`OptunaSearch` over a conditional space whose whole memory is the study, in storage that outlives the driver.
 
-    The base class records trials stopped early as complete, at a value that fewer steps gave; here they are pruned.
-    With several methods, the method is a choice of its own and the parameters of each depend on it. Values during a
-    trial are recorded by its scheduler (`StudyScheduler`), this class asks and tells.
+class StudySearch(Searcher):
+    """Search over a conditional space whose whole memory is an Optuna study, in storage that outlives the driver.
+
+    Trials that were stopped early are recorded as pruned: their value is one that fewer steps gave. With several
+    methods, the method is a choice of its own and the parameters of each depend on it. Values during a trial are
+    recorded by its scheduler (`StudyScheduler`), this class asks and tells.
 
     Args:
         spaces: What varies, by method.
@@ -37,10 +43,10 @@ class StudySearch(OptunaSearch):
         objective: Goals of the study.
         sampler: Makes a sampler from its `seed`: a proposal follows from the search's seed, its number and the study
             alone, so that a resumed search proposes what an undisturbed one would.
-        seed: Of the search.
+        seed: Seed of the search.
         concurrent: Trials at a time; paused ones do not count.
-        study_name: Created in `storage`, or continued there.
-        storage: Optuna's.
+        study_name: Name of the study, which is made in `storage` or continued there.
+        storage: Optuna's storage.
     """
 
     def __init__(
@@ -55,34 +61,35 @@ class StudySearch(OptunaSearch):
         study_name: str,
         storage: Any,
     ) -> None:
+        super().__init__()
         self._spaces = spaces
+        self._goals = list(objective.goals)
         self._make_sampler = sampler
         self._base_seed = seed
         self._concurrent = concurrent
         self._live: set[str] | None = None
         self._paused: set[str] = set()
-        self._ot_study: Any
-        points: list[dict[str, Any]] = []
-        if study_name not in optuna.get_all_study_names(storage):
-            points = [study_point(spaces, method, first[method]) for method in spaces]
-        goals, modes = list(objective.goals), objective.modes
-        super().__init__(
-            space=partial(propose, spaces),
-            points_to_evaluate=[point for point in points if point],
-            metric=goals if len(goals) > 1 else goals[0],
-            mode=modes if len(modes) > 1 else modes[0],
+        self._handles: dict[str, Trial] = {}
+        is_new = study_name not in optuna.get_all_study_names(storage)
+        self._study: Any = optuna.create_study(
             study_name=study_name,
             storage=storage,
+            directions=[_DIRECTIONS[mode] for mode in objective.modes],
+            pruner=NopPruner(),
+            load_if_exists=True,
         )
+        points = [study_point(spaces, method, first[method]) for method in spaces] if is_new else []
+        for point in filter(None, points):
+            self._study.enqueue_trial(point)
 
     @property
     def study(self) -> Any:
         """The Optuna study."""
-        return self._ot_study
+        return self._study
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the study: its address may hold a password, and a resumed search makes a new searcher."""
-        return {**self.__dict__, "_ot_study": None, "_storage": None, "_ot_trials": {}}
+        return {**self.__dict__, "_study": None, "_handles": {}}
 
     def save(self, checkpoint_path: str) -> None:
         """Write nothing that the study does not hold, and no empty file, which would look cut short."""
@@ -97,7 +104,7 @@ class StudySearch(OptunaSearch):
         None if as many trials run as may at a time.
         """
         if self._live is None:
-            running = self._ot_study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             self._live = {trial.user_attrs[TRIAL_ID] for trial in running if TRIAL_ID in trial.user_attrs}
         if len(self._live - self._paused) >= self._concurrent:
             return None
@@ -105,13 +112,13 @@ class StudySearch(OptunaSearch):
         seed = derived_seed(self._base_seed, len(proposed)) % 2**32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            self._ot_study.sampler = self._make_sampler(seed=seed)
+            self._study.sampler = self._make_sampler(seed=seed)
         starved = self._starved([trial.params.get(METHOD) for trial in proposed])
         if starved is not None:
-            self._ot_study.enqueue_trial(choice_of(self._spaces, starved))
-        trial = self._ot_study.ask()
+            self._study.enqueue_trial(choice_of(self._spaces, starved))
+        trial = self._study.ask()
         trial.set_user_attr(TRIAL_ID, trial_id)
-        self._ot_trials[trial_id] = trial
+        self._handles[trial_id] = trial
         self._live.add(trial_id)
         return propose(self._spaces, trial)
 
@@ -125,7 +132,7 @@ class StudySearch(OptunaSearch):
 
     def _proposed(self) -> list[FrozenTrial]:
         """Return the study's trials that this search proposed so far, each once."""
-        trials: list[FrozenTrial] = self._ot_study.get_trials(deepcopy=False)
+        trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
         return [
             trial
             for trial in trials
@@ -145,29 +152,33 @@ class StudySearch(OptunaSearch):
             self._handle(trial_id).set_user_attr("infeasible", True)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study how the trial ended: complete, pruned (None to the base class) or failed."""
-        if result is not None and (error or not result.get("finished")):
-            result = None
-        self._handle(trial_id)
-        super().on_trial_complete(trial_id, result=result, error=error)
-        del self._ot_trials[trial_id]
+        """Tell the study how the trial ended: complete, pruned or failed."""
+        state, values = TrialState.FAIL if error else TrialState.PRUNED, None
+        if result is not None and result.get("finished") and not error and all(goal in result for goal in self._goals):
+            state, values = TrialState.COMPLETE, [result[goal] for goal in self._goals]
+        try:
+            self._study.tell(self._handle(trial_id), values, state=state)
+        except Exception as refusal:  # of a value that is no number; the end of the search closes the trial
+            logger.warning(refusal)
+        del self._handles[trial_id]
         self._paused.discard(trial_id)
         if self._live is not None:
             self._live.discard(trial_id)
 
-    def _handle(self, trial_id: str) -> Any:
-        """Return the study's handle of a trial, which an earlier session may have proposed."""
-        if trial_id not in self._ot_trials:
-            found = [t for t in self._ot_study.get_trials(deepcopy=False) if t.user_attrs.get(TRIAL_ID) == trial_id]
-            self._ot_trials[trial_id] = optuna.trial.Trial(self._ot_study, found[0]._trial_id)
-        return self._ot_trials[trial_id]
+    def _handle(self, trial_id: str) -> Trial:
+        """Return what writes to a trial in the study, which an earlier session may have proposed."""
+        if trial_id not in self._handles:
+            trials = self._study.get_trials(deepcopy=False)
+            proposed = next(trial for trial in trials if trial.user_attrs.get(TRIAL_ID) == trial_id)
+            self._handles[trial_id] = trial_handle(self._study, proposed)
+        return self._handles[trial_id]
 
 
 class ListedTrials(Searcher):
     """Propose a list of trials in order.
 
     Args:
-        values: Of each trial, by dotted key.
+        values: Settings of each trial, by dotted key.
         concurrent: Trials at a time.
     """
 
@@ -204,7 +215,7 @@ class Proposals(SearchGenerator):
 
     Args:
         searcher: Proposes values.
-        trials: To run in all, those of earlier sessions included.
+        trials: How many trials to run in all, those of earlier sessions included.
     """
 
     def __init__(self, searcher: Searcher, trials: int) -> None:

@@ -88,7 +88,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     import ray.train
     from ray import tune
 
-    from segadapt.platform.ray_internals.train import PreemptibleTorchConfig, ReportToTune, TrialTrainer
+    from segadapt.platform.ray_internals.train import PreemptibleTorchConfig, trainer_in_trial
 
     trial_id = tune.get_context().get_trial_id()
     if _had_ended(spec, trial_id):
@@ -96,8 +96,10 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     resources = spec.resources
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
 
+    trainer, report_callback = trainer_in_trial()
+
     def fit(max_failures: int) -> Any:
-        return TrialTrainer(
+        return trainer(
             train_worker,
             torch_config=PreemptibleTorchConfig(),
             train_loop_config={"spec": spec, "trial_id": trial_id, "values": values},
@@ -107,7 +109,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
             run_config=ray.train.RunConfig(
                 name=trial_id,  # the same name makes every kind of restart go on from the last checkpoint
                 storage_path=str(spec.folder / TRAIN_FOLDER),
-                callbacks=[ReportToTune()],  # type: ignore[list-item]
+                callbacks=[report_callback()],
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
                 ),
