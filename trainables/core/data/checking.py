@@ -123,9 +123,9 @@ def _check_shards(dataset: ShardDataset, progress: Callable[[int, int], None]) -
 
 
 def _pairing_faults(name: str, split: Split, dataset: Dataset) -> list[Fault]:
-    """Return what is wrong with the names of a split's files; own data may lack the labels of a training set."""
+    """Return what is wrong with the names of a split's files."""
     faults = split.repeated_ids()
-    unlabelled = dataset.kind == "folder" and name == "train" and not any(split.labels)
+    unlabelled = dataset.may_lack_train_labels and name == "train" and not any(split.labels)
     if not unlabelled:
         faults += split.missing_labels()
     return faults + [Fault("label without an image", str(path)) for path in split.stray_labels]

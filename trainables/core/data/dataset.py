@@ -139,6 +139,8 @@ class Dataset:
     layout: str
     """Where its images must lie, for messages."""
     notes: tuple[str, ...] = ()
+    may_lack_train_labels: bool = False
+    """Whether its training set may have no labels at all, as that of a target."""
 
     @property
     def classes(self) -> ClassList:

@@ -1,4 +1,4 @@
-"""Pseudo labels of target images: class-balanced selection by confidence, and the files that hold them.
+"""The files that hold the pseudo labels of target images.
 
 A stage's labels are a folder::
 

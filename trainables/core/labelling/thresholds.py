@@ -1,5 +1,7 @@
 """Confidences of predictions, thresholds on them, and the labels they leave."""
 
+# B images, C classes, h x w cells of the logits, H x W pixels of a label map.
+
 from collections.abc import Callable, Iterable
 
 import torch
@@ -184,3 +186,13 @@ def keep_confident(confidence: Tensor, prediction: Tensor, thresholds: Tensor) -
     """
     kept = confidence + BOUNDARY >= thresholds.to(confidence.device)[prediction]
     return prediction.masked_fill(~kept, IGNORE_INDEX)
+
+
+def pixels_per_class(labels: Tensor, num_classes: int) -> Tensor:
+    """Return the pixels of each class, (C,) int64; 255 is left out."""
+    return torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)[:num_classes]
+
+
+def kept_shares(predicted: Tensor, kept: Tensor) -> list[float | None]:
+    """Return which share of the pixels predicted as each class, both (C,) int64, was kept; None without any."""
+    return [part / whole if whole else None for part, whole in zip(kept.tolist(), predicted.tolist(), strict=True)]

@@ -72,20 +72,13 @@ def prototype_contrast(
         arXiv 2207.10892, forward and backward contrast; cvlab-yonsei/DASS@f544686.
         Differs: a pair without common class gives 0, there NaN.
     """
-    if source_features.shape[:2] != target_features.shape[:2]:
-        raise ValueError(
-            "`source_features` and `target_features` must share the batch size B and the channel size D, but got "
-            f"{tuple(source_features.shape)} and {tuple(target_features.shape)} (B, D, h, w)."
-        )
+    _refuse_unlike_features(source_features, target_features)
     if not temperature > 0:
         raise ValueError(f"`temperature` must be positive, but got {temperature}.")
     precise = torch.promote_types(source_features.dtype, torch.float32)
     source_features, target_features = source_features.to(precise), target_features.to(precise)
-    source_counts = label_counts(source_labels, grid_of(source_features), num_classes)
-    target_counts = label_counts(target_labels, grid_of(target_features), num_classes)
-    source_cells = labels_at_features(source_labels, grid_of(source_features))
-    target_cells = labels_at_features(target_labels, grid_of(target_features))
-    source_counts, target_counts, unlabelled = source_counts[:, :-1], target_counts[:, :-1], target_counts[:, -1:]
+    source_cells, source_counts, _ = _cells_and_counts(source_labels, source_features, num_classes)
+    target_cells, target_counts, unlabelled = _cells_and_counts(target_labels, target_features, num_classes)
     if dynamic_labels is not None:
         target_counts = target_counts + _one_hot(dynamic_labels, num_classes) * unlabelled
         target_cells = fuse_labels(target_cells, dynamic_labels)
@@ -96,6 +89,21 @@ def prototype_contrast(
     )
     pairs = torch.full((), len(source_features), device=source_features.device)
     return PrototypeContrast(global_mean(forward, pairs).to(precise), global_mean(backward, pairs).to(precise))
+
+
+def _refuse_unlike_features(source_features: Tensor, target_features: Tensor) -> None:
+    if source_features.shape[:2] != target_features.shape[:2]:
+        raise ValueError(
+            "`source_features` and `target_features` must share the batch size B and the channel size D, but got "
+            f"{tuple(source_features.shape)} and {tuple(target_features.shape)} (B, D, h, w)."
+        )
+
+
+def _cells_and_counts(labels: Tensor, features: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return labels at the cells of the features, (B, h, w), and the pixels of each class, (B, C, P), and of none."""
+    grid = grid_of(features)
+    counts = label_counts(labels, grid, num_classes)
+    return labels_at_features(labels, grid), counts[:, :-1], counts[:, -1:]
 
 
 def class_prototypes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
