@@ -212,8 +212,8 @@ def _without_bad(split: Split, dataset: Dataset, name: str, notes: list[str], *,
 
     Args:
         split: What to scan.
-        dataset: Its dataset.
-        name: Of the split, for people.
+        dataset: The dataset of the split.
+        name: Name of the split, for people.
         notes: Receives what was left out.
         labels: Whether labels are decoded as well.
     """
@@ -235,6 +235,6 @@ def _without_bad(split: Split, dataset: Dataset, name: str, notes: list[str], *,
         raise ValueError(f"{name} must hold a file that can be decoded, but none of {len(split)} can: {faults[0]}")
     if len(kept) < len(split):
         bad = [split.images[index].name for index, fault in enumerate(faults) if fault is not None]
-        named = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
-        notes.append(f"{len(bad)} of {len(split)} images of {name} are left out as bad: {named}.")
+        shown_names = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+        notes.append(f"{len(bad)} of {len(split)} images of {name} are left out as bad: {shown_names}.")
     return split.subset(kept)

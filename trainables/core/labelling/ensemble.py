@@ -42,7 +42,7 @@ def decode_ensemble(stored: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
     Args:
         stored: (..., C, h, w) uint8, positive for at least one class of every cell.
-        dtype: Of the result.
+        dtype: Type of the result.
 
     Returns:
         (..., C, h, w).
@@ -59,8 +59,8 @@ class PredictionEnsemble:
     as a whole. Workers write their own images; there is nothing else to share. An image takes C * h * w bytes.
 
     Args:
-        folder: Of this round.
-        previous: Of the round before; None in the first, whose average is the prediction itself.
+        folder: Folder of this round.
+        previous: Folder of the round before; None in the first, whose average is the prediction itself.
         momentum: Share of the average that stays from round to round, in [0, 0.9]: more would lose small changes in the
             rounding.
 
@@ -143,7 +143,7 @@ class EnsembleConfidence:
 
     Args:
         num_classes: C.
-        device: Where the counts are.
+        device: Device of the counts.
 
     Attributes:
         counts: (C, 256 * (2 C + 1)) int64.
@@ -206,7 +206,7 @@ def label_ensemble(
         previous: Folder of the round before; None in the first.
         momentum: See `PredictionEnsemble`.
         threshold: Confidence a label needs: a quantile per class, or the root of the mean confidence.
-        share: Of each class's predicted cells above its quantile.
+        share: Share of each class's predicted cells above its quantile.
         cap: Largest quantile.
         align_corners: How confidences are up-sampled.
         notes: Further entries of the provenance.

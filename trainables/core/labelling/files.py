@@ -47,7 +47,7 @@ class PseudoLabelWriter:
     Every worker opens one, writes its share of the images and finishes it. What an earlier attempt left is replaced.
 
     Args:
-        data: Of the stage: where to write, the images' ids, and what made the labels.
+        data: What the stage knows: where to write, the images' ids, and what made the labels.
         num_classes: C.
     """
 
@@ -79,8 +79,8 @@ class PseudoLabelWriter:
         """Add images.
 
         Args:
-            indices: Of the images among the target ids, (B,).
-            labels: (B, H, W) uint8, 255 = ignore.
+            indices: Positions of the images among the target ids, (B,).
+            labels: Labels of the images, (B, H, W) uint8, 255 = ignore.
         """
         for index, label in zip(indices.tolist(), labels.cpu(), strict=True):
             counts = torch.bincount(label.flatten(), minlength=IGNORE_INDEX + 1)

@@ -138,8 +138,8 @@ def share_thresholds(counts: Tensor, values: Tensor, *, share: float = 0.5, cap:
         counts: How often each confidence was predicted for each class, (C, V): integers, or floating weights, of which
             `share` is then taken without rounding.
         values: The confidences, (V,), in any order.
-        share: In [0, 1].
-        cap: In [0, 1].
+        share: Share of each class's confidences, in [0, 1].
+        cap: Largest threshold, in [0, 1].
 
     Returns:
         (C,) float64.
@@ -151,8 +151,8 @@ def share_thresholds(counts: Tensor, values: Tensor, *, share: float = 0.5, cap:
     order = values.argsort(descending=True)
     reached = counts[:, order].double().cumsum(dim=1)
     total = reached[:, -1:]
-    wanted = share * total if counts.is_floating_point() else (share * total).floor()
-    first = ((reached >= wanted) & (reached > 0)).int().argmax(dim=1)
+    share_count = share * total if counts.is_floating_point() else (share * total).floor()
+    first = ((reached >= share_count) & (reached > 0)).int().argmax(dim=1)
     return torch.where(total[:, 0] > 0, values.double()[order][first].clamp(max=cap), cap)
 
 

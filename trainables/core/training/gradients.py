@@ -121,7 +121,7 @@ def describe_memory(method: nn.Module, micro_batch: int, batch_size: int, device
     Args:
         method: The trained method.
         micro_batch: Images of each domain in a micro-batch.
-        batch_size: Those that were asked for.
+        batch_size: Images of each domain that were asked for.
         device: Device that the steps run on.
     """
     description: dict[str, Any] = {"memory/micro_batch": micro_batch}

@@ -37,9 +37,9 @@ class PreemptedError(RuntimeError):
 
 
 def leave_when_terminated() -> None:
-    """Have SIGTERM end the training of this process after its step; without training, whatever it did before.
+    """Let SIGTERM end the training of this process after its step; outside training, SIGTERM does what it did before.
 
-    Python allows it in the main thread alone.
+    Python allows this in the main thread alone.
     """
     before = signal.getsignal(signal.SIGTERM)
 
@@ -54,7 +54,7 @@ def leave_when_terminated() -> None:
 
 @contextlib.contextmanager
 def training() -> Iterator[None]:
-    """Training happens meanwhile, in any thread of this process."""
+    """Say that this process trains within the context, in any of its threads."""
     _training.set()
     try:
         yield

@@ -10,7 +10,7 @@ from segadapt.trainables.core.training.config import OptimizerConfig
 
 
 def select_trained(method: Method, stage: Stage, trainable: AbstractSet[str]) -> None:
-    """Let those of the `trainable` parameters, by name, require gradients that the stage trains; freeze all others."""
+    """Let a parameter require gradients if its name is in `trainable` and the stage trains it; freeze all others."""
     trained = {name for name, _ in trained_parameters(method, stage)}
     for name, parameter in method.named_parameters():
         parameter.requires_grad_(name in trainable and name in trained)

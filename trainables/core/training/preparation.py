@@ -29,7 +29,7 @@ def prepare_stage_data(
         data: Labelled source and unlabelled target.
         folder: Folder for what the stage writes.
         made_by: What pseudo labels are labelled with.
-        augmentation: Its sizes hold.
+        augmentation: Settings, of which the sizes hold.
         batch_size: Images in a batch at most.
         threads: Number of threads that read ahead.
         normalise: Puts uint8 images on the device, as the network's float input.

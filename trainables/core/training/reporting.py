@@ -94,7 +94,7 @@ def refuse_non_finite_losses(losses: Mapping[str, float], stage: Stage, step: in
 
 
 def refuse_non_finite_scores(scores: Mapping[str, float], stage: Stage, step: int) -> None:
-    """Raise a NonFiniteLossError if predictions on target images, which the scores are made of, are not finite."""
+    """Raise a NonFiniteLossError if a score is NaN or infinite, for then predictions on target images are."""
     if not all(map(math.isfinite, scores.values())):
         raise NonFiniteLossError(
             f"Predictions must be finite, but those on target images are not after step {step} of stage "

@@ -79,8 +79,8 @@ class Trainer:
         evaluation: Labelled validation images, never shown to the method.
         settings: Lengths, optimiser, augmentation, seed.
         report: Called with each evaluation.
-        folder: For what stages write, such as pseudo labels; shared by the workers and kept over restarts.
-        device: Where to train; default: this worker's GPU if there is one.
+        folder: Folder for what stages write, such as pseudo labels; shared by the workers and kept over restarts.
+        device: Device to train on; default: this worker's GPU if there is one.
     """
 
     def __init__(
@@ -133,9 +133,9 @@ class Trainer:
         state = later_state(self.folder, load_state(resume) if resume is not None else None, names)
         first = names.index(state["stage"]) if state is not None else 0
         done = sum(self.steps[stage.name] for stage in self.plan[:first])
-        used = state.get("micro_batch", self.micro_batch) if state is not None else self.micro_batch
-        if used % distributed.world_size() == 0:  # otherwise there were fewer workers then
-            self.micro_batch = min(self.micro_batch, used)
+        micro_batch = state.get("micro_batch", self.micro_batch) if state is not None else self.micro_batch
+        if micro_batch % distributed.world_size() == 0:  # otherwise there were fewer workers then
+            self.micro_batch = min(self.micro_batch, micro_batch)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # a trial's process is reused
         try:

@@ -112,7 +112,7 @@ def write_folder(root: Path, train: LabelledImages, val: LabelledImages, classes
         root: A new or empty folder.
         train: The training set with labels.
         val: The validation set.
-        classes: Their classes.
+        classes: Classes of both sets.
     """
     for split, images in (("train", train), ("val", val)):
         for part in ("images", "labels"):
