@@ -161,7 +161,7 @@ class BatchSource:
 
     @cached_property
     def _rare(self) -> dict[Domain, list[list[int]]]:
-        """Return the rare classes that each image shows, by domain; if any are below 0.1 % of its pixels, these alone."""
+        """Return the rare classes each image shows, by domain; if any are below 0.1 % of its pixels, these alone."""
         classes, number = len(self.data.classes), self.augmentation.rare_classes
         rare: dict[Domain, list[list[int]]] = {"source": rare_shown(class_counts(self.data.source, classes), number)}
         if self.pseudo_labels is not None:
