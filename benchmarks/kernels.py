@@ -30,17 +30,30 @@ from segadapt.trainables.core.losses import kernels, pixel_similarity
 from segadapt.trainables.core.losses.cycle_association import feature_association, output_association
 from segadapt.trainables.core.losses.pixel_similarity import GPU_ENTRIES, standardise_
 
-POINTERS = {"query", "key", "best", "top", "mean", "squares", "inverse", "sums", "out", "first", "second", "offset"}
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
+SIZES = ("i32", "i32", "i32")
+ARGUMENTS: dict[str, Any] = {
+    "query": "rows",
+    "key": "rows",
+    "statistics": ("*i64", "*fp32", "*fp32", "*fp32"),
+    "scaling": ("*fp32", "*fp32"),
+    "results": ("*fp32", "rows"),
+    "first": ("rows", "i32", "i32"),
+    "second": ("rows", "i32", "i32"),
+    "offset": "*fp32",
+    "shape": SIZES,
+}
+"""Types of the kernels' arguments by name; "rows" is that of the multiplied rows."""
+VARIANTS: dict[str, tuple[Any, dict[Any, Any]]] = {
     "row_statistics": (kernels.row_statistics_kernel, {}),
     "exponentials": (kernels.exponentials_kernel, {"WRITE": True}),
-    "multiply, transposed, added": (kernels.multiply_kernel, {"MODE": "add", "first_row": 1, "second_column": 1}),
-    "scale": (kernels.multiply_kernel, {"MODE": "scale", "first_depth": 1, "second_depth": 1}),
+    "multiply, transposed, added": (kernels.multiply_kernel, {"MODE": "add", ("first", 1): 1, ("second", 2): 1}),
+    "scale": (kernels.multiply_kernel, {"MODE": "scale", ("first", 2): 1, ("second", 1): 1}),
 }
+"""A kernel and its constants, by name; a stride of 1 is one as well, by the place of the matrix's argument."""
 
 
-def compiled(kernel: Any, constants: dict[str, Any], dtype: torch.dtype) -> Any:
+def compiled(kernel: Any, constants: dict[Any, Any], dtype: torch.dtype) -> Any:
     """Return a kernel compiled for operands of a type; pointers, sizes and other strides are multiples of 16."""
     constants = {
         "BLOCK": kernels.BLOCK,
@@ -49,17 +62,25 @@ def compiled(kernel: Any, constants: dict[str, Any], dtype: torch.dtype) -> Any:
         "PRECISION": kernels.PRECISION,
         **constants,
     }
-    writes_rows = constants.get("MODE") in ("set", "add")
-    signature, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        operand = name in ("query", "key", "first", "second") or (name == "out" and not writes_rows)
-        pointer = "*i64" if name == "best" else TYPES[dtype] if operand else "*fp32"
-        signature[name] = pointer if name in POINTERS else "i32"
-        attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    out = TYPES[dtype] if constants.get("MODE") == "scale" else "*fp32"
+    signature: dict[str, Any] = {}
+    attributes, values = {}, {}
+
+    def typed(kind: Any, *place: Any) -> Any:
+        """Return the type of what lies at a place among the arguments."""
+        if isinstance(kind, tuple):
+            return tuple(typed(part, *place, number) for number, part in enumerate(kind))
+        path = (kernel.arg_names.index(place[0]), *place[1:])
+        constant = place if place in constants else place[0] if len(place) == 1 else None
+        if constant in constants:
+            values[path] = constants[constant]
+            return "constexpr"
+        attributes[path] = [["tt.divisibility", 16]]
+        return TYPES[dtype] if kind == "rows" else kind
+
+    for name in kernel.arg_names:
+        signature[name] = typed(out if name == "out" else ARGUMENTS.get(name), name)
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(kernels.OPTIONS))
 
 

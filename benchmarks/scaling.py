@@ -101,23 +101,24 @@ class WatchedTrainer(MeasuredTrainer):
     exchanges: Exchanges
     clock_type = WallClock
 
-    def _parallel(self) -> nn.Module:
-        wrapped = super()._parallel()
+    def parallel(self) -> nn.Module:
+        """Watch what the wrapped method exchanges, and when its forward pass ends."""
+        wrapped = super().parallel()
+        wrapped.register_forward_hook(self._begin_backward)
         if isinstance(wrapped, DistributedDataParallel):
             wrapped.register_comm_hook(None, self.exchanges.hook)
         return wrapped
 
-    def _gradients(self, *arguments: Any) -> Any:
+    def step(self, *arguments: Any) -> dict[str, Tensor] | None:
+        """Note what this step exchanges, and when its passes have ended."""
         self.exchanges.buckets.clear()
         self.exchanges.statistics.clear()
-        terms = super()._gradients(*arguments)
+        terms = super().step(*arguments)
         self.exchanges.ended = time.perf_counter()
         return terms
 
-    def _terms(self, *arguments: Any) -> dict[str, Tensor]:
-        terms = super()._terms(*arguments)
+    def _begin_backward(self, *_: Any) -> None:
         self.exchanges.began = time.perf_counter()
-        return terms
 
 
 def work(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from literal.step import LiteralStep, PilImages, endless
 from measuring import cpu_model, peak_tensor_bytes
 from segadapt.trainables import METHODS, method_class
-from segadapt.trainables.core.data.batch import DomainData, EvaluationData
+from segadapt.trainables.core.data.batch import DomainBatch, DomainData, EvaluationData
 from segadapt.trainables.core.data.class_lists import CITYSCAPES, CITYSCAPES_IDS
 from segadapt.trainables.core.data.datasets import DataConfig, load_data, open_dataset
 from segadapt.trainables.core.data.loading import BatchSource
@@ -190,7 +190,7 @@ class Clock:
 class MeasuredTrainer(Trainer):
     """The trainer with a clock around its steps, and where asked for also within them."""
 
-    pseudo_labels: Callable[[str], Tensor]
+    pseudo_label: Tensor
     inner: "Inner | None" = None
     evaluates = False
     clock_type = Clock
@@ -204,37 +204,32 @@ class MeasuredTrainer(Trainer):
         assert self.started is not None
         return self.ended - self.started
 
-    def _set_learning_rate(self, *arguments: Any) -> None:
-        if self.started is None:
-            self.started = self.clock.now()
-        super()._set_learning_rate(*arguments)
-
-    def _evaluate_and_report(self, stage: Stage, *arguments: Any) -> None:
+    def evaluate_and_report(self, stage: Stage, *arguments: Any) -> None:
+        """End the time of the steps; evaluate where that is measured."""
         self.ended = self.clock.now()
         if self.inner is not None:
             self.inner.mark("end")
         if self.evaluates:
-            super()._evaluate_and_report(replace(stage, pseudo_labels=False), *arguments)  # nor were labels written
+            super().evaluate_and_report(replace(stage, pseudo_labels=False), *arguments)  # nor were labels written
             self.evaluation_s = self.clock.now() - self.ended
 
-    def _batches(self, stage: Stage, folder: Path) -> BatchSource:
-        source = super()._batches(replace(stage, pseudo_labels=False), folder)
-        return replace(source, pseudo_labels=self.pseudo_labels if stage.pseudo_labels else None)
+    def pseudo_labels(self, stage: Stage) -> Callable[[str], Tensor] | None:
+        """Return the same label for every image: none were written."""
+        return (lambda _: self.pseudo_label) if stage.pseudo_labels else None
 
-    def _gradients(self, *arguments: Any) -> Any:
+    def batches(self, *arguments: Any) -> Iterator[DomainBatch]:
+        """Begin the time of the steps."""
+        if self.started is None:
+            self.started = self.clock.now()
+        return super().batches(*arguments)
+
+    def step(self, *arguments: Any) -> dict[str, Tensor] | None:
+        """Mark where reading the data begins, and where the passes have ended."""
         if self.inner is None:
-            return super()._gradients(*arguments)
+            return super().step(*arguments)
         self.inner.mark("data")
-        terms = super()._gradients(*arguments)
+        terms = super().step(*arguments)
         self.inner.mark("optimiser")
-        return terms
-
-    def _terms(self, *arguments: Any) -> dict[str, Tensor]:
-        if self.inner is None:
-            return super()._terms(*arguments)
-        self.inner.mark("losses")
-        terms = super()._terms(*arguments)
-        self.inner.mark("backward")
         return terms
 
 
@@ -245,7 +240,10 @@ class Inner:
         self.clock = clock
         self.marks: list[tuple[str, Any]] = []
         self._depth = 0
-        self._handles = []
+        self._handles = [
+            method.register_forward_pre_hook(lambda *_: self.mark("losses")),
+            method.register_forward_hook(lambda *_: self.mark("backward")),
+        ]
         for module in network_parts(method):
             self._handles += [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)]
 
@@ -296,7 +294,16 @@ class BareLoop:
         self.device = trainer.device
         self.method = method.to(device=self.device)
         self.stage = stage
-        self.batches = trainer._batches(stage, trainer.folder)
+        self.batches = BatchSource(
+            data=trainer.data,
+            augmentation=trainer.settings.augmentation,
+            key=(trainer.settings.seed, stage.name),
+            batch_size=trainer.micro_batch,
+            domains=stage.domains,
+            colored=stage.colored,
+            flipped=stage.flipped,
+            pseudo_labels=trainer.pseudo_labels(stage),
+        )
         self.optimizer = torch.optim.SGD(
             [parameter for parameter in method.parameters() if parameter.requires_grad],
             lr=trainer.settings.optimizer.lr or 0.0,
@@ -364,8 +371,7 @@ def measure(name: str, network: str, world: World, options: argparse.Namespace) 
     trainer = MeasuredTrainer(
         method, (stage,), world.data, world.evaluation, settings, write_checkpoint, folder, device=device
     )
-    pseudo = pseudo_label(world)
-    trainer.pseudo_labels = lambda _: pseudo
+    trainer.pseudo_label = pseudo_label(world)
     forms["trainer"] = trainer
     if "bare" in options.forms:
         other, _ = build(name, network, classes, **ours)

@@ -202,7 +202,7 @@ class CLST(Method):
         return terms
 
     def after_step(self, step: int) -> None:
-        """Let the teacher follow. What it does in the warm-up is forgotten when it starts."""
+        """Let the teacher follow the student; its weights from the warm-up are forgotten when it starts."""
         if self.teacher is not None:
             self.teacher.follow(self.segmenter, momentum=self.config.teacher_momentum)
 

@@ -33,17 +33,17 @@ ADAPT = Stage(name="adapt", flipped=True)
 
 
 class AggregatingSegmenter(Segmenter):
-    """The network as PLCA evaluates it: the given one's parts, corners not aligned, predictions optionally aggregated.
+    """The network as PLCA evaluates it: parts of another, corners not aligned, predictions optionally aggregated.
 
     With aggregation, features and then class probabilities are mixed with those of similar pixels of the same image,
     which reads no other image: transductive over one image. The returned logits are logarithms of the probabilities,
     and `upsample` interpolates probabilities.
 
     Args:
-        segmenter: Whose backbone and head are used, not copied.
+        segmenter: The network whose backbone and head are used, not copied.
         weight: Share of the average in [0, 1]; 0 predicts plainly.
-        temperature_factor: As in `aggregate_features`.
-        floor: As in `aggregate_probabilities`.
+        temperature_factor: See `aggregate_features`.
+        floor: See `aggregate_probabilities`.
     """
 
     def __init__(self, segmenter: Segmenter, weight: float, temperature_factor: float, floor: float) -> None:
@@ -65,9 +65,9 @@ class AggregatingSegmenter(Segmenter):
         """Return logits and features of normalised images, (B, 3, H, W) float."""
         if self.weight == 0:
             return super().forward(images)
-        own = self.features(images)
-        features = aggregate_features(own, weight=self.weight, temperature_factor=self.temperature_factor)
-        logits = self.classify(features.to(own.dtype))
+        plain_features = self.features(images)
+        features = aggregate_features(plain_features, weight=self.weight, temperature_factor=self.temperature_factor)
+        logits = self.classify(features.to(plain_features.dtype))
         probabilities = aggregate_probabilities(_probabilities(logits), weight=self.weight, floor=self.floor)
         return SegmenterOutput(_logarithm(probabilities), features)
 
@@ -126,7 +126,7 @@ class PLCA(Method):
         kernels: Kernels = "reference"
         """What computes the associations: PyTorch, or fused "triton" kernels on CUDA, which no GPU has run yet."""
         inference_aggregation: float = 0.0
-        """The same when the network is deployed. Paper: 0.5 in the final test, 0 in tests while training."""
+        """Aggregation weight of the deployed network. Paper: 0.5 in the final test, 0 in tests while training."""
 
         def __post_init__(self) -> None:
             for name in (
@@ -181,7 +181,7 @@ class PLCA(Method):
         return terms
 
     def _supervised_terms(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """As `supervised_terms`, with this method's corner rule: the warm-up keeps the network's."""
+        """Return `supervised_terms` under this method's corner rule: the warm-up keeps the network's."""
         upsampled = _upsampled(logits, labels)
         terms = {"cross_entropy": segmentation_cross_entropy(upsampled, labels)}
         if self.config.lovasz_weight > 0:

@@ -282,7 +282,7 @@ class SelfTraining(Method):
         return terms
 
     def after_step(self, step: int) -> None:
-        """Let the average follow. What it does in the warm-up is forgotten when it starts."""
+        """Let the average follow the network; its weights from the warm-up are forgotten when it starts."""
         if self.kept is not None:
             self.kept.after_step(step)
         if self.teacher is not None:

@@ -34,11 +34,7 @@ def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
         ['source', 'target']
     """
     from segadapt.trainables.core.data.datasets import KINDS
-    from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
-    from segadapt.trainables.core.data.readers.folder import write_folder
-    from segadapt.trainables.core.data.readers.gta5 import write_gta5
-    from segadapt.trainables.core.data.readers.synthia import write_synthia
-    from segadapt.trainables.core.data.streets import load_streets
+    from segadapt.trainables.core.data.streets import labelled_streets
 
     if layout not in KINDS:
         raise UsageError(f"--format must be one of {', '.join(KINDS)}, but got {layout!r}.")
@@ -46,19 +42,7 @@ def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
     root = Path(folder)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UsageError(f"The folder to write must be new or empty, but {root} is not. Choose another.")
-    data, evaluation = load_streets(config.data.streets)
-    oracle, _ = load_streets(config.data.streets, oracle=True)
-    names = data.classes.names
-    match layout:
-        case "gta5":
-            write_gta5(root, data.source, names)
-        case "synthia":
-            write_synthia(root, data.source, names)
-        case "cityscapes":
-            write_cityscapes(root, oracle.source, evaluation.target, names)
-        case _:
-            write_folder(root / "source", data.source, evaluation.source, data.classes)
-            write_folder(root / "target", oracle.source, evaluation.target, data.classes)
+    KINDS[layout].write(root, labelled_streets(config.data.streets))
     return root
 
 

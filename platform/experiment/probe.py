@@ -124,23 +124,23 @@ class _TimedTrainer(Trainer):
         self._threads = {False: max(1, int(threads)), True: max(1, int(shared_threads))}
         self.steps = {name: PROBE_STEPS if steps > 0 else 0 for name, steps in self.steps.items()}
 
-    def _run_stage(self, stage: Stage, *arguments: Any) -> None:
+    def run_stage(self, stage: Stage, *arguments: Any) -> None:
         torch.set_num_threads(self._threads[stage.shared])
         self._timing = self.timings[stage.name] = _Timing()
-        super()._run_stage(stage, *arguments)
+        super().run_stage(stage, *arguments)
 
-    def _stage_data(self, *arguments: Any) -> StageData:
+    def stage_data(self, *arguments: Any) -> StageData:
         self._before = [images.reads for images in self._sets]
         self._mark()  # after the optimiser, whose first one in a process takes seconds to import
-        return super()._stage_data(*arguments)
+        return super().stage_data(*arguments)
 
-    def _gradients(self, *arguments: Any) -> dict[str, torch.Tensor] | None:
+    def step(self, *arguments: Any) -> dict[str, torch.Tensor] | None:
         self._mark()
-        return super()._gradients(*arguments)
+        return super().step(*arguments)
 
-    def _evaluate_and_report(self, *arguments: Any) -> None:
+    def evaluate_and_report(self, *arguments: Any) -> None:
         self._mark()
-        super()._evaluate_and_report(*arguments)
+        super().evaluate_and_report(*arguments)
         self._wait()
         self.evaluations.append(time.perf_counter() - self._timing.marks[-1])
 

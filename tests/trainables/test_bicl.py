@@ -10,7 +10,7 @@ import importlib.util
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +46,7 @@ from segadapt.trainables.core.method import SOURCE_ONLY, StageData, WarmupConfig
 from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.core.state.prototype_calibration import PrototypeCalibration, transfer_labels
 from segadapt.trainables.core.training.config import OptimizerConfig
-from segadapt.trainables.core.training.trainer import Trainer
+from segadapt.trainables.core.training.optimizer import learning_rate, set_learning_rate
 
 
 def load_literal() -> ModuleType:
@@ -219,16 +219,15 @@ def test_pseudo_labels_agree_with_the_authors_code() -> None:
 
 def test_learning_rates_of_a_round_agree_with_the_authors_code() -> None:
     arrays = np.load(GOLDEN / "bicl_3_plabel.npz")
-    trainer = Trainer.__new__(Trainer)
     optimizer = OptimizerConfig(
         lr=float(arrays["lr_base"]), head_lr_factor=10.0, horizon=1.2, poly_power=float(arrays["lr_power"])
     )
-    trainer.settings = SimpleNamespace(optimizer=optimizer)  # type: ignore[assignment]
     first_round = BiCL.plan(BiCL.Config())[1]
-    groups: Any = SimpleNamespace(param_groups=[{"factor": 1.0}, {"factor": optimizer.head_lr_factor}])
+    parameters = [{"params": [torch.zeros(1)], "factor": factor} for factor in (1.0, optimizer.head_lr_factor)]
+    groups = torch.optim.SGD(parameters, lr=1.0)
     steps = int(arrays["lr_num_steps"]) * int(arrays["lr_epochs"])
     for step, expected in zip(arrays["lr_steps"].tolist(), arrays["exp_lr"], strict=True):
-        trainer._set_learning_rate(first_round, groups, step, steps)
+        set_learning_rate(groups, learning_rate(optimizer, first_round, WarmupConfig(), step, steps))
         np.testing.assert_allclose([group["lr"] for group in groups.param_groups], expected, rtol=1e-12)
 
 

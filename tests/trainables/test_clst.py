@@ -728,7 +728,7 @@ def test_a_round_averages_with_the_one_before_and_labels_from_what_it_stored(tmp
     run_again = [replace(stage, share=0.0) for stage in plan if isinstance(stage, Round)]
     with torch.no_grad():
         for stage in run_again:
-            method.prepare_stage(stage, trainer._stage_data(stage, trainer.folder / stage.name))
+            method.prepare_stage(stage, trainer.stage_data(stage))
     first, second = (
         torch.stack([PredictionEnsemble(trainer.folder / stage.name / ENSEMBLE).read(i) for i in ids])
         for stage in run_again
@@ -741,8 +741,8 @@ def test_centroids_come_from_the_first_source_images_in_their_order(tmp_path: Pa
     trainer, _ = clst_trainer(tmp_path, centroid_images=3)
     method = trainer.method.eval()
     with torch.no_grad():
-        method.prepare_stage(CENTROIDS, trainer._stage_data(CENTROIDS, tmp_path))
-        images = trainer._normalised(torch.stack([trainer.data.source.image(index) for index in range(3)]))
+        method.prepare_stage(CENTROIDS, trainer.stage_data(CENTROIDS))
+        images = method.segmenter.normalise(torch.stack([trainer.data.source.image(index) for index in range(3)]))
         features = method.segmenter(images).features
         labels = torch.stack([trainer.data.source.label(index) for index in range(3)]).long()
     expected = ClassCentroids(method.segmenter.num_classes, method.segmenter.feature_channels)
@@ -757,7 +757,7 @@ def test_a_step_without_any_label_or_confident_pixel_is_finite_and_has_zero_term
     trainer, _ = clst_trainer(tmp_path, **VARIANTS[variant])
     trainer.run()
     stage = trainer.plan[-1]
-    batch = trainer._on_device(trainer._batches(stage, trainer.folder / stage.name).batch(0))
+    batch = next(trainer.batches(stage))
     batch = replace(batch, source_labels=torch.full_like(batch.source_labels, IGNORE_INDEX))
     if batch.target_pseudo_labels is not None:
         batch = replace(batch, target_pseudo_labels=torch.full_like(batch.target_pseudo_labels, IGNORE_INDEX))

@@ -44,6 +44,7 @@ from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.core.state.class_modes import ClassModes
 from segadapt.trainables.core.training.checkpoint import load_state
 from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.optimizer import select_trained
 from segadapt.trainables.core.training.trainer import Trainer
 from segadapt.trainables.drsl import DRSL, Round
 
@@ -645,9 +646,9 @@ def test_every_trained_parameter_gets_a_gradient_in_every_stage(variant: str, tm
     trainer, _ = drsl_trainer(tmp_path, **VARIANTS[variant][0])
     trainer.run()
     for stage in trainer.plan:
-        trainer._select_trained(stage)
+        select_trained(trainer.method, stage, trainer.trainable)
         trainer.method.attached.fill_(stage is not SOURCE_ONLY)
-        batch = trainer._on_device(trainer._batches(stage, trainer.folder / stage.name).batch(0))
+        batch = next(trainer.batches(stage))
         trainer.method.zero_grad()
         torch.stack(list(trainer.method(batch, 0).values())).sum().backward()
         without = [n for n, p in trainer.method.named_parameters() if (p.grad is None) == p.requires_grad]
@@ -659,7 +660,7 @@ def test_a_step_without_any_label_has_zero_terms_and_gradients(variant: str, tmp
     trainer, _ = drsl_trainer(tmp_path, **VARIANTS[variant][0])
     trainer.run()
     for stage in trainer.plan[1:]:
-        batch = trainer._on_device(trainer._batches(stage, trainer.folder / stage.name).batch(0))
+        batch = next(trainer.batches(stage))
         batch = replace(batch, source_labels=torch.full_like(batch.source_labels, IGNORE_INDEX))
         if batch.target_pseudo_labels is not None:
             batch = replace(batch, target_pseudo_labels=torch.full_like(batch.target_pseudo_labels, IGNORE_INDEX))
@@ -691,10 +692,9 @@ def test_rounds_label_with_growing_portions_and_say_how(tmp_path: Path) -> None:
     method.eval()
     folder = tmp_path / "other"
     with torch.no_grad():
-        method.prepare_stage(last, trainer._stage_data(last, folder))
-        probabilities = torch.cat(
-            [method._probabilities(images) for images, _ in trainer._stage_data(last, folder).target_batches()]
-        )
+        data = replace(trainer.stage_data(last), folder=folder)
+        method.prepare_stage(last, data)
+        probabilities = torch.cat([method._probabilities(images) for images, _ in data.target_batches()])
     again = PseudoLabelFolder(folder, trainer.data.target.ids)
     thresholds = literal.self_paced_thresholds(probabilities, 0.5)
     assert again.provenance["thresholds"] == thresholds
@@ -715,7 +715,7 @@ def test_images_are_enlarged_around_the_rarest_class_they_show(tmp_path: Path) -
     trainer, _ = drsl_trainer(tmp_path, rare_crop_chance=1.0, rare_classes=2, rare_crop_zoom=4.0)
     trainer.run()
     method, stage = trainer.method, trainer.plan[-1]
-    batch = trainer._on_device(trainer._batches(stage, trainer.folder / stage.name).batch(0))
+    batch = next(trainer.batches(stage))
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(64.0), indexing="ij")
     images = torch.stack([rows, columns, rows * columns]).repeat(4, 1, 1, 1)
     labels = torch.zeros(4, 32, 64, dtype=torch.int64)

@@ -57,12 +57,12 @@ def test_the_rule_gives_target_images_the_labels_that_were_written(
         -1 if "method__teacher" in values else 0
     ]
     trainer, _ = toy_trainer(config, tmp_path)
-    method, folder = trainer.method.eval(), tmp_path / stage.name
+    method, folder = trainer.method.eval(), trainer.folder / stage.name
     if "method__teacher" in values:
         with torch.no_grad():
             next(method.segmenter.head.parameters()).mul_(-1)  # what labels is not what is deployed
     with torch.no_grad():
-        method.prepare_stage(stage, trainer._stage_data(stage, folder))
+        method.prepare_stage(stage, trainer.stage_data(stage))
         rule = method.label_rule(stage, read_provenance(folder))
         assert rule is not None
         target = trainer.data.target

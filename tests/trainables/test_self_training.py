@@ -24,7 +24,7 @@ from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.labelling.files import PseudoLabelFolder, PseudoLabelWriter
 from segadapt.trainables.core.method import trained_parameters
-from segadapt.trainables.core.training import trainer as trainer_module
+from segadapt.trainables.core.training import reporting
 from segadapt.trainables.core.training.checkpoint import MANIFEST, file_hash, load_state, tensors_hash
 from segadapt.trainables.core.training.trainer import Trainer
 from segadapt.trainables.self_training import SelfTraining
@@ -68,7 +68,7 @@ def session(folder: Path, killed_in: str | None) -> None:
     if killed_in == "training":
         trainer.method.after_step = killing(trainer.method.after_step, 3)  # type: ignore[method-assign]
     if killed_in == "evaluation":
-        trainer_module.label_free_scores = killing(trainer_module.label_free_scores, 2)
+        reporting.label_free_scores = killing(reporting.label_free_scores, 2)
     trainer.run(reports.checkpoint(done - 1) if done else None)
 
 

@@ -27,6 +27,8 @@ from segadapt.trainables.core.labelling.features import count_values
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter, recompute_blocks
 from segadapt.trainables.core.training.config import TrainerSettings
+from segadapt.trainables.core.training.gradients import autocast
+from segadapt.trainables.core.training.optimizer import build_optimizer
 from segadapt.trainables.core.training.timing import StepTimes
 from segadapt.trainables.core.training.trainer import Trainer
 
@@ -143,11 +145,16 @@ class LastStage:
     batch: DomainBatch
     optimizer: torch.optim.Optimizer
 
+    @classmethod
+    def of(cls, trainer: Trainer) -> "LastStage":
+        stage = trainer.plan[-1]
+        optimizer = build_optimizer(trainer.method, stage, trainer.settings.optimizer, trainer.device)
+        return cls(trainer, next(trainer.batches(stage)), optimizer)
+
     def step(self) -> None:
         """Take a step as the trainer does, of which the data are there already."""
         method = self.trainer.method
-        self.trainer._on_device = lambda batch: batch  # type: ignore[method-assign]
-        assert self.trainer._gradients(method, iter([self.batch]), 0) is not None
+        assert self.trainer.step(iter([self.batch]), 0) is not None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         method.after_step(0)
@@ -171,10 +178,8 @@ def last_stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     trainer, _ = toy_trainer(toy_config(request.param, **narrow), tmp_path_factory.mktemp(request.param))
     trainer.run()
     trainer.settings = with_precision(trainer, "fp32")
-    stage = trainer.plan[-1]
     trainer.method.train()
-    batch = trainer._on_device(trainer._batches(stage, trainer.folder / stage.name).batch(0))
-    found = LastStage(trainer, batch, trainer._optimizer(stage))
+    found = LastStage.of(trainer)
     found.step()  # momentum is there from now on
     return found
 
@@ -184,17 +189,15 @@ def test_a_step_reads_no_more_values_than_its_bound(last_stage: LastStage) -> No
     assert found.total() <= WAITS[last_stage.trainer.method.name], found
 
 
-def test_losses_compute_in_float32_what_the_network_gives_in_bfloat16(
-    last_stage: LastStage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_compute_in_float32_what_the_network_gives_in_bfloat16(last_stage: LastStage) -> None:
     trainer = last_stage.trainer
     found, terms = {}, {}
-    for precision in ("fp32", "bf16"):
-        monkeypatch.setattr(trainer, "settings", with_precision(trainer, precision))
+    precisions: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    for precision in precisions:
         method = copy.deepcopy(trainer.method)
         torch.manual_seed(0)
-        with _NarrowResults(method) as found[precision]:
-            terms[precision] = trainer._terms(method, last_stage.batch, 0)
+        with _NarrowResults(method) as found[precision], autocast(trainer.device, precision):
+            terms[precision] = method(last_stage.batch, 0)
     assert not found["fp32"].outside
     assert not found["fp32"].inside
     assert found["bf16"].inside  # otherwise nothing is shown
@@ -255,9 +258,7 @@ def test_blocks_computed_anew_change_no_weight_and_hold_less(tmp_path: Path) -> 
         trainer, _ = toy_trainer(config, tmp_path / str(recompute))
         trainer.run()
         states.append(trainer.method.state_dict())
-        stage = trainer.plan[-1]
-        batch = trainer._on_device(trainer._batches(stage, trainer.folder / stage.name).batch(0))
-        step = LastStage(trainer, batch, trainer._optimizer(stage)).step
+        step = LastStage.of(trainer).step
         peaks.append(measuring().peak_tensor_bytes(step))
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert peaks[1] < 0.9 * peaks[0], peaks

@@ -116,7 +116,7 @@ def test_a_step_survives_no_labelled_source_pixel_and_no_confident_target_pixel(
     trainer, _ = toy_trainer(toy_config(name), tmp_path)
     trainer.run()
     stage = trainer.plan[-1]
-    batch = trainer._on_device(trainer._batches(stage, trainer.folder / stage.name).batch(0))
+    batch = next(trainer.batches(stage))
     ignored = torch.full_like(batch.source_labels, 255)
     if batch.target_pseudo_labels is not None:
         batch = replace(batch, target_pseudo_labels=torch.full_like(batch.target_pseudo_labels, 255))

@@ -18,11 +18,11 @@ def note(
     """Tell that something happened.
 
     Args:
-        event: What, in one word that programs look for.
-        message: The same for people.
-        level: Of `logging`.
-        stage: Name of the stage it happened in.
-        step: Of the trial.
+        event: What happened, in one word that programs look for.
+        message: What happened, in a sentence for people.
+        level: Level of `logging`.
+        stage: Name of the stage in which it happened.
+        step: Step of the trial.
         fields: What else there is to know, as plain values.
     """
     logger.log(level, "%s", message, extra={"event": event, "stage": stage, "step": step, "fields": fields})

@@ -144,7 +144,7 @@ class Method(nn.Module, ABC):
         self.segmenter.load_state_dict(network)
 
     def prepare_stage(self, stage: Stage, data: StageData) -> None:
-        """Before the stage's first step, without gradient: fill buffers or write pseudo labels. Default: nothing."""
+        """Fill buffers or write pseudo labels before the stage's first step, without gradient. Default: nothing."""
 
     def after_step(self, step: int) -> None:
         """Follow the optimiser: move a teacher, anneal a threshold. Default: nothing."""
@@ -169,8 +169,8 @@ class Method(nn.Module, ABC):
         """Return how this method labels a target image at this moment; evaluation measures it on validation images.
 
         Args:
-            stage: That is trained.
-            provenance: Of the pseudo labels that were written before the stage; None if none were.
+            stage: The stage that is trained.
+            provenance: How the pseudo labels before the stage were written; None if none were.
 
         Returns:
             The rule with the thresholds in force; None where none is defined for single images. Default: None.
@@ -183,7 +183,7 @@ class Method(nn.Module, ABC):
         return {"rule": "quantile"}
 
     def supervised_terms(self, logits: Tensor, labels: Tensor, lovasz_weight: float) -> dict[str, Tensor]:
-        """Cross entropy plus weighted Lovász-Softmax of up-sampled logits against source labels (SDCA §5.3).
+        """Return cross entropy and weighted Lovász-Softmax of up-sampled logits against source labels (SDCA §5.3).
 
         Args:
             logits: At feature resolution, (B, C, h, w).
@@ -197,7 +197,7 @@ class Method(nn.Module, ABC):
         return terms
 
     def source_only_terms(self, batch: DomainBatch) -> dict[str, Tensor]:
-        """The terms of the source-only stage, the same for all methods."""
+        """Return the terms of the source-only stage, the same for all methods."""
         return self.supervised_terms(
             self.segmenter(batch.source_images).logits, batch.source_labels, self.warmup.lovasz_weight
         )

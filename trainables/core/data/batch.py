@@ -73,6 +73,17 @@ class EvaluationData:
 
 
 @dataclass(frozen=True)
+class LabelledDomains:
+    """Labelled images of both domains, to be written as files in the layout of a kind of dataset."""
+
+    source_train: LabelledImages
+    source_val: LabelledImages
+    target_train: LabelledImages
+    target_val: LabelledImages
+    classes: ClassList
+
+
+@dataclass(frozen=True)
 class DomainBatch:
     """One step's images. B source and B target images of this worker; the two domains may differ in size.
 

@@ -66,7 +66,7 @@ def check_dataset(
 
     Args:
         kind: One of `KINDS`, or `shards`: files are then compared with the checksums of the manifest, not decoded.
-        root: Its folder.
+        root: Folder of the dataset.
         progress: Called with the number of samples just done and of all.
 
     Raises:
@@ -82,7 +82,9 @@ def check_dataset(
         samples = in_threads(partial(_inspect, dataset), pairs, lambda done: progress(done, total))
         faults += _pairing_faults(name, split, dataset)
         faults += [fault for sample in samples for fault in sample.faults]
-        resized = sum(bool(seen.size and seen.label_size and seen.size != seen.label_size) for seen in samples)
+        resized = sum(
+            bool(sample.size and sample.label_size and sample.size != sample.label_size) for sample in samples
+        )
         if resized and dataset.format.resizes:
             notes.append(f"Labels of {name} that differ in size from their image and are resized to it: {resized}.")
         if len({sample.size for sample in samples} - {None}) > 1:
@@ -123,9 +125,9 @@ def _check_shards(dataset: ShardDataset, progress: Callable[[int, int], None]) -
 
 
 def _pairing_faults(name: str, split: Split, dataset: Dataset) -> list[Fault]:
-    """Return what is wrong with the names of a split's files; own data may lack the labels of a training set."""
+    """Return what is wrong with the names of a split's files."""
     faults = split.repeated_ids()
-    unlabelled = dataset.kind == "folder" and name == "train" and not any(split.labels)
+    unlabelled = dataset.may_lack_train_labels and name == "train" and not any(split.labels)
     if not unlabelled:
         faults += split.missing_labels()
     return faults + [Fault("label without an image", str(path)) for path in split.stray_labels]
@@ -147,8 +149,8 @@ def _inspect(dataset: Dataset, files: tuple[Path, Path | None]) -> _Sample:
         try:
             stored = dataset.format.decode(label.read_bytes(), dataset.format.values)
             label_size = stored.shape[0], stored.shape[1]
-            found = np.bincount(stored.ravel())
-            counts = {int(value): int(found[value]) for value in np.flatnonzero(found)}
+            pixels = np.bincount(stored.ravel())
+            counts = {int(value): int(pixels[value]) for value in np.flatnonzero(pixels)}
         except UnreadableError as error:
             faults.append(Fault("unreadable label", str(label), str(error)))
         except LabelFormatError as error:
@@ -161,8 +163,8 @@ def _inspect(dataset: Dataset, files: tuple[Path, Path | None]) -> _Sample:
         if size and label_size and size != label_size and not dataset.format.resizes:
             detail = f"The label is {size_text(label_size)}, its image {size_text(size)}."
             faults.append(Fault("label and image differ in size", str(label), detail))
-    taken = sum(path.stat().st_size for path in (image, label) if path is not None and path.is_file())
-    return _Sample(tuple(faults), size, label_size, counts, taken)
+    file_bytes = sum(path.stat().st_size for path in (image, label) if path is not None and path.is_file())
+    return _Sample(tuple(faults), size, label_size, counts, file_bytes)
 
 
 def _summary(split: Split, samples: list[_Sample], dataset: Dataset) -> SplitReport:

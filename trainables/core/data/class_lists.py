@@ -120,18 +120,18 @@ class LabelValues:
     def table(self, names: Sequence[str]) -> NDArray[np.uint8]:
         """Return a lookup table from stored values to indices in `names`, (65536,); all others become 255."""
         table = np.full(1 << 16, IGNORE_INDEX, np.uint8)
-        own = {_key(name): value for name, value in self.ids.items()}
+        values = {_key(name): value for name, value in self.ids.items()}
         for index, name in enumerate(names):
-            table[own[_key(name)]] = index
+            table[values[_key(name)]] = index
         return table
 
 
 def _colors(first_of: Sequence[tuple[str, int, Color]], extra: Mapping[Color, int]) -> dict[Color, int]:
-    """Map colours to ids. Of labels that share a colour the first counts: all void, pole and car among them."""
-    found: dict[Color, int] = dict(extra)
+    """Map colours to ids. Of labels that share a colour the first counts; void labels, pole and car do."""
+    ids: dict[Color, int] = dict(extra)
     for label_id, (_, _, color) in enumerate(first_of):
-        found.setdefault(color, label_id)
-    return found
+        ids.setdefault(color, label_id)
+    return ids
 
 
 CITYSCAPES_LABEL_IDS = LabelValues(
@@ -206,16 +206,16 @@ def match(source: ClassList, target: ClassList, subset: Sequence[str] | None = N
     if subset is not None:
         lacking = [
             f"the {domain} lacks {', '.join(missing)}"
-            for domain, found in (("source", source_keys), ("target", set(target_keys)))
-            if (missing := [name for name in subset if _key(name) not in found])
+            for domain, domain_keys in (("source", source_keys), ("target", set(target_keys)))
+            if (missing := [name for name in subset if _key(name) not in domain_keys])
         ]
         if lacking:
             raise ValueError(
                 f"data.classes={len(subset)} must be classes of both domains, but {' and '.join(lacking)}. "
                 "Use data.classes=auto to train what both have."
             )
-    wanted = source_keys if subset is None else {_key(name) for name in subset}
-    chosen = [index for index, key in enumerate(target_keys) if key in wanted]
+    trained_keys = source_keys if subset is None else {_key(name) for name in subset}
+    chosen = [index for index, key in enumerate(target_keys) if key in trained_keys]
     if not chosen:
         raise ValueError(
             "Source and target must have classes in common, but the source has "

@@ -86,11 +86,11 @@ class Split:
 
 def pair(images: Iterable[tuple[str, Path]], labels: Mapping[str, Path]) -> Split:
     """Bring images and labels of the same id together."""
-    listed = sorted(images)
-    ids = tuple(name for name, _ in listed)
-    known = set(ids)
-    stray = sorted(path for name, path in labels.items() if name not in known)
-    return Split(ids, tuple(path for _, path in listed), tuple(labels.get(name) for name in ids), tuple(stray))
+    sorted_images = sorted(images)
+    ids = tuple(name for name, _ in sorted_images)
+    image_ids = set(ids)
+    stray = sorted(path for name, path in labels.items() if name not in image_ids)
+    return Split(ids, tuple(path for _, path in sorted_images), tuple(labels.get(name) for name in ids), tuple(stray))
 
 
 def files_in(folder: Path, suffixes: tuple[str, ...] = (".png",)) -> list[Path]:
@@ -137,6 +137,8 @@ class Dataset:
     layout: str
     """Where its images must lie, for messages."""
     notes: tuple[str, ...] = ()
+    may_lack_train_labels: bool = False
+    """Whether its training set may have no labels at all, as that of a target."""
 
     @property
     def classes(self) -> ClassList:

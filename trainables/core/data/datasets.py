@@ -7,26 +7,51 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from segadapt.trainables.core.data.batch import DomainData, EvaluationData
+from segadapt.trainables.core.data.batch import DomainData, EvaluationData, LabelledDomains
 from segadapt.trainables.core.data.class_lists import SUBSETS, match
 from segadapt.trainables.core.data.dataset import Dataset, Fault, Split, in_threads
 from segadapt.trainables.core.data.decoding import LabelFormatError, UnreadableError
-from segadapt.trainables.core.data.readers.cityscapes import open_cityscapes
-from segadapt.trainables.core.data.readers.folder import open_folder
-from segadapt.trainables.core.data.readers.gta5 import open_gta5
+from segadapt.trainables.core.data.readers.cityscapes import open_cityscapes, write_cityscapes
+from segadapt.trainables.core.data.readers.folder import open_folder, write_both_folders
+from segadapt.trainables.core.data.readers.gta5 import open_gta5, write_gta5
 from segadapt.trainables.core.data.readers.shard_format import is_uri
 from segadapt.trainables.core.data.readers.shards import SHARDS, open_shards
-from segadapt.trainables.core.data.readers.synthia import open_synthia
+from segadapt.trainables.core.data.readers.synthia import open_synthia, write_synthia
 from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
 from segadapt.trainables.core.validation import check
 
-KINDS: Mapping[str, Callable[[Path], Dataset]] = {
-    "gta5": open_gta5,
-    "synthia": open_synthia,
-    "cityscapes": open_cityscapes,
-    "folder": open_folder,
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of dataset in files."""
+
+    open: Callable[[Path], Dataset]
+    """Lists the files in a dataset's folder."""
+    write: Callable[[Path, LabelledDomains], None]
+    """Writes images to a new or empty folder as datasets of the kind are stored."""
+    written: str
+    """What `write` writes of the images of both domains, for people."""
+
+
+KINDS: Mapping[str, Kind] = {
+    "gta5": Kind(
+        open_gta5,
+        lambda root, images: write_gta5(root, images.source_train, images.classes.names),
+        "the source's training set",
+    ),
+    "synthia": Kind(
+        open_synthia,
+        lambda root, images: write_synthia(root, images.source_train, images.classes.names),
+        "the source's training set",
+    ),
+    "cityscapes": Kind(
+        open_cityscapes,
+        lambda root, images: write_cityscapes(root, images.target_train, images.target_val, images.classes.names),
+        "the target",
+    ),
+    "folder": Kind(open_folder, write_both_folders, "both domains"),
 }
-"""How each kind of dataset in files is opened."""
+"""All kinds of datasets in files, by their names in KIND:ROOT."""
 
 _READ = (*KINDS, SHARDS)
 
@@ -105,7 +130,7 @@ def open_dataset(kind: str, root: str) -> Dataset:
             f"The root of a {kind} dataset must be an existing folder, but got {root!r}. "
             f"`segadapt data {'pack' if kind == SHARDS else f'make FOLDER --format {kind}'}` writes one."
         )
-    return KINDS[kind](Path(root))
+    return KINDS[kind].open(Path(root))
 
 
 @lru_cache(maxsize=4)
@@ -187,8 +212,8 @@ def _without_bad(split: Split, dataset: Dataset, name: str, notes: list[str], *,
 
     Args:
         split: What to scan.
-        dataset: Its dataset.
-        name: Of the split, for people.
+        dataset: The dataset of the split.
+        name: Name of the split, for people.
         notes: Receives what was left out.
         labels: Whether labels are decoded as well.
     """
@@ -210,6 +235,6 @@ def _without_bad(split: Split, dataset: Dataset, name: str, notes: list[str], *,
         raise ValueError(f"{name} must hold a file that can be decoded, but none of {len(split)} can: {faults[0]}")
     if len(kept) < len(split):
         bad = [split.images[index].name for index, fault in enumerate(faults) if fault is not None]
-        named = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
-        notes.append(f"{len(bad)} of {len(split)} images of {name} are left out as bad: {named}.")
+        shown_names = ", ".join(bad[:_NAMED]) + (f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else "")
+        notes.append(f"{len(bad)} of {len(split)} images of {name} are left out as bad: {shown_names}.")
     return split.subset(kept)

@@ -161,12 +161,12 @@ class BatchSource:
 
     @cached_property
     def _rare(self) -> dict[Domain, list[list[int]]]:
-        """The rare classes each image shows, by domain; those below 0.1 % of the domain's pixels alone, if any."""
+        """Return the rare classes each image shows, by domain; if any are below 0.1 % of its pixels, these alone."""
         classes, number = len(self.data.classes), self.augmentation.rare_classes
-        found: dict[Domain, list[list[int]]] = {"source": rare_shown(class_counts(self.data.source, classes), number)}
+        rare: dict[Domain, list[list[int]]] = {"source": rare_shown(class_counts(self.data.source, classes), number)}
         if self.pseudo_labels is not None:
-            found["target"] = rare_shown(label_counts(self.pseudo_labels, self.data.target.ids, classes), number)
-        return found
+            rare["target"] = rare_shown(label_counts(self.pseudo_labels, self.data.target.ids, classes), number)
+        return rare
 
     def _rare_in(self, domain: Domain, index: int) -> list[int]:
         if self.augmentation.rare_crop == 0 or domain not in self._rare:
@@ -183,7 +183,7 @@ class ResizedTargetImages:
 
     Args:
         images: The set.
-        config: Its `target_size` and `interpolation` hold.
+        config: Settings, of which `target_size` and `interpolation` hold.
     """
 
     domain: Domain = "target"
@@ -206,8 +206,8 @@ class ResizedImages(ResizedTargetImages):
 
     Args:
         images: The set.
-        config: `size(domain)` and `interpolation` hold.
-        domain: Of the images.
+        config: Settings, of which `size(domain)` and `interpolation` hold.
+        domain: Domain of the images.
         labels: Whether labels follow their image; otherwise they keep their own size, as evaluation wants them.
     """
 
@@ -247,7 +247,7 @@ def one_pass(
     Args:
         images: The set.
         batch_size: Images in a batch at most.
-        threads: That read ahead, up to a batch; `images.image` is then called from several threads at once.
+        threads: Number of threads that read ahead, up to a batch; they call `images.image` at the same time.
     """
     pending: list[Tensor] = []
     indices: list[int] = []

@@ -56,7 +56,7 @@ class PackConfig:
     image_format: Literal["png", "jpeg"] = "png"
     """png: without loss. jpeg: several times smaller, and faster to decode."""
     quality: int = 95
-    """Of JPEG; colours are stored at full resolution."""
+    """Quality of JPEG; colours are stored at full resolution."""
 
     def __post_init__(self) -> None:
         check(self.size is None or min(self.size) >= 1, "--size must be HEIGHT WIDTH in pixels", self.size)
@@ -105,8 +105,8 @@ def pack(
         dataset: What to pack, in files. An image that has the format asked for and is not resized is stored as it is.
         out: A new or empty folder, or one in which the same was packed before, to its end or not.
         config: How images are stored.
-        splits: Those to pack; None packs all that hold images.
-        threads: That decode and encode; None for one per core. Memory holds two images more per thread.
+        splits: Names of the splits to pack; None packs all that hold images.
+        threads: Number of threads that decode and encode; None for one per core. Each holds two images more in memory.
         progress: Called with the number of images just done and of all.
 
     Returns:
@@ -146,21 +146,22 @@ class _Part:
 
 
 def _chosen(dataset: Dataset, names: Sequence[str] | None) -> dict[str, Split]:
-    here = f"`segadapt data check {dataset.kind} {dataset.root}`"
-    known = [name for name, split in dataset.splits.items() if len(split)]
-    wrong = [name for name in names or () if name not in known]
-    if wrong or not known:
+    check_command = f"`segadapt data check {dataset.kind} {dataset.root}`"
+    with_images = [name for name, split in dataset.splits.items() if len(split)]
+    unknown = [name for name in names or () if name not in with_images]
+    if unknown or not with_images:
         raise ValueError(
-            f"--split must be one of {', '.join(known)}, but got {', '.join(wrong)}."
-            if known
-            else f"A {dataset.kind} dataset must hold {dataset.layout}, but {dataset.root} has none. {here} says more."
+            f"--split must be one of {', '.join(with_images)}, but got {', '.join(unknown)}."
+            if with_images
+            else f"A {dataset.kind} dataset must hold {dataset.layout}, but {dataset.root} has none. "
+            f"{check_command} says more."
         )
-    chosen = {name: dataset.splits[name] for name in known if names is None or name in names}
+    chosen = {name: dataset.splits[name] for name in with_images if names is None or name in names}
     for name, split in chosen.items():
         if faults := split.repeated_ids():
             raise ValueError(
                 f"Images of {name} must differ in name, but {len(faults)} do not, e.g. {faults[0].path}. "
-                f"{here} lists all."
+                f"{check_command} lists all."
             )
     return chosen
 
@@ -203,15 +204,15 @@ def _exclusively(out: Path, plan: Mapping[str, Any]) -> Iterator[None]:
     """Keep a folder for this process, having seen that it is new or of the same plan."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"The folder to pack into must be a folder, but {out} is a file. Choose another.")
-    begun = next((path for path in (out / MANIFEST, out / PLAN) if path.exists()), None)
-    if begun is None and out.exists() and any(path.suffix != _PARTIAL for path in out.iterdir()):
+    earlier_plan = next((path for path in (out / MANIFEST, out / PLAN) if path.exists()), None)
+    if earlier_plan is None and out.exists() and any(path.suffix != _PARTIAL for path in out.iterdir()):
         raise ValueError(f"The folder to pack into must be new, empty or begun, but {out} is not. Choose another.")
-    if begun is not None:
-        _refuse_other_plan(out, json.loads(begun.read_text()), plan)
+    if earlier_plan is not None:
+        _refuse_other_plan(out, json.loads(earlier_plan.read_text()), plan)
     out.mkdir(parents=True, exist_ok=True)
-    if begun is None:
+    if earlier_plan is None:
         _write_json(out / PLAN, plan)
-    with (out / (MANIFEST if begun is not None and begun.name == MANIFEST else PLAN)).open() as file:
+    with (out / (MANIFEST if earlier_plan is not None and earlier_plan.name == MANIFEST else PLAN)).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system, however this process ends
         except BlockingIOError as error:
@@ -219,8 +220,8 @@ def _exclusively(out: Path, plan: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
-def _refuse_other_plan(out: Path, begun: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    differing = [name for name, value in plan.items() if begun.get(name) != value]
+def _refuse_other_plan(out: Path, earlier_plan: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    differing = [name for name, value in plan.items() if earlier_plan.get(name) != value]
     if differing:
         what = ", ".join(_MEANING[name] for name in differing if name in _MEANING)
         raise ValueError(
@@ -338,8 +339,10 @@ def _index_of(shard: Path) -> Any:
     from pyarrow import parquet
 
     def digests(values: Any) -> Any:
-        found = [hashlib.sha256(value.as_buffer()).digest() if value.is_valid else None for value in values]
-        return pa.array(found, pa.binary(32))
+        checksums_of_values = [
+            hashlib.sha256(value.as_buffer()).digest() if value.is_valid else None for value in values
+        ]
+        return pa.array(checksums_of_values, pa.binary(32))
 
     parts = []
     with parquet.ParquetFile(shard, page_checksum_verification=True) as reader:

@@ -149,7 +149,7 @@ def class_counts(images: LabelledImages, num_classes: int, *, threads: int = 4) 
     Args:
         images: The set.
         num_classes: C; ignored pixels and other values are left out.
-        threads: That read labels.
+        threads: Number of threads that read labels.
     """
     known = getattr(images, "class_counts", None)
     if known is not None:
@@ -171,7 +171,7 @@ def label_counts(
         read: Returns a label, (H, W) uint8; called from several threads at once.
         names: What `read` takes.
         num_classes: C; ignored pixels and other values are left out.
-        threads: That read labels.
+        threads: Number of threads that read labels.
     """
 
     def count(name: Item) -> Tensor:
@@ -188,7 +188,7 @@ def rare_shown(counts: Tensor, number: int) -> list[list[int]]:
 
     Args:
         counts: (N, C), see `class_counts`.
-        number: Of rare classes; those without a pixel are none of them.
+        number: Number of rare classes; classes without a pixel are not counted among them.
 
     Source:
         Zou et al., Confidence Regularized Self-Training, ICCV 2019 (DRSL §6).

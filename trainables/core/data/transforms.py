@@ -39,7 +39,10 @@ class AugmentationConfig:
     Paper (SDCA): [720, 1280] for GTA5, [760, 1280] for SYNTHIA.
     """
     target_size: Size | None = None
-    """The same for target images and their pseudo labels. Paper: SDCA, CLST [512, 1024]; PLCA, BiCL [730, 1460]."""
+    """[height, width] of target images and their pseudo labels; null: as they are.
+
+    Paper: SDCA, CLST [512, 1024]; PLCA, BiCL [730, 1460].
+    """
     shorter_side: Size | None = None
     """[low, high]: resized in training so that the shorter side is a uniform integer from here, in place of `*_size`.
 
@@ -211,9 +214,9 @@ def draw_geometry(
     Args:
         shape: Height and width of the image.
         config: What is drawn from.
-        domain: The image's.
-        generator: The sample's own; always advanced by the same number of draws.
-        label: Of the whole image, (H', W') uint8 of any size, where there is one.
+        domain: Domain of the image.
+        generator: Generator of the sample; always advanced by the same number of draws.
+        label: Label of the whole image, (H', W') uint8 of any size, where there is one.
         rare: Classes a crop may be placed around, all of them in the label.
 
     Source:
@@ -274,7 +277,7 @@ def _uniform(low: float, high: float, generator: torch.Generator) -> float:
 
 
 def _happens(chance: float, generator: torch.Generator) -> bool:
-    """Draw an event; what is certain draws nothing."""
+    """Return whether an event of this chance happens; a certain one takes no random number."""
     return chance >= 1 or _uniform(0, 1, generator) < chance
 
 
@@ -284,7 +287,7 @@ def vary_color(image: Tensor, config: AugmentationConfig, generator: torch.Gener
     Args:
         image: (3, H, W) uint8.
         config: Strengths and probabilities.
-        generator: The sample's own; always advanced by the same number of draws.
+        generator: Generator of the sample; always advanced by the same number of draws.
 
     Returns:
         (3, H, W) uint8.

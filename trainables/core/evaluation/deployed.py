@@ -23,7 +23,7 @@ class DeployedNetwork(nn.Module):
     Args:
         network: The deployed network. It is copied, contiguous and on its device.
         size: (h, w) that images are resized to, as `augmentation.target_size`; None shows them as they are.
-        interpolation: How they are resized, antialiased.
+        interpolation: How images are resized, antialiased.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class DomainEvaluation:
     miou: float
     """Mean over the classes that have an IoU, in [0, 1]."""
     pseudo_labels: LabelQuality | None = None
-    """Of the labels that the method would give now; None where it labels nothing."""
+    """Quality of the labels that the method would give now; None where it labels nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Score:
     """What a protocol makes of a confusion matrix."""
 
     iou: dict[str, float]
-    """Of the averaged classes, in their order; NaN for one that is neither present nor predicted."""
+    """IoU of each averaged class, in their order; NaN for one that is neither present nor predicted."""
     miou: float
     """Mean over those that have an IoU; NaN if none has."""
 
@@ -83,8 +83,8 @@ def score(confusion: Tensor, names: Sequence[str], protocol: Protocol) -> Score:
 
     Args:
         confusion: (C, C), rows are the truth, columns the prediction.
-        names: Of the C classes.
-        protocol: Its averaged classes must be among `names`.
+        names: Names of the C classes.
+        protocol: The protocol; its averaged classes must be among `names`.
     """
     counted = torch.tensor([protocol.counted is None or name in protocol.counted for name in names])
     values = intersection_over_union(confusion * counted[:, None]).tolist()
@@ -116,13 +116,13 @@ def evaluate_domain(
     windows, its logits too) and one image's logits at label size. Labels may differ in size.
 
     Args:
-        segmenter: In evaluation mode.
-        images: The set.
-        classes: Of the set and of the network.
+        segmenter: The network, in evaluation mode.
+        images: The validation set.
+        classes: Classes of the set and of the network.
         device: Where the network is.
         batch_size: Images the network is shown at a time.
-        threads: That read ahead, up to a batch of images and twice as many labels as threads.
-        inference: How it is asked.
+        threads: Number of threads that read ahead, up to a batch of images and twice as many labels as threads.
+        inference: How the network is asked.
         see: Receives the id and the prediction, (H, W) int64, of each image of this worker.
         rule: Gives pseudo labels, which are counted as well; it gets what the network says when it is first asked.
     """
@@ -161,9 +161,16 @@ def evaluate(
     segmenter.eval()
     source, target = (
         evaluate_domain(
-            segmenter, images, data.classes, device, batch_size, threads=threads, inference=inference, rule=used
+            segmenter,
+            images,
+            data.classes,
+            device,
+            batch_size,
+            threads=threads,
+            inference=inference,
+            rule=rule_of_domain,
         )
-        for images, used in ((data.source, None), (data.target, rule))
+        for images, rule_of_domain in ((data.source, None), (data.target, rule))
     )
     segmenter.train(training)
     return Evaluation(source, target, data.classes)

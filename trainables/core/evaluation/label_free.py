@@ -53,7 +53,7 @@ def information_maximization(mean_probabilities: Tensor, mean_entropy: Tensor) -
 
     Args:
         mean_probabilities: Mean of p_i over cells and images, (C,).
-        mean_entropy: Mean of H(p_i) over the same, scalar.
+        mean_entropy: Mean of H(p_i) over cells and images, scalar.
 
     Source:
         Krause et al., Discriminative Clustering by Regularized Information Maximization, NIPS 2010; as a validator of
@@ -88,8 +88,8 @@ def soft_neighborhood_density(probabilities: Tensor, *, temperature: float = 0.0
     total = units.new_zeros((), dtype=torch.float64)
     for first in range(0, len(units), _ROWS):
         similarities = units[first : first + _ROWS] @ units.T / temperature
-        own = torch.arange(len(similarities), device=units.device)
-        similarities[own, first + own] = -torch.inf
+        rows = torch.arange(len(similarities), device=units.device)
+        similarities[rows, first + rows] = -torch.inf
         total += torch.special.entr(similarities.softmax(1)).sum(dtype=torch.float64)
     return total / len(units)
 
@@ -126,7 +126,7 @@ class PredictionStatistics:
     (C² + 16 C) float64 per image.
 
     Args:
-        num_images: n, of the whole set.
+        num_images: n, the number of images in the whole set.
         num_classes: C.
     """
 
@@ -144,9 +144,9 @@ class PredictionStatistics:
         """Add images of the set.
 
         Args:
-            indices: Their positions in the set, b of them.
+            indices: Positions of the images in the set, b of them.
             logits: (b, C, h, w), any floating type.
-            mirrored: Of the images mirrored left to right, mirrored back; the same shape.
+            mirrored: Logits of the images mirrored left to right, mirrored back; of the same shape.
         """
         log_probabilities = logits.float().log_softmax(1).flatten(2)
         cells = log_probabilities.exp()
@@ -170,14 +170,14 @@ class PredictionStatistics:
         """Return every score by its name, one of `SCORES`; `flip_agreement` as `label_free_scores` says."""
         mean_entropy = self.entropies.mean()
         cells = self.cells.flatten(0, 1).float()
-        found = (
+        scores = (
             entropy(mean_entropy),
             information_maximization(self.probabilities.mean(0), mean_entropy),
             soft_neighborhood_density(cells[cells.sum(1) > 0]),  # maps of fewer cells leave rows of zeros
             batch_nuclear_norm(self.second_moments.mean(0)),
             self.agreements.mean(),
         )
-        return {name: float(value) for name, value in zip(SCORES, found, strict=True)}
+        return {name: float(value) for name, value in zip(SCORES, scores, strict=True)}
 
 
 class ScoredImages:
@@ -218,7 +218,7 @@ def label_free_scores(
         images: A `ScoredImages`. Scores of networks are comparable on the same images only.
         device: Where the network is.
         batch_size: Images it is shown at a time.
-        threads: That read ahead.
+        threads: Number of threads that read ahead.
     """
     training = segmenter.training
     segmenter.eval()

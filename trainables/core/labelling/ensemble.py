@@ -10,10 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.distributed import rank, sum_over_workers
 from segadapt.trainables.core.labelling.files import PseudoLabelWriter
-from segadapt.trainables.core.labelling.thresholds import confidence_at, keep_confident, share_thresholds
+from segadapt.trainables.core.labelling.thresholds import (
+    confidence_at,
+    keep_confident,
+    kept_shares,
+    pixels_per_class,
+    share_thresholds,
+)
 from segadapt.trainables.core.method import StageData
 
 ENSEMBLE = "ensemble"
@@ -35,7 +40,7 @@ def decode_ensemble(stored: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
     Args:
         stored: (..., C, h, w) uint8, positive for at least one class of every cell.
-        dtype: Of the result.
+        dtype: Type of the result.
 
     Returns:
         (..., C, h, w).
@@ -52,8 +57,8 @@ class PredictionEnsemble:
     as a whole. Workers write their own images; there is nothing else to share. An image takes C * h * w bytes.
 
     Args:
-        folder: Of this round.
-        previous: Of the round before; None in the first, whose average is the prediction itself.
+        folder: Folder of this round.
+        previous: Folder of the round before; None in the first, whose average is the prediction itself.
         momentum: Share of the average that stays from round to round, in [0, 0.9]: more would lose small changes in the
             rounding.
 
@@ -136,7 +141,7 @@ class EnsembleConfidence:
 
     Args:
         num_classes: C.
-        device: Where the counts are.
+        device: Device of the counts.
 
     Attributes:
         counts: (C, 256 * (2 C + 1)) int64.
@@ -199,7 +204,7 @@ def label_ensemble(
         previous: Folder of the round before; None in the first.
         momentum: See `PredictionEnsemble`.
         threshold: Confidence a label needs: a quantile per class, or the root of the mean confidence.
-        share: Of each class's predicted cells above its quantile.
+        share: Share of each class's predicted cells above its quantile.
         cap: Largest quantile.
         align_corners: How confidences are up-sampled.
         notes: Further entries of the provenance.
@@ -209,29 +214,12 @@ def label_ensemble(
     with PseudoLabelWriter(data, num_classes) as writer:
         if rank() == 0:
             ensemble.begin()
-        sizes: dict[int, tuple[int, int]] = {}
-        counted: EnsembleConfidence | None = None
-        device = torch.device("cpu")
-        for images, indices in data.target_batches():
-            logits = predict(images)
-            device = logits.device
-            counted = counted or EnsembleConfidence(num_classes, device)
-            names = [data.target_ids[index] for index in indices.tolist()]
-            counted.update(ensemble.update(names, logits.double().softmax(dim=1)))
-            sizes.update(dict.fromkeys(indices.tolist(), (images.shape[-2], images.shape[-1])))
-        counted = counted or EnsembleConfidence(num_classes, device)  # fewer images than workers
-        counted.reduce()
-        by_share = threshold == "quantile"
-        thresholds = counted.share_thresholds(share=share, cap=cap) if by_share else counted.sqrt_mean_thresholds()
-
-        pixels = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # predicted, kept
-        for index, size in sizes.items():
-            probabilities = decode_ensemble(ensemble.read(data.target_ids[index]).to(device)).unsqueeze(0)
-            confidence, prediction = confidence_at(probabilities, size, align_corners=align_corners)
-            labels = keep_confident(confidence, prediction, thresholds)
-            pixels += torch.stack([_count(prediction, num_classes), _count(labels, num_classes)])
-            writer.write(torch.tensor([index]), labels.to(torch.uint8))
-        predicted, kept = sum_over_workers(pixels).tolist()
+        confidences, sizes = _average_predictions(predict, data, ensemble, num_classes)
+        if threshold == "quantile":
+            thresholds = confidences.share_thresholds(share=share, cap=cap)
+        else:
+            thresholds = confidences.sqrt_mean_thresholds()
+        kept_share = _write_labels(data, ensemble, sizes, thresholds, writer, align_corners=align_corners)
         if rank() == 0:
             ensemble.finish(len(data.target_ids))
         provenance = {
@@ -241,16 +229,54 @@ def label_ensemble(
             "cap": cap,
             "threshold": threshold,
             "thresholds": thresholds.tolist(),
-            "mean_confidence": counted.mean().item(),
-            "kept_share": [part / whole if whole else None for part, whole in zip(kept, predicted, strict=True)],
+            "mean_confidence": confidences.mean().item(),
+            "kept_share": kept_share,
             **(notes or {}),
         }
         writer.finish(provenance)
 
 
-def _count(labels: Tensor, num_classes: int) -> Tensor:
-    """Return the pixels of each class, (C,) int64; 255 is left out."""
-    return torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)[:num_classes]
+def _average_predictions(
+    predict: Callable[[Tensor], Tensor], data: StageData, ensemble: PredictionEnsemble, num_classes: int
+) -> tuple[EnsembleConfidence, dict[int, tuple[int, int]]]:
+    """Average the predictions for this worker's images into the ensemble.
+
+    Returns:
+        The confidences of all workers' averages, on the device of the predictions; and the size (H, W) of each of this
+        worker's images by its index.
+    """
+    sizes: dict[int, tuple[int, int]] = {}
+    confidences: EnsembleConfidence | None = None
+    for images, indices in data.target_batches():
+        logits = predict(images)
+        confidences = confidences or EnsembleConfidence(num_classes, logits.device)
+        names = [data.target_ids[index] for index in indices.tolist()]
+        confidences.update(ensemble.update(names, logits.double().softmax(dim=1)))
+        sizes.update(dict.fromkeys(indices.tolist(), (images.shape[-2], images.shape[-1])))
+    confidences = confidences or EnsembleConfidence(num_classes, torch.device("cpu"))  # fewer images than workers
+    confidences.reduce()
+    return confidences, sizes
+
+
+def _write_labels(
+    data: StageData,
+    ensemble: PredictionEnsemble,
+    sizes: Mapping[int, tuple[int, int]],
+    thresholds: Tensor,
+    writer: PseudoLabelWriter,
+    *,
+    align_corners: bool,
+) -> list[float | None]:
+    """Write the labels of this worker's images; return which share of the pixels of each class has its label."""
+    num_classes, device = len(thresholds), thresholds.device
+    pixels = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # predicted, kept
+    for index, size in sizes.items():
+        probabilities = decode_ensemble(ensemble.read(data.target_ids[index]).to(device)).unsqueeze(0)
+        confidence, prediction = confidence_at(probabilities, size, align_corners=align_corners)
+        labels = keep_confident(confidence, prediction, thresholds)
+        pixels += torch.stack([pixels_per_class(prediction, num_classes), pixels_per_class(labels, num_classes)])
+        writer.write(torch.tensor([index]), labels.to(torch.uint8))
+    return kept_shares(*sum_over_workers(pixels))
 
 
 def _path(folder: Path, image_id: str) -> Path:

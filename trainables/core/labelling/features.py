@@ -30,7 +30,7 @@ def count_values(values: Tensor, bins: int) -> Tensor:
     """Count how often each integer occurs, as `torch.bincount` does, which on a GPU waits for the largest value.
 
     Args:
-        values: In [0, bins), int32 or int64, any shape.
+        values: Integers in [0, bins), int32 or int64, any shape.
         bins: Length of the result.
 
     Returns:

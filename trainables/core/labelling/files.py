@@ -1,4 +1,4 @@
-"""Pseudo labels of target images: class-balanced selection by confidence, and the files that hold them.
+"""The files that hold the pseudo labels of target images.
 
 A stage's labels are a folder::
 
@@ -44,7 +44,7 @@ class PseudoLabelWriter:
     Every worker opens one, writes its share of the images and finishes it. What an earlier attempt left is replaced.
 
     Args:
-        data: Of the stage: where to write, the images' ids, and what made the labels.
+        data: What the stage knows: where to write, the images' ids, and what made the labels.
         num_classes: C.
     """
 
@@ -76,8 +76,8 @@ class PseudoLabelWriter:
         """Add images.
 
         Args:
-            indices: Of the images among the target ids, (B,).
-            labels: (B, H, W) uint8, 255 = ignore.
+            indices: Positions of the images among the target ids, (B,).
+            labels: Labels of the images, (B, H, W) uint8, 255 = ignore.
         """
         for index, label in zip(indices.tolist(), labels.cpu(), strict=True):
             counts = torch.bincount(label.flatten(), minlength=IGNORE_INDEX + 1)

@@ -40,9 +40,9 @@ class LabelQuality:
         the class, those that are of it.
         """
         labelled = self.counts[:, :-1]
-        true, given, right = self.counts.sum(1), labelled.sum(0), labelled.diagonal()
+        true, with_label, correct = self.counts.sum(1), labelled.sum(0), labelled.diagonal()
         return {
-            name: {"kept": _ratio(labelled[k].sum(), true[k]), "accuracy": _ratio(right[k], given[k])}
+            name: {"kept": _ratio(labelled[k].sum(), true[k]), "accuracy": _ratio(correct[k], with_label[k])}
             for k, name in enumerate(names)
         }
 
@@ -60,8 +60,8 @@ class LabelQualityCounter:
 
     def update(self, labels: Tensor, truth: Tensor) -> None:
         """Add an image: the labels of the rule and the true ones, both (H, W), 255 = none."""
-        given = torch.where(labels == IGNORE_INDEX, self._unlabelled, labels.long())
-        self._counts.update(given, truth)
+        labels_or_none = torch.where(labels == IGNORE_INDEX, self._unlabelled, labels.long())
+        self._counts.update(labels_or_none, truth)
 
     def reduced(self) -> LabelQuality:
         """Return the sums over the workers; call once, after the last update, on every worker."""

@@ -1,15 +1,22 @@
 """Pseudo labels above one threshold per class: a quantile of the class's confidences, or a fixed one."""
 
+# B images of H x W pixels, C classes.
+
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.distributed import sum_over_workers
 from segadapt.trainables.core.labelling.files import PseudoLabelWriter
-from segadapt.trainables.core.labelling.thresholds import class_thresholds, confidence_and_prediction, select
+from segadapt.trainables.core.labelling.thresholds import (
+    class_thresholds,
+    confidence_and_prediction,
+    kept_shares,
+    pixels_per_class,
+    select,
+)
 from segadapt.trainables.core.method import StageData
 
 
@@ -59,14 +66,8 @@ def _label_above(
     for images, indices in data.target_batches():
         confidence, prediction = confidence_and_prediction(predict(images))
         labels = select(confidence, prediction, thresholds)
-        parts = [_count(prediction, len(thresholds)), _count(labels, len(thresholds))]
+        parts = [pixels_per_class(prediction, len(thresholds)), pixels_per_class(labels, len(thresholds))]
         counts = counts.to(labels.device) + torch.stack(parts)
         writer.write(indices, labels)
-    predicted, kept = sum_over_workers(counts).tolist()
-    shares = [part / whole if whole else None for part, whole in zip(kept, predicted, strict=True)]
+    shares = kept_shares(*sum_over_workers(counts))
     writer.finish({**notes, "thresholds": thresholds.tolist(), "kept_share": shares})
-
-
-def _count(labels: Tensor, num_classes: int) -> Tensor:
-    """Return the pixels of each class, (C,) int64; 255 is left out."""
-    return torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)[:num_classes]

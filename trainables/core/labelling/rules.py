@@ -23,8 +23,8 @@ def written_rule(provenance: Mapping[str, Any], segmenter: Segmenter) -> LabelRu
     """Return the rule that labelled the target set, with the thresholds that it had there.
 
     Args:
-        provenance: Of the written labels. `ensemble` stands for the first round's, whose average is the prediction.
-        segmenter: The deployed network: up-samples as it does.
+        provenance: How the labels were written. `ensemble` means the first round, whose average is the prediction.
+        segmenter: The deployed network, as which the rule up-samples.
     """
     thresholds = torch.tensor(provenance["thresholds"], dtype=torch.float64)
 
@@ -39,8 +39,8 @@ def written_rule(provenance: Mapping[str, Any], segmenter: Segmenter) -> LabelRu
                 return self_paced_labels(segmenter.upsample(logits, size).softmax(1), thresholds.float())
             case "ensemble":
                 average = decode_ensemble(encode_ensemble(logits.double().softmax(1)))
-                found = confidence_at(average, size, align_corners=segmenter.align_corners)
-                return keep_confident(*found, thresholds)
+                confidence_and_class = confidence_at(average, size, align_corners=segmenter.align_corners)
+                return keep_confident(*confidence_and_class, thresholds)
         raise ValueError(f"The rule of written pseudo labels must be a known one, but is {provenance['rule']!r}.")
 
     return label

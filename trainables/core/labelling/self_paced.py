@@ -8,7 +8,7 @@ from torch import Tensor
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.distributed import sum_over_workers
 from segadapt.trainables.core.labelling.files import PseudoLabelWriter
-from segadapt.trainables.core.labelling.thresholds import ConfidenceHistogram
+from segadapt.trainables.core.labelling.thresholds import ConfidenceHistogram, pixels_per_class
 from segadapt.trainables.core.method import StageData
 
 _EVERY = 4
@@ -108,7 +108,7 @@ def label_self_paced(
         for images, indices in data.target_batches():
             scores = predict(images).float()
             labels = self_paced_labels(scores, thresholds)
-            parts = [_count(scores.argmax(1), num_classes), _count(labels, num_classes)]
+            parts = [pixels_per_class(scores.argmax(1), num_classes), pixels_per_class(labels, num_classes)]
             counts = counts.to(labels.device) + torch.stack(parts)
             writer.write(indices, labels)
         predicted, labelled = sum_over_workers(counts).cpu().unbind()
@@ -122,11 +122,6 @@ def label_self_paced(
         }
         writer.finish(provenance)
     return predicted
-
-
-def _count(labels: Tensor, num_classes: int) -> Tensor:
-    """Return the pixels of each class, (C,) int64; 255 is left out."""
-    return torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)[:num_classes]
 
 
 def _every_fourth(probabilities: Tensor) -> tuple[Tensor, Tensor]:

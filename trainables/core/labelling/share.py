@@ -29,7 +29,7 @@ def class_share_thresholds(
         batches: Starts a pass over this worker's share of the set: up-sampled logits, (B, C, H, W). Called twice; every
             worker calls this function.
         num_classes: C.
-        share: In [0, 1].
+        share: Share of each class's pixels, in [0, 1].
         excluded: Classes whose threshold is 1.
 
     Returns:
@@ -68,7 +68,7 @@ def select_confident_share(logits: Tensor, thresholds: Tensor, *, share: float =
     Args:
         logits: Already up-sampled to the label size, (B, C, H, W).
         thresholds: (C,) float32, see `class_share_thresholds`.
-        share: Of an image's pixels, in [0, 1].
+        share: Share of an image's pixels, in [0, 1].
 
     Returns:
         Labels, (B, H, W) uint8.
@@ -113,8 +113,8 @@ def label_confident_share(
         predict: Maps normalised images, (B, 3, H, W), to logits of the same size, (B, C, H, W).
         data: The un-augmented target set and the folder.
         num_classes: C.
-        share: Of each class, over the set.
-        local_share: Of each image.
+        share: Share of each class's pixels over the set.
+        local_share: Share of each image's pixels.
         excluded: Classes whose threshold is 1.
     """
 

@@ -1,5 +1,7 @@
 """Confidences of predictions, thresholds on them, and the labels they leave."""
 
+# B images, C classes, h x w cells of the logits, H x W pixels of a label map.
+
 from collections.abc import Callable, Iterable
 
 import torch
@@ -136,8 +138,8 @@ def share_thresholds(counts: Tensor, values: Tensor, *, share: float = 0.5, cap:
         counts: How often each confidence was predicted for each class, (C, V): integers, or floating weights, of which
             `share` is then taken without rounding.
         values: The confidences, (V,), in any order.
-        share: In [0, 1].
-        cap: In [0, 1].
+        share: Share of each class's confidences, in [0, 1].
+        cap: Largest threshold, in [0, 1].
 
     Returns:
         (C,) float64.
@@ -149,8 +151,8 @@ def share_thresholds(counts: Tensor, values: Tensor, *, share: float = 0.5, cap:
     order = values.argsort(descending=True)
     reached = counts[:, order].double().cumsum(dim=1)
     total = reached[:, -1:]
-    wanted = share * total if counts.is_floating_point() else (share * total).floor()
-    first = ((reached >= wanted) & (reached > 0)).int().argmax(dim=1)
+    share_count = share * total if counts.is_floating_point() else (share * total).floor()
+    first = ((reached >= share_count) & (reached > 0)).int().argmax(dim=1)
     return torch.where(total[:, 0] > 0, values.double()[order][first].clamp(max=cap), cap)
 
 
@@ -184,3 +186,13 @@ def keep_confident(confidence: Tensor, prediction: Tensor, thresholds: Tensor) -
     """
     kept = confidence + BOUNDARY >= thresholds.to(confidence.device)[prediction]
     return prediction.masked_fill(~kept, IGNORE_INDEX)
+
+
+def pixels_per_class(labels: Tensor, num_classes: int) -> Tensor:
+    """Return the pixels of each class, (C,) int64; 255 is left out."""
+    return torch.bincount(labels.flatten(), minlength=IGNORE_INDEX + 1)[:num_classes]
+
+
+def kept_shares(predicted: Tensor, kept: Tensor) -> list[float | None]:
+    """Return which share of the pixels predicted as each class, both (C,) int64, was kept; None without any."""
+    return [part / whole if whole else None for part, whole in zip(kept.tolist(), predicted.tolist(), strict=True)]

@@ -116,7 +116,7 @@ def output_association(
         aggregation_weight: Share α of the aggregate in the target probabilities, in [0, 1]; 0 skips the aggregation.
         temperature_factor: Multiplies the deviations; > 0, no unit. Smaller is sharper.
         floor: ε, added to probabilities before the logarithm; > 0.
-        kernels: As in `feature_association`; probabilities are float32.
+        kernels: See `feature_association`; probabilities are float32.
 
     Returns:
         Scalar in nats, averaged and zero as in `feature_association`.
@@ -140,7 +140,7 @@ def find_cycles(
 
     Args:
         source: Features or class probabilities, (N, D, h, w).
-        target: The same of the target, already aggregated, (N, D, h', w').
+        target: Features or class probabilities of the target, already aggregated, (N, D, h', w').
         labels: Source class indices at feature resolution, (N, h, w), int64; 255 is never valid.
         similarity: What `source` and `target` are compared by: "cosine" of features, "divergence" of probabilities.
         floor: Added to probabilities before the logarithm; > 0.

@@ -5,7 +5,8 @@ matrix and writes it, or sums of its rows, once; no float is added atomically, s
 float32, multiplied as three products of TF32 parts, which is nearly exact, or bfloat16; both are summed in float32.
 """
 
-# n query rows, m key rows, D channels, T tiles of BLOCK columns.
+# n query rows, m key rows, D channels, T tiles of BLOCK columns. In kernels, `shape` is rows and columns of the result
+# and terms of each sum; a matrix of any strides is its address, the stride of its rows and that of its columns.
 
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ GROUP = 8
 
 
 class RowStatistics(NamedTuple):
-    """Of the similarities of each query row with all key rows."""
+    """What is known of the similarities of each query row with all key rows."""
 
     best: Tensor  # (n,) int64, the most similar key row
     top: Tensor  # (n,) float32, that similarity
@@ -45,32 +46,19 @@ def _own_tile(rows, columns, BLOCK: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _product(
-    first,
-    second,
-    row,
-    column,
-    rows,
-    columns,
-    depth,
-    first_row,
-    first_depth,
-    second_depth,
-    second_column,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _product(first, second, row, column, shape, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
     """Return a tile of `first @ second`, float32; what lies outside the matrices is zero."""
+    rows, columns, depth = shape
     tile = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
     for start in range(0, depth, DEPTH):
         term = start + tl.arange(0, DEPTH).to(tl.int64)
         left = tl.load(
-            first + row[:, None] * first_row + term[None, :] * first_depth,
+            first[0] + row[:, None] * first[1] + term[None, :] * first[2],
             mask=(row[:, None] < rows) & (term[None, :] < depth),
             other=0.0,
         )
         right = tl.load(
-            second + term[:, None] * second_depth + column[None, :] * second_column,
+            second[0] + term[:, None] * second[1] + column[None, :] * second[2],
             mask=(term[:, None] < depth) & (column[None, :] < columns),
             other=0.0,
         )
@@ -82,44 +70,37 @@ def _product(
 def row_statistics_kernel(
     query,
     key,
-    best,
-    top,
-    mean,
-    squares,
-    rows,
-    columns,
-    depth,
+    statistics,
+    shape,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write, per row of a tile of `query @ key.T`: largest entry and its column, mean, sum of squares about it."""
+    rows, columns, depth = shape
+    best, top, mean, squares = statistics
     row, column, across = _own_tile(rows, columns, BLOCK, GROUP)
-    tile = _product(query, key, row, column, rows, columns, depth, depth, 1, 1, depth, DEPTH, PRECISION)
+    tile = _product((query, depth, 1), (key, 1, depth), row, column, shape, DEPTH, PRECISION)
     inside = (column < columns)[None, :]
     highest, place = tl.max(tl.where(inside, tile, float("-inf")), axis=1, return_indices=True)
     count = tl.minimum(columns - across * BLOCK, BLOCK)
     center = tl.sum(tile, axis=1) / count
     offsets = tl.where(inside, tile - center[:, None], 0.0)
-    own = across * rows + row
-    tl.store(best + own, across * BLOCK + place, mask=row < rows)
-    tl.store(top + own, highest, mask=row < rows)
-    tl.store(mean + own, center, mask=row < rows)
-    tl.store(squares + own, tl.sum(offsets * offsets, axis=1), mask=row < rows)
+    slot = across * rows + row
+    tl.store(best + slot, across * BLOCK + place, mask=row < rows)
+    tl.store(top + slot, highest, mask=row < rows)
+    tl.store(mean + slot, center, mask=row < rows)
+    tl.store(squares + slot, tl.sum(offsets * offsets, axis=1), mask=row < rows)
 
 
 @triton.jit
 def exponentials_kernel(
     query,
     key,
-    top,
-    inverse,
-    sums,
-    out,
-    rows,
-    columns,
-    depth,
+    scaling,
+    results,
+    shape,
     WRITE: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -127,14 +108,17 @@ def exponentials_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write exp((s - top) inverse) for a tile of s = `query @ key.T`, if asked for, and the sums of its rows."""
+    rows, columns, depth = shape
+    top, inverse = scaling
     row, column, across = _own_tile(rows, columns, BLOCK, GROUP)
-    tile = _product(query, key, row, column, rows, columns, depth, depth, 1, 1, depth, DEPTH, PRECISION)
+    tile = _product((query, depth, 1), (key, 1, depth), row, column, shape, DEPTH, PRECISION)
     highest = tl.load(top + row, mask=row < rows, other=0.0)
     factor = tl.load(inverse + row, mask=row < rows, other=0.0)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tile = tl.exp(tl.where(inside, (tile - highest[:, None]) * factor[:, None], float("-inf")))
-    tl.store(sums + across * rows + row, tl.sum(tile, axis=1), mask=row < rows)
+    tl.store(results[0] + across * rows + row, tl.sum(tile, axis=1), mask=row < rows)
     if WRITE:
+        out = results[1]
         tl.store(out + row[:, None] * columns + column[None, :], tile.to(out.dtype.element_ty), mask=inside)
 
 
@@ -144,13 +128,7 @@ def multiply_kernel(
     second,
     out,
     offset,
-    rows,
-    columns,
-    depth,
-    first_row,
-    first_depth,
-    second_depth,
-    second_column,
+    shape,
     MODE: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -158,22 +136,9 @@ def multiply_kernel(
     PRECISION: tl.constexpr,
 ):
     """Set a tile of `out` to that of `first @ second`, add that to it, or multiply it by that less a row's offset."""
+    rows, columns = shape[0], shape[1]
     row, column, _ = _own_tile(rows, columns, BLOCK, GROUP)
-    tile = _product(
-        first,
-        second,
-        row,
-        column,
-        rows,
-        columns,
-        depth,
-        first_row,
-        first_depth,
-        second_depth,
-        second_column,
-        DEPTH,
-        PRECISION,
-    )
+    tile = _product(first, second, row, column, shape, DEPTH, PRECISION)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     place = out + row[:, None] * columns + column[None, :]
     if MODE == "add":
@@ -196,7 +161,7 @@ def row_statistics(query: Tensor, key: Tensor, factor: float) -> RowStatistics:
     best = torch.empty(across, rows, dtype=torch.int64, device=query.device)
     top, mean, squares = (query.new_empty(across, rows, dtype=torch.float32) for _ in range(3))
     row_statistics_kernel[_grid(rows, columns)](
-        query, key, best, top, mean, squares, rows, columns, query.shape[1], **_constants(query), **OPTIONS
+        query, key, (best, top, mean, squares), (rows, columns, query.shape[1]), **_constants(query), **OPTIONS
     )
     counts = torch.full((across, 1), BLOCK, device=query.device)
     counts[-1] = columns - (across - 1) * BLOCK
@@ -225,13 +190,9 @@ def exponentials(query: Tensor, key: Tensor, top: Tensor, inverse: Tensor, out: 
     exponentials_kernel[_grid(rows, columns)](
         query,
         key,
-        top,
-        inverse,
-        sums,
-        out,
-        rows,
-        columns,
-        query.shape[1],
+        (top, inverse),
+        (sums, out),
+        (rows, columns, query.shape[1]),
         WRITE=out is not None,
         **_constants(query),
         **OPTIONS,
@@ -258,14 +219,11 @@ def scale_(out: Tensor, first: Tensor, second: Tensor, offset: Tensor) -> Tensor
 
 def _multiply(out: Tensor, first: Tensor, second: Tensor, offset: Tensor, mode: str) -> Tensor:
     multiply_kernel[_grid(*out.shape)](
-        first,
-        second,
+        (first, *first.stride()),
+        (second, *second.stride()),
         out,
         offset,
-        *out.shape,
-        first.shape[1],
-        *first.stride(),
-        *second.stride(),
+        (*out.shape, first.shape[1]),
         MODE=mode,
         **_constants(first),
         **OPTIONS,

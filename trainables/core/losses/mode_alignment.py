@@ -254,13 +254,13 @@ def pick_unit_vectors(
     counts = _mode_counts(cell_groups, num_groups)
     before = gather_over_workers(counts.unsqueeze(0))[: rank()].sum(dim=0)
     cells = cells - before[groups]
-    here = ((cells >= 0) & (cells < counts[groups])).nonzero().flatten()
+    on_this_worker = ((cells >= 0) & (cells < counts[groups])).nonzero().flatten()
     order = flat.argsort(stable=True)  # cells without group come first
     starts = (flat < 0).sum() + counts.cumsum(0) - counts
-    places = order[starts[groups[here]] + cells[here]]
+    places = order[starts[groups[on_this_worker]] + cells[on_this_worker]]
     grid = cell_groups[0].numel()
     picked = _unit(embeddings.flatten(2)[places // grid, :, places % grid], _precise(embeddings))
-    return picked.new_zeros(len(groups), embeddings.shape[1]).index_copy(0, here, picked)
+    return picked.new_zeros(len(groups), embeddings.shape[1]).index_copy(0, on_this_worker, picked)
 
 
 class _MarginSum(torch.autograd.Function):
@@ -281,9 +281,9 @@ class _MarginSum(torch.autograd.Function):
         ignored = cell_labels == IGNORE_INDEX
         first = cell_labels.masked_fill(ignored, 0) * modes_per_class
         own_modes = first + torch.arange(modes_per_class, device=labels.device).unsqueeze(1)
-        own_cosine, own = cosines.gather(1, own_modes).max(dim=1, keepdim=True)
-        own += first
-        other_cosine, other = cosines.scatter_(1, own_modes, -torch.inf).max(dim=1, keepdim=True)
+        own_cosine, own_mode = cosines.gather(1, own_modes).max(dim=1, keepdim=True)
+        own_mode += first
+        other_cosine, other_mode = cosines.scatter_(1, own_modes, -torch.inf).max(dim=1, keepdim=True)
         difference = other_cosine - own_cosine
 
         # A single class has no other mode: its difference is -inf, and where() keeps that out of every product.
@@ -293,22 +293,22 @@ class _MarginSum(torch.autograd.Function):
         loss = (torch.where(active, excess, 0.0).double() * cell_weights).sum()
         slope = 2.0 * cell_weights * inverse_norm
         radial = slope * torch.where(active, difference, 0.0) * inverse_norm
-        nearest = own.masked_fill(ignored, -1).view_as(labels)
-        ctx.save_for_backward(embeddings, unit, own, other, slope, radial)
+        nearest = own_mode.masked_fill(ignored, -1).view_as(labels)
+        ctx.save_for_backward(embeddings, unit, own_mode, other_mode, slope, radial)
         ctx.mark_non_differentiable(nearest)
         return loss, nearest
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        embeddings, unit, own, other, slope, radial = ctx.saved_tensors  # type: ignore[attr-defined]
+        embeddings, unit, own_mode, other_mode, slope, radial = ctx.saved_tensors  # type: ignore[attr-defined]
         slope, radial = (values * grad_loss.to(values.dtype) for values in (slope, radial))
         flat = embeddings.flatten(2).to(unit.dtype)
-        chosen = slope.new_zeros(len(flat), len(unit), flat.shape[2]).scatter_(1, other, slope)
-        chosen.scatter_add_(1, own, -slope)
+        slopes_of_modes = slope.new_zeros(len(flat), len(unit), flat.shape[2]).scatter_(1, other_mode, slope)
+        slopes_of_modes.scatter_add_(1, own_mode, -slope)
         with torch.autocast(embeddings.device.type, enabled=False):
-            unit_gradient = torch.bmm(chosen, flat.transpose(1, 2)).sum(dim=0)
-            gradient = torch.bmm(unit.T.expand(len(flat), -1, -1), chosen).addcmul_(flat, radial, value=-1.0)
+            unit_gradient = torch.bmm(slopes_of_modes, flat.transpose(1, 2)).sum(dim=0)
+            gradient = torch.bmm(unit.T.expand(len(flat), -1, -1), slopes_of_modes).addcmul_(flat, radial, value=-1.0)
         return gradient.to(embeddings.dtype).view_as(embeddings), None, unit_gradient, None, None, None
 
 
@@ -344,9 +344,9 @@ def _weighted_distance(first: Tensor, second: Tensor, weights: Tensor) -> Tensor
     """
     weights = weights.to(first.dtype)
     first_total, second_total = sum_over_workers(first), sum_over_workers(second)
-    own = (first * second_total).sum(dim=1) + (second * first_total).sum(dim=1)
-    both = (first_total * second_total).sum(dim=1)
-    return (weights * (2.0 - 2.0 * (world_size() * own - both))).sum()
+    with_own_parts = (first * second_total).sum(dim=1) + (second * first_total).sum(dim=1)
+    products = (first_total * second_total).sum(dim=1)
+    return (weights * (2.0 - 2.0 * (world_size() * with_own_parts - products))).sum()
 
 
 def _balanced_weights(labels: Tensor, classes: int) -> Tensor:

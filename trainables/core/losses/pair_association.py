@@ -33,8 +33,8 @@ class _Direction:
     """One way between two images, in chunks of rows: for similarities that are cheap to form anew, or too many to keep.
 
     Args:
-        query: Of the image that hops, (L, D).
-        key: Of the other, (M, D).
+        query: Rows of the image that hops, (L, D).
+        key: Rows of the other image, (M, D).
         factor: Multiplies the deviations.
     """
 
@@ -64,11 +64,11 @@ class _Direction:
 
 
 class _FusedDirection(_Direction):
-    """The same by fused kernels: similarities are formed twice, and nothing but statistics of their rows is kept.
+    """One way between two images by fused kernels, which form similarities twice and keep statistics of rows alone.
 
     Args:
-        query: Of the image that hops, (L, D), in the type in which the kernels multiply.
-        key: Of the other, (M, D), likewise.
+        query: Rows of the image that hops, (L, D), in the type in which the kernels multiply.
+        key: Rows of the other image, (M, D), in the same type.
         factor: Multiplies the deviations.
     """
 
@@ -76,10 +76,10 @@ class _FusedDirection(_Direction):
         """Return the most similar pixel of each of some pixels, which are those that may hop later on."""
         from segadapt.trainables.core.losses import kernels
 
-        found = kernels.row_statistics(self.query[pixels], self.key, self.factor)
-        self.top, self.inverse = (found.top.new_zeros(len(self.query)) for _ in range(2))
-        self.top[pixels], self.inverse[pixels] = found.top, found.inverse
-        return found.best
+        statistics = kernels.row_statistics(self.query[pixels], self.key, self.factor)
+        self.top, self.inverse = (statistics.top.new_zeros(len(self.query)) for _ in range(2))
+        self.top[pixels], self.inverse[pixels] = statistics.top, statistics.inverse
+        return statistics.best
 
     def loss(self, hop: Hop, by_query: Tensor, by_key: Tensor, *, needs_gradient: bool) -> Tensor:
         """Return the loss sum of a hop, float64, and write its gradients to `by_query` and `by_key`, zero before."""

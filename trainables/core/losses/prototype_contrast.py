@@ -53,8 +53,8 @@ def prototype_contrast(
     Args:
         source_features: (B, D, h, w), any scale and floating type; computed in float32 or wider, also under autocast.
         source_labels: Class indices, (B, H, W), int64. IGNORE_INDEX (255) leaves a pixel out.
-        target_features: As the source's.
-        target_labels: As the source's: pseudo labels.
+        target_features: Features of the target, like the source's.
+        target_labels: Pseudo labels of the target, like the source's labels.
         num_classes: C.
         temperature: Divides the similarities; > 0, no unit. Smaller is sharper.
         dynamic_labels: Labels of the target's cells, (B, h, w) int64, that stand in where `target_labels` has 255.
@@ -72,20 +72,11 @@ def prototype_contrast(
         arXiv 2207.10892, forward and backward contrast; cvlab-yonsei/DASS@f544686.
         Differs: a pair without common class gives 0, there NaN.
     """
-    if source_features.shape[:2] != target_features.shape[:2]:
-        raise ValueError(
-            "`source_features` and `target_features` must share the batch size B and the channel size D, but got "
-            f"{tuple(source_features.shape)} and {tuple(target_features.shape)} (B, D, h, w)."
-        )
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive, but got {temperature}.")
+    _refuse_bad_arguments(source_features, target_features, temperature)
     precise = torch.promote_types(source_features.dtype, torch.float32)
     source_features, target_features = source_features.to(precise), target_features.to(precise)
-    source_counts = label_counts(source_labels, grid_of(source_features), num_classes)
-    target_counts = label_counts(target_labels, grid_of(target_features), num_classes)
-    source_cells = labels_at_features(source_labels, grid_of(source_features))
-    target_cells = labels_at_features(target_labels, grid_of(target_features))
-    source_counts, target_counts, unlabelled = source_counts[:, :-1], target_counts[:, :-1], target_counts[:, -1:]
+    source_cells, source_counts, _ = _cells_and_counts(source_labels, source_features, num_classes)
+    target_cells, target_counts, unlabelled = _cells_and_counts(target_labels, target_features, num_classes)
     if dynamic_labels is not None:
         target_counts = target_counts + _one_hot(dynamic_labels, num_classes) * unlabelled
         target_cells = fuse_labels(target_cells, dynamic_labels)
@@ -96,6 +87,23 @@ def prototype_contrast(
     )
     pairs = torch.full((), len(source_features), device=source_features.device)
     return PrototypeContrast(global_mean(forward, pairs).to(precise), global_mean(backward, pairs).to(precise))
+
+
+def _refuse_bad_arguments(source_features: Tensor, target_features: Tensor, temperature: float) -> None:
+    if source_features.shape[:2] != target_features.shape[:2]:
+        raise ValueError(
+            "`source_features` and `target_features` must share the batch size B and the channel size D, but got "
+            f"{tuple(source_features.shape)} and {tuple(target_features.shape)} (B, D, h, w)."
+        )
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive, but got {temperature}.")
+
+
+def _cells_and_counts(labels: Tensor, features: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return labels at the cells of the features, (B, h, w), and the pixels of each class, (B, C, P), and of none."""
+    grid = grid_of(features)
+    counts = label_counts(labels, grid, num_classes)
+    return labels_at_features(labels, grid), counts[:, :-1], counts[:, -1:]
 
 
 def class_prototypes(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -247,7 +255,7 @@ def _direction(
 
     Args:
         features: (B, D, h, w).
-        prototypes: Of the other domain, (B, C, D).
+        prototypes: Prototypes of the other domain, (B, C, D).
         counts: Pixels of each label, (B, C, P).
         shared: Classes whose pixels enter, (B, C) bool.
         temperature: > 0.
@@ -277,7 +285,7 @@ def _prototype_gradient(prototypes: Tensor, sizes: Tensor, features: Tensor, slo
     Args:
         prototypes: (B, C, D).
         sizes: Cells of each class, (B, C).
-        features: That the prototypes are compared with, (B, D, h, w).
+        features: Features that the prototypes are compared with, (B, D, h, w).
         slopes: Derivative by the dot products of `features` with unit prototypes, (B, C, P).
     """
     with torch.autocast(features.device.type, enabled=False):

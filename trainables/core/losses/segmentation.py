@@ -71,11 +71,11 @@ def _lovasz_slopes(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     """
     slopes = torch.zeros_like(probabilities)
     foreground_weight = torch.zeros((), dtype=torch.float64, device=labels.device)
-    own_labels = labels.flatten()
-    all_labels = gather_over_workers(own_labels)
-    start = rows_before(own_labels.numel(), labels.device)
-    own = slice(start, start + own_labels.numel())
-    class_sizes = torch.stack([(own_labels == index).sum() for index in range(probabilities.shape[1])])
+    labels_of_worker = labels.flatten()
+    all_labels = gather_over_workers(labels_of_worker)
+    start = rows_before(labels_of_worker.numel(), labels.device)
+    pixels_of_worker = slice(start, start + labels_of_worker.numel())
+    class_sizes = torch.stack([(labels_of_worker == index).sum() for index in range(probabilities.shape[1])])
     present = sum_over_workers(class_sizes) > 0
     number = present.sum()
     for index in range(len(present)):
@@ -84,9 +84,9 @@ def _lovasz_slopes(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
         # Ignored pixels come last, where no class pixel is left to lose and weights are exactly zero.
         errors = errors.masked_fill(all_labels == IGNORE_INDEX, -1.0)
         # A class that is not present weighs nothing; to leave it out, a GPU would have to be waited for.
-        weights = torch.where(present[index], _jaccard_weights(errors, foreground)[own] / number, 0.0)
-        slopes[:, index] = torch.where(foreground[own], -weights, weights).view_as(labels)
-        foreground_weight += (weights * foreground[own]).sum(dtype=torch.float64)
+        weights = torch.where(present[index], _jaccard_weights(errors, foreground)[pixels_of_worker] / number, 0.0)
+        slopes[:, index] = torch.where(foreground[pixels_of_worker], -weights, weights).view_as(labels)
+        foreground_weight += (weights * foreground[pixels_of_worker]).sum(dtype=torch.float64)
     return slopes, foreground_weight
 
 

@@ -98,7 +98,7 @@ def _aggregated(values: Tensor, weight: float, comparison: Comparison) -> Tensor
 
 
 def _aggregate_in_one(values: Tensor, weight: float, comparison: Comparison) -> Tensor:
-    """The same for exported graphs, which cannot walk chunks whose number depends on the size: holds (N, L, L)."""
+    """Aggregate for exported graphs, which cannot walk chunks whose number depends on the size: holds (N, L, L)."""
     rows = values.flatten(2).mT.to(precise(values.dtype))
     query, key = comparison.query_and_key(rows)
     scores = query @ key.mT
@@ -209,7 +209,7 @@ class Aggregation:
 
 
 class FusedAggregation(Aggregation):
-    """The same by fused kernels: weights are formed anew, in chunks of rows, and what makes them is not written.
+    """Spatial aggregation by fused kernels, which form weights anew, in chunks of rows, and write nothing else.
 
     Args:
         rows: (L, D) float32.

@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
 
 
 class CompactStages(nn.Module):
-    """Context at stride 8 added to detail at stride 4."""
+    """Adds context at stride 8 to detail at stride 4."""
 
     def __init__(self, in_channels: int, context_channels: int, channels: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def _group_norm(channels: int) -> nn.Module:
 
 
 def build_compact(num_classes: int, _: NormLayer | None) -> Segmenter:
-    """A small network for CPUs. Group norm: no batch statistics, so evaluation and data parallelism change nothing."""
+    """Build a small network for CPUs. Group norm has no batch statistics, which evaluation and workers would change."""
     stem = nn.Sequential(
         nn.Conv2d(3, 32, 3, 2, padding=1, bias=False), _group_norm(32), nn.ReLU(), ResidualBlock(32, 48, stride=2)
     )

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 _BLOCKS = frozenset({"ResidualBlock", "Bottleneck", "InvertedResidual"})
-"""By name: torchvision, whose the last two are, takes seconds to import."""
+"""Names of the classes of residual blocks: torchvision, which has the last two, takes seconds to import."""
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -108,7 +108,7 @@ def recompute_blocks(network: nn.Module) -> None:
     Gradients stay the same. With the three convolutions of ResNet's blocks, the step takes about a third longer.
 
     Args:
-        network: Or a whole method; changed in place.
+        network: A network or a whole method; changed in place.
 
     Raises:
         ValueError: If a block has batch norm that is trained, whose running statistics would move twice.

@@ -11,7 +11,7 @@ from segadapt.trainables.core.networks.segmenter import CAFFE_BGR, Segmenter
 
 
 def _resnet_backbone(constructor: Callable[..., nn.Module], frozen_norm: NormLayer | None) -> Backbone:
-    """Output stride 8: stages 3 and 4 trade their stride for dilation 2 and 4."""
+    """Return a ResNet of output stride 8, whose stages 3 and 4 trade their stride for dilation 2 and 4."""
     resnet = constructor(
         weights=None, norm_layer=frozen_norm or nn.BatchNorm2d, replace_stride_with_dilation=[False, True, True]
     )
@@ -27,7 +27,7 @@ def _named_sequence(parts: Mapping[str, nn.Module], *names: str) -> nn.Sequentia
 
 
 def build_deeplabv2_resnet101(num_classes: int, frozen_norm: NormLayer | None) -> Segmenter:
-    """The field's standard network. Source: BIT-DA/SDCA@d00e7ba."""
+    """Build DeepLab-v2 on ResNet-101, the field's standard network. Source: BIT-DA/SDCA@d00e7ba."""
     from torchvision.models import resnet101
 
     return Segmenter(
@@ -39,7 +39,7 @@ def build_deeplabv2_resnet101(num_classes: int, frozen_norm: NormLayer | None) -
 
 
 def build_deeplabv2_resnet101_caffe(num_classes: int, frozen_norm: NormLayer | None) -> Segmenter:
-    """ResNet-101 as converted from Caffe. Source: kgl-prml/Pixel-Level-Cycle-Association@e01d77a.
+    """Build DeepLab-v2 on ResNet-101 as converted from Caffe. Source: kgl-prml/Pixel-Level-Cycle-Association@e01d77a.
 
     Against torchvision's: a bottleneck strides in its first 1x1 convolution, the max-pool rounds sizes up, the first
     block of a dilated stage has the stage's dilation, and the input is BGR.
@@ -64,7 +64,7 @@ def build_deeplabv2_resnet101_caffe(num_classes: int, frozen_norm: NormLayer | N
 
 
 def build_deeplabv3_resnet50(num_classes: int, frozen_norm: NormLayer | None) -> Segmenter:
-    """Its head keeps trainable batch norm with an image-wide pool: training needs two images per worker and domain."""
+    """Build DeepLab-v3; its head trains batch norm after an image-wide pool, which needs two images per worker."""
     from torchvision.models import resnet50
     from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 

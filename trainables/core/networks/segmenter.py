@@ -16,19 +16,19 @@ class Normalisation:
     """How RGB images in 0..255 become a network's input: channels ordered, mean subtracted, divided by deviation."""
 
     mean: tuple[float, float, float]
-    """In units of `unit`, in the order of the network's channels."""
+    """Mean of each channel in units of `unit`, in the order of the network's channels."""
     std: tuple[float, float, float]
-    """Likewise."""
+    """Standard deviation of each channel, in the same units and order."""
     unit: float = 1.0
     bgr: bool = False
     """Whether the network takes blue first."""
 
 
 IMAGENET_RGB = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), unit=255.0)
-"""torchvision's. Paper: SDCA, DRSL."""
+"""Normalisation of torchvision's networks. Paper: SDCA, DRSL."""
 
 CAFFE_BGR = Normalisation(mean=(104.00698793, 116.66876762, 122.67891434), std=(1.0, 1.0, 1.0), bgr=True)
-"""Caffe's. Paper: PLCA, BiCL, CLST."""
+"""Normalisation of Caffe's networks. Paper: PLCA, BiCL, CLST."""
 
 
 class SegmenterOutput(NamedTuple):
@@ -47,7 +47,7 @@ class Segmenter(nn.Module):
         feature_channels: D.
         num_classes: C.
         align_corners: Corner rule of `upsample`.
-        normalisation: Of the backbone's input.
+        normalisation: How images become the backbone's input.
     """
 
     mean: Tensor

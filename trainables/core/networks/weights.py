@@ -37,8 +37,8 @@ def load_weights(segmenter: Segmenter, state: Mapping[str, Tensor]) -> WeightsRe
 
     Args:
         segmenter: Changed in place.
-        state: Of a segmenter, of its backbone, of a method that holds it, or of torchvision's or Caffe's network of
-            this kind; wrapped for data parallelism or not.
+        state: State of a segmenter, of its backbone, of a method that holds it, or of torchvision's or Caffe's network
+            of this kind; wrapped for data parallelism or not.
 
     Returns:
         What was copied and what was not.
@@ -46,21 +46,21 @@ def load_weights(segmenter: Segmenter, state: Mapping[str, Tensor]) -> WeightsRe
     Raises:
         ValueError: If nothing has a place, or a tensor of the backbone has another shape.
     """
-    own = {_canonical(name): (name, value) for name, value in segmenter.state_dict().items()}
-    placed: dict[str, Tensor] = {}
+    places = {_canonical(name): (name, value) for name, value in segmenter.state_dict().items()}
+    fitting: dict[str, Tensor] = {}
     unexpected = []
     misfits = []
     for key, value in state.items():
-        name, present = own.get(_canonical(key), (key, None))
+        name, present = places.get(_canonical(key), (key, None))
         if present is not None and present.shape == value.shape:
-            placed[name] = value
+            fitting[name] = value
         elif present is not None and name.startswith("backbone."):
             misfits.append(f"{key} is {tuple(value.shape)}, not {tuple(present.shape)}")
         elif not key.endswith("num_batches_tracked"):
             unexpected.append(key)
-    missing = [name for name, _ in own.values() if name not in placed and not name.endswith("num_batches_tracked")]
-    report = WeightsReport(len(placed), tuple(missing), tuple(unexpected))
-    if not placed:
+    missing = [name for name, _ in places.values() if name not in fitting and not name.endswith("num_batches_tracked")]
+    report = WeightsReport(len(fitting), tuple(missing), tuple(unexpected))
+    if not fitting:
         raise ValueError(
             f"The weights must share tensors with the network, but none fits. Missing: {_some(report.missing)}. "
             f"Unexpected: {_some(report.unexpected)}. Check that both are of the same architecture."
@@ -70,7 +70,7 @@ def load_weights(segmenter: Segmenter, state: Mapping[str, Tensor]) -> WeightsRe
             f"The weights must have the shapes of the network's backbone, but {len(misfits)} tensors differ: "
             f"{_some(misfits)}. Choose the network.name they were trained with."
         )
-    segmenter.load_state_dict(placed, strict=False)
+    segmenter.load_state_dict(fitting, strict=False)
     return report
 
 

@@ -17,7 +17,7 @@ class ClassCentroids(nn.Module):
     Args:
         num_classes: C.
         channels: D.
-        dtype: Of the stored centroids; sums over images and workers are float64.
+        dtype: Type of the stored centroids; sums over images and workers are float64.
 
     Attributes:
         centroids: (C, D); zero for a class never seen.

@@ -77,7 +77,7 @@ class ClassModes(nn.Module):
         Args:
             embeddings: Source embeddings, (B, D, h, w), from which modes are put.
             nearest: Mode of each source cell, (B, h, w) int64, from `mode_margin`; -1 for none.
-            other_nearest: The same of the target's cells, of any size. They keep modes in use but place none: their
+            other_nearest: Mode of each target cell, of any size. They keep modes in use but place none: their
                 labels may be wrong.
             patience: Idle steps after which a mode is put anew, in the next step whose source shows its class.
             generator: On the CPU, in the same state on every worker.
@@ -86,10 +86,10 @@ class ClassModes(nn.Module):
         cells = sum_over_workers(
             torch.stack([self._cells(nearest), self._cells(nearest[:0] if other_nearest is None else other_nearest)])
         )
-        used = cells.sum(dim=0) > 0
-        shown = used.any(dim=1, keepdim=True)
+        nearest_to_a_cell = cells.sum(dim=0) > 0
+        shown_classes = nearest_to_a_cell.any(dim=1, keepdim=True)
         available = cells[0].sum(dim=1)
-        idle_steps = torch.where(used, 0, self.idle_steps + shown)
+        idle_steps = torch.where(nearest_to_a_cell, 0, self.idle_steps + shown_classes)
         dead = (idle_steps >= patience) & (available > 0).unsqueeze(1)
         self.idle_steps.copy_(idle_steps.masked_fill(dead, 0))
         dead_classes = dead.nonzero()[:, 0]

@@ -20,7 +20,7 @@ class ClassStatistics(nn.Module):
     Args:
         classes: Number of classes C.
         channels: Number of feature channels D.
-        dtype: Of the stored moments; merging happens in float64.
+        dtype: Type of the stored moments; merging happens in float64.
 
     Attributes:
         count: Labelled pixels seen, (C,), int64: float32 counts stop growing at 2^24.

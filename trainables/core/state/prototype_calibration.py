@@ -24,7 +24,7 @@ class PrototypeCalibration(nn.Module):
     Args:
         num_classes: C.
         channels: D.
-        dtype: Of the stored bias.
+        dtype: Type of the stored bias.
 
     Attributes:
         bias: b, (C, D); zero at the start and for a class that no pair has shared.
@@ -57,10 +57,10 @@ class PrototypeCalibration(nn.Module):
         Args:
             source_features: (B, D, h, w), any floating type; computed in float32 or wider, also under autocast.
             source_labels: Class indices of the cells, (B, h, w), int64, 255 = ignore.
-            target_features: As the source's.
-            target_labels: As the source's: fixed pseudo labels, 255 = unlabelled. They alone move the bias.
-            temperature: As in `transfer_labels`.
-            threshold: As in `transfer_labels`.
+            target_features: Features of the target, like the source's.
+            target_labels: Fixed pseudo labels of the target, like the source's labels. They alone move the bias.
+            temperature: See `transfer_labels`.
+            threshold: See `transfer_labels`.
             momentum: m, share of the bias that stays, in [0, 1].
 
         Returns:
@@ -81,16 +81,16 @@ class PrototypeCalibration(nn.Module):
     def _walk(self, differences: Tensor, shared: Tensor, momentum: float) -> Tensor:
         """Move the bias over the pairs of all workers; return what each pair of this worker saw, (B, C, D)."""
         first = rows_before(len(differences), differences.device)
-        seen = []
+        biases = []
         bias = self.bias.to(differences.dtype)
         steps = zip(gather_over_workers(differences), gather_over_workers(shared.to(torch.uint8)), strict=True)
         for difference, is_shared in steps:
-            seen.append(bias)
+            biases.append(bias)
             moved = momentum * bias + (1 - momentum) * difference
             bias = torch.where(is_shared.bool().unsqueeze(1), moved, bias)
-        own = torch.stack(seen[first : first + len(differences)])
+        biases_of_worker = torch.stack(biases[first : first + len(differences)])
         self.bias.copy_(bias)
-        return own
+        return biases_of_worker
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Confidences of the recent batches, from which thresholds follow while training."""
 
+# B images, C classes, h x w cells of the logits.
+
 import torch
 from torch import Tensor, nn
 

@@ -97,12 +97,12 @@ def stage_steps(plan: tuple[Stage, ...], warmup_steps: int, trainer_steps: int) 
     Shares that sum to 1 give `trainer_steps` in all; a stage with a share takes at least one step.
     """
     steps: dict[str, int] = {}
-    share, taken = 0.0, 0
+    share, steps_before = 0.0, 0
     for stage in plan:
         if stage is SOURCE_ONLY:
             steps[stage.name] = warmup_steps
             continue
         share += stage.share
-        steps[stage.name] = max(1, round(share * trainer_steps) - taken) if stage.share > 0 else 0
-        taken += steps[stage.name]
+        steps[stage.name] = max(1, round(share * trainer_steps) - steps_before) if stage.share > 0 else 0
+        steps_before += steps[stage.name]
     return steps

@@ -1,11 +1,17 @@
-"""What happens when a training step does not fit the device's memory."""
+"""The passes of a training step, and what happens when they do not fit the device's memory."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from segadapt.trainables.core import distributed
 
 _NOTE = "micro_batch.json"
 
@@ -28,8 +34,8 @@ def smaller_micro_batch(size: int, workers: int) -> int | None:
     Returns:
         A multiple of `workers`; None if every worker has a single image.
     """
-    own = size // workers
-    parts = next((parts for parts in range(2, own + 1) if own % parts == 0), None)
+    per_worker = size // workers
+    parts = next((parts for parts in range(2, per_worker + 1) if per_worker % parts == 0), None)
     return size // parts if parts is not None else None
 
 
@@ -74,3 +80,58 @@ def noted_micro_batch(folder: Path) -> int | None:
         return int(json.loads((folder / _NOTE).read_text()))
     except FileNotFoundError:
         return None
+
+
+def data_parallel(method: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap a whole method for several workers: one forward is one step; statistics and losses reduce themselves."""
+    if distributed.world_size() == 1:
+        return method
+    devices = [device] if device.type == "cuda" else None
+    # Gradients lie in the buckets that are exchanged: no copy there and back, and no second one in memory.
+    wrapped = DistributedDataParallel(method, device_ids=devices, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # set here, since torch 2.15 warns of the argument and 2.11 has no other
+    return wrapped
+
+
+def synchronised(train_step: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+    """Average gradients over workers in the last micro-batch only."""
+    if last or not isinstance(train_step, DistributedDataParallel):
+        return contextlib.nullcontext()
+    skipped: contextlib.AbstractContextManager[None] = train_step.no_sync()
+    return skipped
+
+
+def take_buffers_of_first_worker(method: nn.Module) -> None:
+    """Let all workers agree on buffers: running statistics of batch normalisation differ between them."""
+    if distributed.world_size() > 1:
+        for buffer in method.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def autocast(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> torch.autocast:
+    """Return the context in which networks compute in the `trainer.precision` asked for."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def describe_memory(method: nn.Module, micro_batch: int, batch_size: int, device: torch.device) -> dict[str, Any]:
+    """Return what is reported about memory: the micro-batch, the peak, and what parting the batch has changed.
+
+    Args:
+        method: The trained method.
+        micro_batch: Images of each domain in a micro-batch.
+        batch_size: Images of each domain that were asked for.
+        device: Device that the steps run on.
+    """
+    description: dict[str, Any] = {"memory/micro_batch": micro_batch}
+    if device.type == "cuda":
+        description["memory/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    if micro_batch < batch_size:
+        normalised = any(isinstance(module, _BatchNorm) and module.training for module in method.modules())
+        description["memory_note"] = (
+            f"Micro-batches of {micro_batch} instead of {batch_size} images, since the device's memory is short. "
+            + ("Batch normalisation sees micro-batches, so do losses" if normalised else "Losses")
+            + " that sort, contrast or average within a batch; the sum over them weighs micro-batches equally."
+        )
+    return description

@@ -18,7 +18,7 @@ class StepTimes:
     On a GPU a step ends with an event in its stream, which is read at the evaluation: by then the device has passed it.
 
     Args:
-        device: That the steps run on.
+        device: Device that the steps run on.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -25,19 +25,20 @@ _SPLITS = ("train", "val")
 
 def open_cityscapes(root: Path) -> Dataset:
     """List the files of Cityscapes in a folder."""
-    images = {split: _found(root / "leftImg8bit" / split, _IMAGE) for split in _SPLITS}
+    images = {split: _files_by_id(root / "leftImg8bit" / split, _IMAGE) for split in _SPLITS}
     by_suffix = {
-        suffix: {split: _found(root / "gtFine" / split, suffix) for split in _SPLITS}
+        suffix: {split: _files_by_id(root / "gtFine" / split, suffix) for split in _SPLITS}
         for suffix in (_TRAIN_IDS, _LABEL_IDS)
     }
-    found_ids, found_train_ids = (
-        {*found["train"], *found["val"]} for found in (by_suffix[_LABEL_IDS], by_suffix[_TRAIN_IDS])
+    with_label_ids, with_train_ids = (
+        {*by_suffix[suffix]["train"], *by_suffix[suffix]["val"]} for suffix in (_LABEL_IDS, _TRAIN_IDS)
     )
-    lacking = found_ids - found_train_ids
-    use_train_ids = bool(found_train_ids) and not lacking
+    lacking = with_label_ids - with_train_ids
+    use_train_ids = bool(with_train_ids) and not lacking
     labels = by_suffix[_TRAIN_IDS if use_train_ids else _LABEL_IDS]
     note = (
-        f"labelTrainIds are missing for {len(lacking)} of {len(found_ids)} labels, so that labelIds are read for all."
+        f"labelTrainIds are missing for {len(lacking)} of {len(with_label_ids)} labels, "
+        "so that labelIds are read for all."
     )
     return Dataset(
         kind="cityscapes",
@@ -45,11 +46,11 @@ def open_cityscapes(root: Path) -> Dataset:
         splits={split: pair(images[split].items(), labels[split]) for split in _SPLITS},
         format=LabelFormat(CITYSCAPES_TRAIN_IDS if use_train_ids else CITYSCAPES_LABEL_IDS, decode_ids),
         layout="leftImg8bit/SPLIT/CITY/*_leftImg8bit.png and gtFine/SPLIT/CITY/*_gtFine_labelIds.png",
-        notes=(note,) if found_train_ids and lacking else (),
+        notes=(note,) if with_train_ids and lacking else (),
     )
 
 
-def _found(folder: Path, suffix: str) -> dict[str, Path]:
+def _files_by_id(folder: Path, suffix: str) -> dict[str, Path]:
     """Return the files of all cities by their id, CITY_SEQUENCE_FRAME."""
     cities = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     return {
@@ -64,7 +65,7 @@ def write_cityscapes(root: Path, train: LabelledImages, val: LabelledImages, nam
         root: A new or empty folder.
         train: The training set with labels.
         val: The validation set.
-        names: Their classes; all must be Cityscapes classes.
+        names: Classes of both sets; all must be Cityscapes classes.
     """
     stored = np.zeros(256, np.uint8)
     stored[: len(names)] = [CITYSCAPES_LABEL_IDS.ids[name] for name in names]

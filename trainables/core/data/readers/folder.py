@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from segadapt.trainables.core.data.batch import IGNORE_INDEX, ClassList, LabelledImages
+from segadapt.trainables.core.data.batch import IGNORE_INDEX, ClassList, LabelledDomains, LabelledImages
 from segadapt.trainables.core.data.class_lists import IGNORED_COLOR, Color, LabelValues, duplicates
 from segadapt.trainables.core.data.dataset import Dataset, LabelFormat, files_in, pair
 from segadapt.trainables.core.data.decoding import decode_ids
@@ -49,6 +49,7 @@ def open_folder(root: Path) -> Dataset:
         splits=splits,
         format=LabelFormat(_read_classes(root / CLASSES), decode_ids),
         layout="train/images/*.png (or .jpg) and train/labels/*.png, val/ alike",
+        may_lack_train_labels=True,
     )
 
 
@@ -109,7 +110,7 @@ def write_folder(root: Path, train: LabelledImages, val: LabelledImages, classes
         root: A new or empty folder.
         train: The training set with labels.
         val: The validation set.
-        classes: Their classes.
+        classes: Classes of both sets.
     """
     for split, images in (("train", train), ("val", val)):
         for part in ("images", "labels"):
@@ -124,3 +125,9 @@ def write_folder(root: Path, train: LabelledImages, val: LabelledImages, classes
         for index, (name, color) in enumerate(zip(classes.names, classes.colors, strict=True))
     ]
     (root / CLASSES).write_text("\n".join(["classes:", *lines, f"ignore: [{IGNORE_INDEX}]", ""]))
+
+
+def write_both_folders(root: Path, images: LabelledDomains) -> None:
+    """Write both domains, in the folders `source` and `target`."""
+    write_folder(root / "source", images.source_train, images.source_val, images.classes)
+    write_folder(root / "target", images.target_train, images.target_val, images.classes)

@@ -40,7 +40,7 @@ def write_gta5(root: Path, train: LabelledImages, names: tuple[str, ...]) -> Non
     Args:
         root: A new or empty folder.
         train: What to write.
-        names: Its classes; all must be Cityscapes classes.
+        names: Classes of the images; all must be Cityscapes classes.
     """
     palette = np.zeros((256, 3), np.uint8)
     for color, label_id in GTA5.colors.items():
@@ -54,11 +54,11 @@ def write_gta5(root: Path, train: LabelledImages, names: tuple[str, ...]) -> Non
     for index in range(len(train)):
         image = Image.fromarray(train.image(index).permute(1, 2, 0).contiguous().numpy())
         label = Image.fromarray(stored[train.label(index).numpy()])
-        odd = (image.width, image.height - _ODD_ROWS)
+        odd_size = (image.width, image.height - _ODD_ROWS)
         if index % 4 == 1:
-            image, label = image.crop((0, 0, *odd)), label.crop((0, 0, *odd))
+            image, label = image.crop((0, 0, *odd_size)), label.crop((0, 0, *odd_size))
         elif index % 4 == 3:
-            image = image.resize(odd, Image.Resampling.BILINEAR)
+            image = image.resize(odd_size, Image.Resampling.BILINEAR)
         label.putpalette(palette.tobytes())
         name = f"{index + 1:05d}.png"
         image.save(root / "images" / name)

@@ -45,7 +45,7 @@ class Manifest:
     """What a packed dataset holds and how it was made."""
 
     kind: str
-    """Of the dataset that was packed."""
+    """Kind of the dataset that was packed."""
     classes: ClassList
     splits: Mapping[str, Mapping[str, int]]
     """`images` and `labels` of each split."""

@@ -93,9 +93,9 @@ class Column:
     Every page read is verified against its checksum in the file. The last few row groups read are kept.
 
     Args:
-        location: Of the packed dataset.
-        manifest: Of the dataset.
-        name: Of the column; no other can be reached from here.
+        location: Address of the packed dataset.
+        manifest: Manifest of the dataset.
+        name: Name of the column; no other can be reached from here.
     """
 
     def __init__(self, location: Location, manifest: Manifest, name: str) -> None:
@@ -158,10 +158,10 @@ class ShardTargetImages:
     threads are decoding; 32 bytes a row of `rows`; and, once per process, the footers of 256 shards at most.
 
     Args:
-        location: Of the packed dataset.
-        manifest: Of the dataset.
-        rows: Of the dataset that make up the set.
-        ids: Their ids.
+        location: Address of the packed dataset.
+        manifest: Manifest of the dataset.
+        rows: Rows of the dataset that make up the set.
+        ids: Ids of these images.
     """
 
     def __init__(self, location: Location, manifest: Manifest, rows: Sequence[int], ids: Sequence[str]) -> None:
@@ -190,11 +190,11 @@ class ShardImages(ShardTargetImages):
     """Images with labels in shards, decoded when asked for; twice the memory of `ShardTargetImages`.
 
     Args:
-        location: Of the packed dataset.
-        manifest: Of the dataset.
-        rows: Of the dataset that make up the set; all must have a label.
-        ids: Their ids.
-        values: What its labels hold.
+        location: Address of the packed dataset.
+        manifest: Manifest of the dataset.
+        rows: Rows of the dataset that make up the set; all must have a label.
+        ids: Ids of these images.
+        values: Values that the dataset's labels hold.
         names: The trained classes; pixels of all others are ignored.
         histograms: Pixels of each of the dataset's classes in each image of the set, (N, C).
     """
@@ -230,9 +230,9 @@ class ShardImages(ShardTargetImages):
     def class_counts(self, num_classes: int) -> Tensor:
         """Return the pixels of each trained class in each image, (N, num_classes) int64; reads nothing."""
         counts = torch.zeros(len(self), num_classes, dtype=torch.int64)
-        for own, trained in enumerate(self._table[: self._histograms.shape[1]].tolist()):
+        for class_index, trained in enumerate(self._table[: self._histograms.shape[1]].tolist()):
             if trained < num_classes:
-                counts[:, trained] = torch.from_numpy(self._histograms[:, own])
+                counts[:, trained] = torch.from_numpy(self._histograms[:, class_index])
         return counts
 
 
@@ -308,6 +308,6 @@ def label_values(classes: ClassList) -> LabelValues:
 
 
 def _notes(manifest: Manifest) -> tuple[str, ...]:
-    made = [f"resized to {size_text(manifest.size)} for training"] if manifest.size else []
-    made += ["images compressed as JPEG"] if manifest.image_format == "jpeg" else []
-    return (f"packed from {manifest.kind}, {' and '.join(made)}.",) if made else ()
+    changes = [f"resized to {size_text(manifest.size)} for training"] if manifest.size else []
+    changes += ["images compressed as JPEG"] if manifest.image_format == "jpeg" else []
+    return (f"packed from {manifest.kind}, {' and '.join(changes)}.",) if changes else ()

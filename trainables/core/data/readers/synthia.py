@@ -38,7 +38,7 @@ def write_synthia(root: Path, train: LabelledImages, names: tuple[str, ...]) -> 
     Args:
         root: A new or empty folder.
         train: What to write.
-        names: Its classes; all must be SYNTHIA classes.
+        names: Classes of the images; all must be SYNTHIA classes.
     """
     stored = np.zeros(256, np.uint16)
     stored[: len(names)] = [SYNTHIA.ids[name] for name in names]

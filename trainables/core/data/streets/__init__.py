@@ -8,7 +8,20 @@ Lengths in the scene are metres; x points right from the camera's axis and z alo
 """
 
 from segadapt.trainables.core.data.streets.config import CLASSES, StreetsConfig
-from segadapt.trainables.core.data.streets.images import StreetsImages, StreetsTargetImages, load_streets
+from segadapt.trainables.core.data.streets.images import (
+    StreetsImages,
+    StreetsTargetImages,
+    labelled_streets,
+    load_streets,
+)
 from segadapt.trainables.core.data.streets.sheet import contact_sheet
 
-__all__ = ["CLASSES", "StreetsConfig", "StreetsImages", "StreetsTargetImages", "contact_sheet", "load_streets"]
+__all__ = [
+    "CLASSES",
+    "StreetsConfig",
+    "StreetsImages",
+    "StreetsTargetImages",
+    "contact_sheet",
+    "labelled_streets",
+    "load_streets",
+]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segadapt.trainables.core.data.batch import DomainData, EvaluationData
+from segadapt.trainables.core.data.batch import DomainData, EvaluationData, LabelledDomains
 from segadapt.trainables.core.data.streets.config import CLASSES, StreetsConfig
 from segadapt.trainables.core.data.streets.domains import (
     SOURCE_LAYOUT,
@@ -71,6 +71,12 @@ def load_streets(config: StreetsConfig, *, oracle: bool = False) -> tuple[Domain
         What training may use and what evaluation alone may use.
     """
     return _load(config, oracle)
+
+
+def labelled_streets(config: StreetsConfig) -> LabelledDomains:
+    """Generate the benchmark with all labels, those of the target's training set included."""
+    (training, evaluation), (oracle, _) = load_streets(config), load_streets(config, oracle=True)
+    return LabelledDomains(training.source, evaluation.source, oracle.source, evaluation.target, CLASSES)
 
 
 @lru_cache(maxsize=4)

@@ -36,7 +36,7 @@ class Scene:
 
     @property
     def pixel(self) -> float:
-        """One pixel of a 64-pixel-high image: the smallest size of a detail."""
+        """Size of a pixel of a 64-pixel-high image, the smallest of a detail."""
         return len(self.rows) / 64
 
     def surface(self, mask: NDArray[np.bool_], colours: Floats, label: int, distance: Floats) -> None:
