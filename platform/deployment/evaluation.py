@@ -72,7 +72,7 @@ def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> 
     except OSError as error:
         raise UsageError(
             f"The checkpoint of the run must lie in {checkpoint}, but cannot be read: {error.strerror}. "
-            "Name another run, or run the trial again."
+            "Name the --storage of the search, or another run, or run the trial again."
         ) from error
     except CorruptCheckpointError as error:
         raise UsageError(str(error)) from error

@@ -99,7 +99,7 @@ def plan_finish(request: FinishRequest, place: Place) -> tuple[Record, Row]:
     except OSError as error:
         raise UsageError(
             f"The checkpoint of {row.name} must lie in {start}, but cannot be read: {error.strerror}. "
-            "Finish another run, or run the trial again."
+            "Name the --storage of the search, or finish another run, or run the trial again."
         ) from error
     values = request.settings if request.rounds is None else {**request.settings, "method.rounds": request.rounds}
     settings = finish_settings(row.method, trained, anchored(values), keep_losses=request.keep_losses)

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
@@ -87,3 +88,15 @@ def memory_kills_are_deaths() -> Iterator[None]:
 
     with attributes_changed((RayActorManager, "_actor_task_failed", task_failed)):
         yield
+
+
+def begin_trials_in(experiment: Any, folder: Path) -> None:
+    """Have a saved experiment of Tune's begin its trials in the storage folder where it is now.
+
+    Tune itself tells the trials it had begun that the folder was moved, but not the experiment that makes new ones.
+
+    Args:
+        experiment: As Tune saved it with the state of its searcher.
+        folder: Of all experiments.
+    """
+    experiment.spec["storage"].storage_fs_path = str(folder)
