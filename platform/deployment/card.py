@@ -32,7 +32,7 @@ class Card:
     aggregation: float
     """Weight of similar pixels of the same image in the prediction (PLCA); 0 if there is none."""
     metrics: Mapping[str, float]
-    """Of the checkpoint: mIoU on both validation sets and, on the target's, IoU of each class."""
+    """Metrics of the checkpoint: mIoU on both validation sets and, on the target's, IoU of each class."""
     search: str
     run: str
     run_id: str
@@ -41,7 +41,7 @@ class Card:
     step: int
     """Training steps of the checkpoint."""
     data_fingerprint: str
-    """Of the data it was trained on."""
+    """Fingerprint of the data it was trained on."""
     config: Mapping[str, Any]
     """Configuration of the run."""
 
@@ -57,12 +57,12 @@ class Card:
     def from_dict(cls, content: Mapping[str, Any]) -> "Card":
         """Rebuild what `as_dict` returned, also after a way through JSON."""
         size = content["input_size"]
-        own = {
+        rebuilt = {
             "classes": tuple(content["classes"]),
             "colors": tuple(tuple(color) for color in content["colors"]),
             "input_size": None if size is None else tuple(size),
         }
-        return cls(**{**content, **own})
+        return cls(**{**content, **rebuilt})
 
     @classmethod
     def from_strings(cls, content: Mapping[str, str]) -> "Card":

@@ -47,7 +47,7 @@ class Deployed:
     network: Segmenter
     config: TrialConfig
     names: tuple[str, ...]
-    """Of its classes, in the order of its logits."""
+    """Names of its classes, in the order of its logits."""
     step: int
     """Training steps it has seen."""
 
@@ -70,7 +70,7 @@ def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> 
     except OSError as error:
         raise UsageError(
             f"The checkpoint of the run must lie in {checkpoint}, but cannot be read: {error.strerror}. "
-            "Name another run, or run the trial again."
+            "Name the --storage of the search, or another run, or run the trial again."
         ) from error
     except CorruptCheckpointError as error:
         raise UsageError(str(error)) from error
@@ -81,9 +81,9 @@ def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> 
         )
     config = resolve(method, {**dict(flatten(content)), **overrides})
     prefix = state["deployed"] + "."
-    own = {name.removeprefix(prefix): value for name, value in state["state"].items() if name.startswith(prefix)}
-    built = build_method(dataclasses.replace(config, network=_untrained(config.network, own)), len(names))
-    built.deployed.load_state_dict(own)
+    weights = {name.removeprefix(prefix): value for name, value in state["state"].items() if name.startswith(prefix)}
+    built = build_method(dataclasses.replace(config, network=_untrained(config.network, weights)), len(names))
+    built.deployed.load_state_dict(weights)
     return Deployed(built.deployed.to(device).eval(), config, names, step)
 
 
@@ -142,15 +142,15 @@ class _Renumbered:
 
 def _index_of(name: str, names: Sequence[str]) -> int | None:
     """Return the place of the class that `name` stands for, if it is among `names`."""
-    return next((index for index, own in enumerate(names) if duplicates((own, name))), None)
+    return next((index for index, other in enumerate(names) if duplicates((other, name))), None)
 
 
 def target_images(config: TrialConfig, names: Sequence[str]) -> tuple[LabelledImages, list[str]]:
     """Return the target validation set at the size the network sees, and those of its classes that the set labels.
 
     Args:
-        config: Whose data are evaluated.
-        names: Of the network's classes; labels are numbered in their order.
+        config: Names the data.
+        names: The network's classes; labels are numbered in their order.
 
     Raises:
         UsageError: If the data are missing or malformed, or share no class with the network.
@@ -162,10 +162,10 @@ def target_images(config: TrialConfig, names: Sequence[str]) -> tuple[LabelledIm
     table = torch.full((256,), IGNORE_INDEX, dtype=torch.uint8)
     labelled = []
     for index, name in enumerate(data.classes.names):
-        own = _index_of(name, names)
-        if own is not None:
-            table[index] = own
-            labelled.append(names[own])
+        place = _index_of(name, names)
+        if place is not None:
+            table[index] = place
+            labelled.append(names[place])
     if not labelled:
         raise UsageError(
             f"The data must share classes with the network, which has {', '.join(names)}, but have "
@@ -184,7 +184,7 @@ def protocol_of(name: str, names: Sequence[str], labelled: Sequence[str]) -> Pro
 
     Args:
         name: One of `PROTOCOLS`.
-        names: Of the network's classes.
+        names: The network's classes.
         labelled: Those of them that the evaluated data label.
 
     Raises:
@@ -213,7 +213,7 @@ class Submission:
 
     Args:
         folder: New or empty: `cityscapesscripts` refuses two predictions of one image.
-        names: Of the network's classes.
+        names: The network's classes.
 
     Raises:
         UsageError: If the folder holds something already, or a class is none of Cityscapes'.
@@ -315,9 +315,9 @@ class EvaluationResult:
     metrics: Mapping[str, float]
     """`target_val/miou`, with the size of the subset in its name, and `target_val/iou/CLASS`."""
     iou: Mapping[str, float | None]
-    """Of the averaged classes; None for one that is neither present nor predicted, which the mean leaves out."""
+    """IoU of the averaged classes; None for one that is neither present nor predicted, which the mean leaves out."""
     classes: Sequence[str]
-    """Of the confusion matrix."""
+    """Classes of the confusion matrix, in its order."""
     confusion: Sequence[Sequence[int]]
     """Pixels; rows are the truth, columns the prediction."""
     tracked: str

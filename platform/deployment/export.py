@@ -31,7 +31,7 @@ PT2 = "model.pt2"
 CARD = "model.json"
 
 OPSET = 18
-"""Of ONNX; what PyTorch's exporter writes without conversion."""
+"""Version of ONNX's operators; what PyTorch's exporter writes without conversion."""
 
 TOLERANCE = 1e-3
 """Largest difference of a class probability between an exported file and the network it was made from."""
@@ -43,7 +43,7 @@ _LARGEST_BATCH = 1024
 _WHOLE_PIXELS = 2**22
 
 _WHOLE_CELLS = 2**14
-"""Of the feature map, if they are aggregated: the exported network holds two matrices of this number squared."""
+"""Cells of the feature map, if they are aggregated: the exported network holds two matrices of this number squared."""
 
 _CHECKED_SHAPES = ((2, 64, 96), (1, 131, 173))
 """Batch, height and width of the images that exported files are compared on."""
@@ -205,10 +205,10 @@ def _difference(network: DeployedNetwork, exported: "Predict") -> float:
         images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
         with torch.no_grad():
             expected = network(images)
-        found = exported(images)
-        if found.shape != expected.shape:
+        actual = exported(images)
+        if actual.shape != expected.shape:
             return float("inf")
-        differences.append((found - expected).abs().max())
+        differences.append((actual - expected).abs().max())
     return float(torch.stack(differences).max())  # NaN if one is
 
 

@@ -32,8 +32,8 @@ def register(client: Any, name: str, card: Card, onnx: Path) -> str:
 
     Args:
         client: An `MlflowClient`.
-        name: Of the registered model; made if there is none.
-        card: Of the network.
+        name: Name of the registered model; made if there is none.
+        card: What is known of the network.
         onnx: The exported file.
     """
     from mlflow.exceptions import MlflowException

@@ -107,9 +107,9 @@ def _broad(state: str) -> str:
 
 def _left_state(ledgers: Ledgers, run: Any, trial: RayTrial | None) -> str:
     """Return how a run is to be closed whose driver is dead."""
-    known: str | None = run.data.tags.get(STATE_TAG)
+    state: str | None = run.data.tags.get(STATE_TAG)
     if key_of(run) == ledgers.name:
-        return known if known in ("finished", "failed") else "interrupted" if ledgers.resumable else "lost"
+        return state if state in ("finished", "failed") else "interrupted" if ledgers.resumable else "lost"
     return "interrupted" if trial is not None else "lost"
 
 
@@ -173,8 +173,12 @@ def _end_tags(ledgers: Ledgers, key: str, trial: RayTrial) -> dict[str, str]:
 def _kept_metrics(ledgers: Ledgers, key: str) -> dict[str, float]:
     """Return what the kept checkpoint of a trial had reached."""
     best = ledgers.best(key)
-    known = best.metrics if best is not None else {}
-    return {f"best/{name}": known[name] for name in GOALS if known.get(name) is not None and known[name] == known[name]}
+    metrics = best.metrics if best is not None else {}
+    return {
+        f"best/{name}": metrics[name]
+        for name in GOALS
+        if metrics.get(name) is not None and metrics[name] == metrics[name]
+    }
 
 
 def missing_runs(ledgers: Ledgers) -> Iterator[Finding]:
@@ -192,9 +196,9 @@ def missing_runs(ledgers: Ledgers) -> Iterator[Finding]:
         text = "MLflow lacks the run that its trials belong to"
         yield ledger_fault(ledgers, text, "Reports and the leaderboard need it", "--resume opens it again")
         return
-    known = {key_of(run) for run in ledgers.runs}
+    tracked = {key_of(run) for run in ledgers.runs}
     for key, trial in ledgers.trials.items():
-        if trial.reported and key not in known:
+        if trial.reported and key not in tracked:
             yield ledger_fault(
                 ledgers,
                 f"MLflow lacks the trial {key}, which is {trial.state or 'unfinished'} in Ray's state",

@@ -30,7 +30,7 @@ NEW_DATABASE = "Move it away, or copy a backup in its place"
 
 def waiting_findings(what: Examination) -> Iterator[Finding]:
     """Find records that ended commands left for a server, and those that a server refused."""
-    own = waiting_folder(what.place)
+    mine = waiting_folder(what.place)
     for server in sorted(path for path in what.storage.tracking.glob("*") if path.is_dir()):
         boxes = outbox.box_contents(server)
         lives = any(box.alive for box in boxes)
@@ -45,7 +45,7 @@ def waiting_findings(what: Examination) -> Iterator[Finding]:
         meaning = "Their driver was killed, or the server was away: MLflow is behind"
         if lives:
             yield Finding("tracking", "ok", text, "", "A command that runs now sends them")
-        elif server == own:
+        elif server == mine:
             yield Finding("tracking", "fault", text, meaning, "--fix sends them", partial(_send, what, server))
         else:
             yield Finding("tracking", "warning", text, meaning, "Give that server's --tracking-uri")
@@ -73,9 +73,9 @@ def tracking_findings(what: Examination) -> Iterator[Finding]:
 
 
 def _server_version(uri: str | None, shown: str) -> Iterator[Finding]:
-    own = importlib.metadata.version("mlflow")
+    ours = importlib.metadata.version("mlflow")
     if uri is None or not uri.startswith("http"):
-        yield Finding("tracking", "ok", f"{shown} answers, schema of MLflow {own}")
+        yield Finding("tracking", "ok", f"{shown} answers, schema of MLflow {ours}")
         return
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=5) as answer:
@@ -83,12 +83,12 @@ def _server_version(uri: str | None, shown: str) -> Iterator[Finding]:
     except OSError:
         yield Finding("tracking", "ok", f"{shown} answers, but does not tell its version")
         return
-    if Version(theirs).release[:2] == Version(own).release[:2]:
-        yield Finding("tracking", "ok", f"{shown} answers, MLflow {theirs}, {own} here")
+    if Version(theirs).release[:2] == Version(ours).release[:2]:
+        yield Finding("tracking", "ok", f"{shown} answers, MLflow {theirs}, {ours} here")
     else:
-        text = f"{shown} runs MLflow {theirs}, but {own} is here"
+        text = f"{shown} runs MLflow {theirs}, but {ours} is here"
         meaning = "They may not understand each other's requests"
-        yield Finding("tracking", "warning", text, meaning, f"Install mlflow {own} on the server")
+        yield Finding("tracking", "warning", text, meaning, f"Install mlflow {ours} on the server")
 
 
 def _database_problems(path: Path) -> Iterator[Finding]:
@@ -121,8 +121,8 @@ def _database_problems(path: Path) -> Iterator[Finding]:
         repair = partial(_set_aside, path)
         yield Finding("tracking", "fault", text, "A command was killed while it made it", advice, repair)
         return
-    own = importlib.metadata.version("mlflow")
-    text = f"{path} holds {runs} runs in another schema ({version}) than MLflow {own} has ({schema.revision})"
+    ours = importlib.metadata.version("mlflow")
+    text = f"{path} holds {runs} runs in another schema ({version}) than MLflow {ours} has ({schema.revision})"
     advice = f"Use the MLflow that wrote it; or, if it is older, copy it and `mlflow db upgrade sqlite:///{path}`"
     yield fault(
         "tracking", text, "It was written by another version of MLflow, or a change of it was cut short", advice

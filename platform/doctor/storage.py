@@ -64,8 +64,8 @@ def file_system(path: Path, mounts: Path) -> tuple[str, str]:
     except OSError:
         return "unknown", ""
     path = path.resolve()
-    found = [line for line in lines if path.is_relative_to(line[1].replace("\\040", " "))]
-    best = max(found, key=lambda line: len(line[1]), default=None)
+    mounted = [line for line in lines if path.is_relative_to(line[1].replace("\\040", " "))]
+    best = max(mounted, key=lambda line: len(line[1]), default=None)
     return (best[2], best[3]) if best is not None else ("unknown", "")
 
 
@@ -112,17 +112,17 @@ def _left(text: str, meaning: str, repair: Callable[[], None]) -> Finding:
 
 
 def _stage_cache(storage: Storage) -> Iterator[Finding]:
-    found, drivers = cache.content(storage), Drivers.of(storage)
+    cached, drivers = cache.content(storage), Drivers.of(storage)
     tidy = partial(_tidy, storage)
-    for lease in found.leases:
+    for lease in cached.leases:
         if lease.alive:
             yield Finding("storage", "ok", f"The stage {lease.stage} is computed by {lease.owner}")
         else:
             text = f"The lease on the stage {lease.stage} {lease.hash[:12]} is stale"
             yield _left(text, f"{lease.owner} gave no sign for {lease.age_s:.0f} s", tidy)
-    for name in found.left_over:
+    for name in cached.left_over:
         yield _left(f"stages/{name} is a copy that was never finished", "Its process died an hour ago or more", tidy)
-    for stage in found.stages:
+    for stage in cached.stages:
         folder = storage.stages / stage.hash
         if not is_sound(folder):
             needed = f"; {', '.join(stage.needed_by)} need it" if stage.needed_by else ""

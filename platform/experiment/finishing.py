@@ -46,11 +46,11 @@ class FinishResult:
     after: Mapping[str, float]
     """After the last step."""
     rounds: Sequence[Mapping[str, float]]
-    """Of each round that ended: `labelled_share`, of the target's pixels, and metrics at its end."""
+    """What each round that ended gave: `labelled_share`, of the target's pixels, and metrics at its end."""
     checkpoint: str | None
-    """The best by the search's objective."""
+    """Folder of the best checkpoint by the search's objective."""
     last: str | None
-    """That of the last step."""
+    """Folder of the checkpoint of the last step."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def plan_finish(request: FinishRequest, place: Place) -> tuple[Record, Row]:
     except OSError as error:
         raise UsageError(
             f"The checkpoint of {row.name} must lie in {start}, but cannot be read: {error.strerror}. "
-            "Finish another run, or run the trial again."
+            "Name the --storage of the search, or finish another run, or run the trial again."
         ) from error
     values = request.settings if request.rounds is None else {**request.settings, "method.rounds": request.rounds}
     settings = finish_settings(row.method, trained, anchored(values), keep_losses=request.keep_losses)
@@ -138,7 +138,7 @@ def finish_settings(method: str, trained: Values, values: Values, *, keep_losses
     """Return the settings of `self_training` that finish a trial.
 
     Args:
-        method: Of the trial.
+        method: Method of the trial.
         trained: All settings of the trial, by dotted key.
         values: Settings of the finish that are given; they win.
         keep_losses: As in `finish`.
@@ -147,8 +147,8 @@ def finish_settings(method: str, trained: Values, values: Values, *, keep_losses
     if (rule := method_class(method).aligns_corners) is not None:
         settings["network.align_corners"] = rule
     if keep_losses:
-        own = dataclasses.asdict(_resolved(method, trained).method)
-        settings |= {"method.kept_method": method, **{f"method.kept_settings.{key}": own[key] for key in own}}
+        losses = dataclasses.asdict(_resolved(method, trained).method)
+        settings |= {"method.kept_method": method, **{f"method.kept_settings.{key}": losses[key] for key in losses}}
     settings |= {"seed": trained["seed"], **values}
     if "method.rule" not in settings:
         settings = {**_labelling(method, trained), **settings}
@@ -178,8 +178,8 @@ def _finish_results(record: Record, row: Row, options: Options) -> list[FinishRe
     """Return how the runs of a finish ended, best first."""
     client = open_client(options.place)
     experiment = client.get_experiment_by_name(record.search)
-    found = client.search_runs([experiment.experiment_id], f"tags.`{EXPERIMENT_TAG}` = '{record.name}'")
-    newest = {run.info.run_name: run for run in reversed(found)}
+    runs = client.search_runs([experiment.experiment_id], f"tags.`{EXPERIMENT_TAG}` = '{record.name}'")
+    newest = {run.info.run_name: run for run in reversed(runs)}
     results = [_finish_result(record, row, run, client, options) for run in newest.values()]
     return sorted(results, key=lambda result: (math.inf if result.best is None else -result.best, result.seed))
 

@@ -117,7 +117,7 @@ class Record:
 
     def lineage(self) -> dict[str, str]:
         """Return tags that say what a search builds on."""
-        found = {TRIALS_TAG: str(self.trials)}  # the param of this name keeps what the search began with
+        found = {TRIALS_TAG: str(self.trials)}
         if self.forked_from is not None:
             found[FORKED_FROM_TAG] = self.forked_from
         if self.warm_start:

@@ -272,7 +272,7 @@ class _Session:
         record, found = self.record, environment()
         tags = {KIND_TAG: record.kind, METHOD_TAG: record.methods, STATE_TAG: "running", **git_tags(found)}
         if notes := self._data_notes():
-            tags[DATA_NOTES_TAG] = "\n".join(notes)  # `segadapt.data` is a trial's fingerprint
+            tags[DATA_NOTES_TAG] = "\n".join(notes)
         params = {"method": record.methods, "objective": record.objective, "trials": record.trials, "seed": record.seed}
         if record.kind == "search":
             tags |= record.lineage()

@@ -217,7 +217,7 @@ def _tune_config(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", searcher
     match plan:
         case SearchPlan():
             assert searcher is not None
-            config.search_alg = Proposals(searcher, plan.trials)
+            config.search_alg = Proposals(searcher, plan.trials, spec.storage.experiments)
             config.scheduler = scheduler(
                 plan.scheduler,
                 searcher.study,
@@ -228,7 +228,8 @@ def _tune_config(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", searcher
             )
             config.num_samples = plan.trials
         case ListPlan():
-            config.search_alg = Proposals(ListedTrials(plan.values, plan.concurrent), len(plan.values))
+            listed = ListedTrials(plan.values, plan.concurrent)
+            config.search_alg = Proposals(listed, len(plan.values), spec.storage.experiments)
             config.num_samples = len(plan.values)
     return config
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from segadapt.platform.errors import warn_of_change
@@ -122,3 +123,15 @@ def memory_kills_are_deaths() -> Iterator[None]:
 
     with attributes_changed((RayActorManager, "_actor_task_failed", task_failed)):
         yield
+
+
+def begin_trials_in(experiment: Any, folder: Path) -> None:
+    """Have a saved experiment of Tune's begin its trials in the storage folder where it is now.
+
+    Tune itself tells the trials it had begun that the folder was moved, but not the experiment that makes new ones.
+
+    Args:
+        experiment: As Tune saved it with the state of its searcher.
+        folder: Of all experiments.
+    """
+    experiment.spec["storage"].storage_fs_path = str(folder)

@@ -66,7 +66,7 @@ class Leaderboard:
     selection: Sequence[Choice] = ()
     """What each label-free score would have chosen; empty unless asked for."""
     methods: Mapping[str, float] = field(default_factory=dict)
-    """Of a search of several methods: the best that each had reached when all had spent the same steps."""
+    """Best that each method of a search of several had reached when all had spent the same steps."""
     equal_steps: int | None = None
     """Those steps."""
     reranked: Sequence[Reranked] = ()
@@ -94,13 +94,13 @@ def in_order(rows: Sequence[Row], objective: Objective) -> list[Row]:
 
 def values_by_seed(entries: Sequence[Any], objective: Objective) -> dict[str, dict[int, float]]:
     """Return the leading goal of configurations that were trained again, by the name of their trial and the seed."""
-    found: dict[str, dict[int, float]] = {}
+    values: dict[str, dict[int, float]] = {}
     for entry in entries:
         value = entry.data.metrics.get(f"best/{objective.leading}")
         if kind_of(entry) == "rerank" and value is not None:
             name, _, seed = entry.info.run_name.rpartition(".seed-")
-            found.setdefault(name, {})[int(seed)] = value
-    return found
+            values.setdefault(name, {})[int(seed)] = value
+    return values
 
 
 def kind_of(entry: Any) -> str | None:
@@ -120,10 +120,10 @@ def runs_of(client: Any, name: str) -> list[Any]:
 
 def runs_of_search(client: Any, name: str) -> list[Any]:
     """Return the MLflow runs of a search."""
-    found = runs_of(client, name)
-    if not any(kind_of(entry) == "search" for entry in found):
+    runs = runs_of(client, name)
+    if not any(kind_of(entry) == "search" for entry in runs):
         raise UsageError(f"SEARCH must name a search, but {name!r} is a single run. `segadapt runs` shows it.")
-    return found
+    return runs
 
 
 def study_of(name: str, place: Place) -> Any:
@@ -222,7 +222,7 @@ def leaderboard(search_name: str, place: Place, *, selection: bool = False) -> L
 
     Args:
         search_name: The search or single run.
-        place: Where it is tracked.
+        place: Says where it is kept and tracked.
         selection: Also judge what label-free scores would have chosen, by target mIoU.
 
     Raises:
@@ -230,11 +230,11 @@ def leaderboard(search_name: str, place: Place, *, selection: bool = False) -> L
     """
     send_waiting(place)
     client = open_client(place)
-    found = runs_of(client, search_name)
-    parents = [entry for entry in found if entry.data.tags.get(KIND_TAG) in ("search", "train")]
+    runs = runs_of(client, search_name)
+    parents = [entry for entry in runs if entry.data.tags.get(KIND_TAG) in ("search", "train")]
     parent = parents[0].data if parents else None
     objective = Objective.parse(parent.params.get("objective", TARGET) if parent else TARGET)
-    trials = [run for run in found if kind_of(run) in ("trial", "finish")]
+    trials = [run for run in runs if kind_of(run) in ("trial", "finish")]
     rows = in_order([row_of(run, objective, place.folders) for run in trials], objective)
     reached = {
         name.removeprefix("equal_budget/"): value
@@ -242,13 +242,13 @@ def leaderboard(search_name: str, place: Place, *, selection: bool = False) -> L
         if name.startswith("equal_budget/")
     }
     steps = reached.pop("steps", None)
-    ranking = rerank(values_by_seed(found, objective))
+    ranking = rerank(values_by_seed(runs, objective))
     return Leaderboard(
         search=search_name,
         objective=str(objective),
         rows=rows,
         baseline=parent.metrics.get(f"start/{objective.leading}") if parent else None,
-        selection=compare(kept_metrics(found)) if selection else (),
+        selection=compare(kept_metrics(runs)) if selection else (),
         methods=dict(sorted(reached.items(), key=lambda entry: -entry[1])),
         equal_steps=int(steps) if steps is not None else None,
         reranked=ranking,

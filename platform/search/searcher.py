@@ -15,6 +15,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher, SearchGenerator
 
+from segadapt.platform.ray_internals.tune import begin_trials_in
 from segadapt.platform.search.study import LOST, PRIOR, TRIAL_ID, Spaces, choice_of, propose, study_point
 from segadapt.platform.search.study_storage import trial_handle
 from segadapt.platform.settings.config import METHOD, Values
@@ -216,12 +217,15 @@ class Proposals(SearchGenerator):
     Args:
         searcher: Proposes values.
         trials: How many trials to run in all, those of earlier sessions included.
+        experiments: Folder of all experiments.
     """
 
-    def __init__(self, searcher: Searcher, trials: int) -> None:
+    def __init__(self, searcher: Searcher, trials: int, experiments: Path) -> None:
         super().__init__(searcher)
         self._trials = trials
+        self._experiments = experiments
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take over what an earlier session did, but not how far it was to go."""
+        """Take over what an earlier session did, but neither how far it was to go nor where the folder was."""
+        begin_trials_in(state["experiment"], self._experiments)
         super().set_state({**state, "total_samples": self._trials, "finished": False})

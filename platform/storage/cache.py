@@ -59,7 +59,7 @@ class CacheContent:
     left_over: list[str]
     """Folders of copies that were never finished."""
     bytes: int
-    """Of the stages."""
+    """Size of the stages."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Pruned:
     kept: list[CachedStage] = field(default_factory=list)
     """Those that would have gone, but are needed."""
     leases: list[RunningLease] = field(default_factory=list)
-    """Of dead processes."""
+    """Leases of dead processes."""
     left_over: list[str] = field(default_factory=list)
     bytes: int = 0
 
@@ -81,7 +81,7 @@ def content(storage: Storage) -> CacheContent:
         return CacheContent([], [], [], 0)
     now = leases.clock(storage.stages)
     needs, held = _needs(storage), list(_leases(storage))
-    found, left_over = [], []
+    stages, left_over = [], []
     for folder in sorted(storage.stages.iterdir()):
         with contextlib.suppress(FileNotFoundError):  # published or pruned while it is looked at
             if folder.name.startswith("."):
@@ -89,9 +89,9 @@ def content(storage: Storage) -> CacheContent:
                     left_over.append(folder.name)
             elif (folder / MANIFEST).is_file():
                 holders = [entry.owner for entry in held if entry.alive and entry.hash == folder.name]
-                found.append(_stage(folder, now, needs.get(folder.name, []) + holders))
-    found.sort(key=lambda stage: stage.unused_s)
-    return CacheContent(found, held, left_over, sum(stage.bytes for stage in found))
+                stages.append(_stage(folder, now, needs.get(folder.name, []) + holders))
+    stages.sort(key=lambda stage: stage.unused_s)
+    return CacheContent(stages, held, left_over, sum(stage.bytes for stage in stages))
 
 
 def prune(storage: Storage, unused_for_s: float, *, dry_run: bool = False) -> Pruned:
@@ -102,18 +102,18 @@ def prune(storage: Storage, unused_for_s: float, *, dry_run: bool = False) -> Pr
         unused_for_s: Seconds since the last use; 0 removes all.
         dry_run: Only return what would be removed.
     """
-    found, pruned = content(storage), Pruned()
-    for stage in found.stages:
+    cached, pruned = content(storage), Pruned()
+    for stage in cached.stages:
         if stage.unused_s < unused_for_s:
             continue
         if stage.needed_by or not (dry_run or _remove(storage, stage.hash)):
             pruned.kept.append(stage)
         else:
             pruned.stages.append(stage)
-    for lease in found.leases:
+    for lease in cached.leases:
         if not lease.alive and (dry_run or _end(storage, lease.hash)):
             pruned.leases.append(lease)
-    for name in found.left_over:
+    for name in cached.left_over:
         pruned.bytes += folder_size(storage.stages / name)
         pruned.left_over.append(name)
         if not dry_run:

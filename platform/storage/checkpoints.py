@@ -205,7 +205,7 @@ def put_away(experiment: Path, trial_id: str, metric: str) -> None:
 
     Args:
         experiment: Its folder.
-        trial_id: Of a trial that has a checkpoint, or whose checkpoints were put away before.
+        trial_id: Id of a trial that has a checkpoint, or whose checkpoints were put away before.
         metric: Decides which was the best.
     """
     best = best_checkpoint(experiment, trial_id, metric)

@@ -65,9 +65,9 @@ class Lease:
     """A lease of this process, renewed by a thread until it is released or the process ends.
 
     Args:
-        folder: Of the lease's records.
-        number: Of this process's record.
-        former: Whose lease was taken over; None if it was free.
+        folder: Holds the lease's records.
+        number: Number of this process's record.
+        former: Who held the lease that was taken over; None if it was free.
     """
 
     def __init__(self, folder: Path, number: int, former: Held | None) -> None:
@@ -112,7 +112,7 @@ def take(folder: Path, owner: Owner) -> Lease | Held:
     """Take a lease that is free or not renewed any more; otherwise return who holds it. Does not wait.
 
     Args:
-        folder: Of the lease, on a file system that all processes see; made if need be.
+        folder: Holds the lease's records, on a file system that all processes see; made if need be.
         owner: Who asks.
     """
     while True:

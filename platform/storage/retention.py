@@ -21,7 +21,7 @@ class RankedTrial:
 
     trial_id: str
     name: str
-    """Of its run; the leaderboard shows equals in the order of their names."""
+    """Name of its run; the leaderboard shows equals in the order of their names."""
     ended: bool
     """False as long as it may go on: pending, running, paused or interrupted."""
     values: tuple[float, ...] = ()

@@ -41,10 +41,10 @@ def retry(
     Args:
         attempt: What is tried.
         error: Says that trying again may help; any other error is raised at once.
-        patience_s: For how long, in seconds.
+        patience_s: Seconds for which it is tried.
         pauses: In seconds, without end; None takes growing ones.
         given_up: Ends the patience as soon as it is set; None waits to the end.
-        level: Of the message before each pause.
+        level: Level of the message before each pause.
 
     Raises:
         Exception: What `attempt` raised last, once the patience has ended.

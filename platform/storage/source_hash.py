@@ -24,15 +24,15 @@ def source_hash(modules: tuple[str, ...]) -> str:
 
 def _closure(modules: tuple[str, ...]) -> dict[str, Path]:
     """Return the files of modules and of what they import, by module name."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     waiting = list(modules)
     while waiting:
         name = waiting.pop()
-        if name in found or (path := _file(name)) is None:
+        if name in paths or (path := _file(name)) is None:
             continue
-        found[name] = path
+        paths[name] = path
         waiting += _imported(path)
-    return found
+    return paths
 
 
 @functools.cache

@@ -39,7 +39,7 @@ class CodeVersions:
 
     warmup: str
     methods: Mapping[str, str]
-    """Of each method's later shared stages."""
+    """Hash of each method's later shared stages, by the method."""
 
 
 def stage_experiment(experiment: str, method: str, seed: int | None = None) -> str:
@@ -61,8 +61,8 @@ def split_plan(config: TrialConfig) -> tuple[tuple[Stage, ...], tuple[Stage, ...
     A method that has shared stages only, such as source-only training, trains them itself.
     """
     plan = method_class(config.method_name).plan(config.method)
-    own = tuple(stage for stage in plan if not stage.shared)
-    return (tuple(stage for stage in plan if stage.shared), own) if own else ((), plan)
+    trained_here = tuple(stage for stage in plan if not stage.shared)
+    return (tuple(stage for stage in plan if stage.shared), trained_here) if trained_here else ((), plan)
 
 
 def own_steps(config: TrialConfig) -> int:
@@ -78,8 +78,8 @@ def stage_keys(config: TrialConfig, fingerprint: str, code: CodeVersions | None 
 
     Args:
         config: Without searched values (`TrialSpec.shared_config`): what a trial varies never acts on a shared stage.
-        fingerprint: Of the data.
-        code: Of what computes them; None looks at it now.
+        fingerprint: Fingerprint of the data.
+        code: Hashes of what computes them; None looks at it now.
     """
     code = code or code_versions([config.method_name])
     optimizer = dataclasses.asdict(config.optimizer)

@@ -46,13 +46,13 @@ class Description:
 
     stage: str
     method: str
-    """That computed it; the warm-up is the same for all."""
+    """Method that computed it; the warm-up is the same for all."""
     data: str
     network: str
     seed: int
     steps: int
     experiment: str
-    """That computed it."""
+    """Experiment that computed it."""
     created: float
     """Unix time."""
     parent: str | None = None
@@ -109,9 +109,9 @@ def turn_to_compute(
 
     Args:
         storage: The storage folder.
-        keys: Of a trial's shared stages, in order; all processes take leases in this order.
-        experiment: That asks.
-        say: Told who computes what is waited for.
+        keys: Keys of a trial's shared stages, in order; all processes take leases in this order.
+        experiment: Name of the experiment that asks.
+        say: Receives who computes what is waited for.
     """
     with contextlib.ExitStack() as held:
         taken: set[str] = set()
@@ -129,21 +129,21 @@ def turn_to_compute(
 
 def _wait_for_turn(storage: Storage, key: StageKey, experiment: str, say: Callable[[str], None]) -> leases.Lease | None:
     """Wait until a stage is there (None) or its lease is this process's."""
-    name, told = key.stage.name, None
+    name, announced = key.stage.name, None
     while find(storage, key) is None:
-        found = leases.take(lease_folder(storage, key.hash), leases.Owner(experiment, name))
-        if isinstance(found, leases.Held):
-            if found.owner != told:
-                say(f"Waiting for the stage {name}, which {found.owner} computes.")
-                told = found.owner
+        lease = leases.take(lease_folder(storage, key.hash), leases.Owner(experiment, name))
+        if isinstance(lease, leases.Held):
+            if lease.owner != announced:
+                say(f"Waiting for the stage {name}, which {lease.owner} computes.")
+                announced = lease.owner
             time.sleep(_POLL_S)
             continue
         if find(storage, key) is not None:
-            found.release()
+            lease.release()
             return None
-        if found.former is not None:
-            say(f"{found.former.owner} gave no sign for {found.former.age_s:.0f} s: {name} is computed here.")
-        return found
+        if lease.former is not None:
+            say(f"{lease.former.owner} gave no sign for {lease.former.age_s:.0f} s: {name} is computed here.")
+        return lease
     return None
 
 

@@ -39,7 +39,7 @@ class Entry:
     """A record."""
 
     number: int
-    """From 1, in the order of `append`."""
+    """Counts from 1, in the order of `append`."""
     operation: str
     arguments: Mapping[str, Any]
     """Plain JSON values."""
@@ -213,7 +213,7 @@ class BoxContents:
 
 def box_contents(server: Path) -> list[BoxContents]:
     """Return the boxes in the folder of a server that are not removed, oldest first; touches none."""
-    return [found for folder in left_over(server) if (found := _contents_of(folder)) is not None]
+    return [contents for folder in left_over(server) if (contents := _contents_of(folder)) is not None]
 
 
 def _contents_of(folder: Path) -> BoxContents | None:

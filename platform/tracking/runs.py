@@ -73,46 +73,46 @@ class RunWriter:
         from mlflow.entities import Param
 
         experiment_id = self._experiment_id(experiment)
-        found = self._find([experiment_id], key)
+        run = self._find([experiment_id], key)
         parent = {} if parent_key is None else {PARENT_TAG: self._run_id(parent_key)}
-        own = {**tags, **parent}
-        known: Mapping[str, str] = {}
-        if found is not None:
-            known = found.data.params
-            self._run_ids[key] = found.info.run_id
-            self._client.update_run(found.info.run_id, status="RUNNING")
-            self._set_tags(key=key, tags=own)
+        all_tags = {**tags, **parent}
+        present: Mapping[str, str] = {}
+        if run is not None:
+            present = run.data.params
+            self._run_ids[key] = run.info.run_id
+            self._client.update_run(run.info.run_id, status="RUNNING")
+            self._set_tags(key=key, tags=all_tags)
         else:
-            made = self._client.create_run(experiment_id, timestamp, {KEY_TAG: key, **own}, name)
+            made = self._client.create_run(experiment_id, timestamp, {KEY_TAG: key, **all_tags}, name)
             self._run_ids[key] = made.info.run_id
-        if new := [Param(name, value) for name, value in params.items() if name not in known]:
+        if new := [Param(name, value) for name, value in params.items() if name not in present]:
             self._client.log_batch(self._run_ids[key], params=new)
 
     def _experiment_id(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
             location = (self._artifacts / name).as_uri() if self._artifacts else None
             try:
                 return str(self._client.create_experiment(name, artifact_location=location, tags=_EXPERIMENT_TAGS))
             except MlflowException:
-                found = self._client.get_experiment_by_name(name)  # another process may have been first
-                if found is None:
+                experiment = self._client.get_experiment_by_name(name)  # another process may have been first
+                if experiment is None:
                     raise
-        return str(found.experiment_id)
+        return str(experiment.experiment_id)
 
     def _find(self, experiments: list[str], key: str) -> Any:
-        found = self._client.search_runs(experiments, f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-        return found[0] if found else None
+        runs = self._client.search_runs(experiments, f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        return runs[0] if runs else None
 
     def _run_id(self, key: str) -> str:
         """Return the id of a run of this session or, by its key, of an earlier one."""
         if key not in self._run_ids:
-            found = self._find([entry.experiment_id for entry in self._client.search_experiments()], key)
-            if found is None:
+            run = self._find([entry.experiment_id for entry in self._client.search_experiments()], key)
+            if run is None:
                 raise KeyError(f"A run must be started before its records, but {key!r} was not.")
-            self._run_ids[key] = found.info.run_id
+            self._run_ids[key] = run.info.run_id
         return self._run_ids[key]
 
     def _log_metrics(self, *, key: str, numbers: Mapping[str, float], step: int, timestamp: int) -> None:
@@ -138,9 +138,9 @@ class RunWriter:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = []
-        for found in datasets:
-            about = {name: value for name, value in found.items() if name != "context"}
-            inputs.append(DatasetInput(Dataset(**about), [InputTag("mlflow.data.context", found["context"])]))
+        for dataset in datasets:
+            about = {name: value for name, value in dataset.items() if name != "context"}
+            inputs.append(DatasetInput(Dataset(**about), [InputTag("mlflow.data.context", dataset["context"])]))
         self._client.log_inputs(self._run_id(key), inputs)
 
     def _log_gallery(self, *, key: str, step: int, timestamp: int, files: Path) -> None:
@@ -148,8 +148,8 @@ class RunWriter:
 
         run_id = self._run_id(key)
         if key not in self._galleries:
-            found = (_GALLERY_STEP.search(entry.path) for entry in self._client.list_artifacts(run_id, "images"))
-            self._galleries[key] = {int(match[1]) for match in found if match}
+            matches = (_GALLERY_STEP.search(entry.path) for entry in self._client.list_artifacts(run_id, "images"))
+            self._galleries[key] = {int(match[1]) for match in matches if match}
         if step in self._galleries[key]:  # MLflow names images at random: a repeat would be a second one
             return
         try:
@@ -192,11 +192,11 @@ class RunWriter:
         self._client.set_terminated(self._run_id(key), status, timestamp)
 
     def _end_lost(self, *, experiment: str, prefix: str, known: Collection[str]) -> None:
-        found = self._client.get_experiment_by_name(experiment)
-        if found is None:
+        in_mlflow = self._client.get_experiment_by_name(experiment)
+        if in_mlflow is None:
             return
         for unfinished in ("attributes.status = 'RUNNING'", f"tags.`{STATE_TAG}` = 'interrupted'"):
-            for run in self._client.search_runs([found.experiment_id], unfinished, max_results=10_000):
+            for run in self._client.search_runs([in_mlflow.experiment_id], unfinished, max_results=10_000):
                 key = run.data.tags.get(KEY_TAG, "")
                 if key.startswith(prefix) and key not in known:
                     self._client.set_tag(run.info.run_id, STATE_TAG, "lost")

@@ -1,116 +1,47 @@
 """The tags of MLflow's runs and registered models. Names that end in a dot begin a tag, one for each of a kind."""
 
 # Of every run.
-
-KEY_TAG = "segadapt.key"
-"""What the run is found by, whatever MLflow calls it: the experiment, or `experiment/trial id`."""
-
-KIND_TAG = "segadapt.kind"
-"""What it is: search, train, trial, stage, rerank, finish or duplicate."""
-
-METHOD_TAG = "segadapt.method"
-"""Its method; of a search, all of them."""
-
-STATE_TAG = "segadapt.state"
-"""How it stands, in our words; MLflow's status has fewer."""
-
-NOTE_TAG = "mlflow.note.content"
-"""What MLflow shows as its description."""
-
-PARENT_TAG = "mlflow.parentRunId"
-"""The run that MLflow shows it under."""
+KEY_TAG = "segadapt.key"  # by which it is found: the experiment, or `experiment/trial id`
+KIND_TAG = "segadapt.kind"  # search, train, trial, stage, rerank, finish or duplicate
+METHOD_TAG = "segadapt.method"  # of a search, all of them
+STATE_TAG = "segadapt.state"  # in our words; MLflow's status has fewer
+NOTE_TAG = "mlflow.note.content"  # shown as its description
+PARENT_TAG = "mlflow.parentRunId"  # the run it is shown under
 
 # Of the run of a trial.
-
-TRIAL_ID_TAG = "segadapt.trial_id"
-"""Its id in Ray."""
-
-EXPERIMENT_TAG = "segadapt.experiment"
-"""Name of the folder that it lies in: shared stages, repetitions and finishes have their own."""
-
+TRIAL_ID_TAG = "segadapt.trial_id"  # in Ray
+EXPERIMENT_TAG = "segadapt.experiment"  # name of its folder: shared stages, repetitions and finishes have their own
 SEED_TAG = "segadapt.seed"
-"""Seed of its training."""
-
 OBJECTIVE_TAG = "segadapt.objective"
-"""What its checkpoints are compared by."""
-
-CHECKPOINT_TAG = "segadapt.checkpoint"
-"""Path of its best checkpoint below the storage folder; earlier versions noted an absolute path."""
-
+CHECKPOINT_TAG = "segadapt.checkpoint"  # path of its best below the storage folder; earlier versions noted it absolute
 NOT_KEPT = "not kept"
 """What `CHECKPOINT_TAG` holds once the checkpoint was removed."""
-
-BEST_STEP_TAG = "segadapt.best_step"
-"""Training steps of that checkpoint."""
-
+BEST_STEP_TAG = "segadapt.best_step"  # training steps of that checkpoint
 FAILURE_TAG = "segadapt.failure"
-"""Why it failed."""
-
-DATA_TAG = "segadapt.data"
-"""Fingerprint of the data it was trained on; of a model, of those its network was trained on."""
-
-MEMORY_TAG = "segadapt.memory"
-"""How its batches were divided, if they did not fit the GPU."""
-
+DATA_TAG = "segadapt.data"  # fingerprint of what it, or the network of a model, was trained on
+MEMORY_TAG = "segadapt.memory"  # how its batches were divided to fit
 RESTARTS_TAG = "segadapt.restarts"
-"""How often it was started again after its process had died."""
-
 PREEMPTIONS_TAG = "segadapt.preemptions"
-"""How often its process was asked to end, and left in good order."""
-
-FROM_TAG = "segadapt.from"
-"""Name of the trial that a finish continues."""
-
-ROUND_TAGS = "segadapt.round."
-"""Begins the tags of a round of self-training; its number follows."""
+FROM_TAG = "segadapt.from"  # name of the trial that a finish continues
+ROUND_TAGS = "segadapt.round."  # a round's number follows
 
 # Of the run of a search, or of a single one.
-
-TRIALS_TAG = "segadapt.trials"
-"""How many trials were asked for; the param of this name keeps what the search began with."""
-
+TRIALS_TAG = "segadapt.trials"  # as many as are asked for; the param of this name keeps what the search began with
 FORKED_FROM_TAG = "segadapt.forked_from"
-"""Search whose settings it began with."""
-
 WARM_START_TAG = "segadapt.warm_start"
-"""Searches whose trials count as prior points."""
-
-DATA_NOTES_TAG = "segadapt.data_notes"
-"""What was decided about the data, such as the classes that are trained."""
-
-BEST_TRIAL_TAG = "segadapt.best_trial"
-"""Id of its best trial in Ray."""
-
+DATA_NOTES_TAG = "segadapt.data_notes"  # what was decided about the data; `segadapt.data` is a trial's fingerprint
+BEST_TRIAL_TAG = "segadapt.best_trial"  # its id in Ray
 BEST_NAME_TAG = "segadapt.best_name"
-"""Name of the run of its best trial."""
-
-VERDICT_TAG = "segadapt.verdict"
-"""Whether the best configuration is better beyond the noise of seeds."""
-
-STAGE_TAGS = "segadapt.stage."
-"""Begins the tags with the hashes of the shared stages; a stage's name follows."""
-
-CACHE_TAGS = "segadapt.cache."
-"""Begins the tags that say whether the cache had a shared stage; its name follows."""
+VERDICT_TAG = "segadapt.verdict"  # whether the best is better beyond the noise of seeds
+STAGE_TAGS = "segadapt.stage."  # the name of a shared stage follows; holds its hash
+CACHE_TAGS = "segadapt.cache."  # the name of a shared stage follows; says whether the cache had it
 
 # What doctor notes.
-
-DUPLICATE_TAG = "segadapt.duplicate_of"
-"""Of a run that was recorded a second time: the run that counts."""
-
-RECOVERED_TAG = "segadapt.recovered"
-"""Of a run that was recorded again: from what."""
-
-GONE_TAG = "segadapt.checkpoint_gone"
-"""Where the checkpoint of a run lay, which is not there any more."""
+DUPLICATE_TAG = "segadapt.duplicate_of"  # the run that counts
+RECOVERED_TAG = "segadapt.recovered"  # from what a run was recorded again
+GONE_TAG = "segadapt.checkpoint_gone"  # where a checkpoint lay that is not there any more
 
 # Of a registered model.
-
 MODEL_SEARCH_TAG = "segadapt.search"
-"""Search of the run that its network comes from."""
-
-MODEL_TRIAL_TAG = "segadapt.trial"
-"""Name of that run."""
-
+MODEL_TRIAL_TAG = "segadapt.trial"  # name of the run that its network comes from
 MODEL_CHECKPOINT_TAG = "segadapt.checkpoint_sha256"
-"""Hash of the checkpoint that its network comes from."""

@@ -50,7 +50,7 @@ class Tracker:
     """Write runs from a queue in one thread, in order. The queue is on disk: what is logged outlives the process.
 
     Args:
-        place: Where the queue and local artifacts go, and the tracking server.
+        place: Says where the queue and local artifacts go, and which tracking server receives them.
     """
 
     def __init__(self, place: Place) -> None:
@@ -95,10 +95,10 @@ class Tracker:
         """Log on which data a run works.
 
         Args:
-            key: Of the run.
+            key: Key of the run.
             datasets: Each with `name`, `digest`, `source_type`, `source`, and as `context` training or evaluation.
         """
-        self._record("log_datasets", key=key, datasets=[dict(found) for found in datasets])
+        self._record("log_datasets", key=key, datasets=[dict(dataset) for dataset in datasets])
 
     def log_gallery(self, key: str, checkpoint: Path, step: int) -> None:
         """Store the gallery in a checkpoint folder as the one of a training step."""

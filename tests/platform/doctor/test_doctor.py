@@ -543,12 +543,8 @@ def test_a_half_made_database_gives_way_to_a_new_one(tmp_path: Path) -> None:
 
 def test_what_does_not_answer_is_named(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
-    findings = doctor(
-        tmp_path,
-        tracking_uri=f"http://{address}",
-        study_uri=f"postgresql+psycopg://me:secret@{address}/none",
-        address=address,
-    )
+    place = Place(tmp_path, f"http://{address}", f"postgresql+psycopg://me:secret@{address}/none")
+    findings = list(api.doctor(address=address, place=place))
     assert {found.subject for found in findings if found.level == "fault"} == {"tracking", "study", "cluster"}
     assert not any("secret" in str(found) for found in findings)
 
