@@ -23,7 +23,7 @@ def follow(folder: Path) -> None:
     for name in SOURCES:
         shutil.copytree(ROOT / name, package / name, ignore=ignored)
     blocks = BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text())
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for kind, name, content in blocks:
         path = package / name
         if kind == "file":
@@ -74,5 +74,5 @@ def test_a_dataset_of_the_new_kind_is_written_checked_and_trained_on(contributed
     run(contributed, "data", "make", "game", *small, "--format", "gta5")
     assert "is sound" in run(contributed, "data", "check", "beside", "cars")
     words = [word for word in TINY_WORDS if not word.startswith("data.streets")]
-    places = ("data.source=gta5:game", "data.target=beside:cars")
+    places = ("data.source=gta5:game", "data.target=beside:cars", "augmentation.source_size=[32,64]")
     assert "source_only" in run(contributed, "train", "source_only", "--name", "own", *places, *words)

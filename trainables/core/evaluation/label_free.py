@@ -5,7 +5,7 @@ reached from here: what is scored is a `ScoredImages`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from segadapt.trainables.core.data.sampling import generator
 from segadapt.trainables.core.distributed import sum_over_workers
 from segadapt.trainables.core.evaluation.inference import Inference, views
 from segadapt.trainables.core.networks import Segmenter
-
-SCORES = ("entropy", "information_maximization", "soft_neighborhood_density", "batch_nuclear_norm", "flip_agreement")
-"""Names of the scores, as `label_free_scores` returns them."""
 
 MOST_IMAGES = 64
 """Images of a set that are scored at most: each costs two forward passes at every evaluation."""
@@ -166,18 +163,26 @@ class PredictionStatistics:
         for name, rows in list(vars(self).items()):
             setattr(self, name, sum_over_workers(rows))
 
-    def scores(self) -> dict[str, float]:
-        """Return every score by its name, one of `SCORES`; `flip_agreement` as `label_free_scores` says."""
-        mean_entropy = self.entropies.mean()
+    def drawn_cells(self) -> Tensor:
+        """Return the cells that were drawn, (M, C) float32; maps of fewer cells leave rows of zeros, left out here."""
         cells = self.cells.flatten(0, 1).float()
-        scores = (
-            entropy(mean_entropy),
-            information_maximization(self.probabilities.mean(0), mean_entropy),
-            soft_neighborhood_density(cells[cells.sum(1) > 0]),  # maps of fewer cells leave rows of zeros
-            batch_nuclear_norm(self.second_moments.mean(0)),
-            self.agreements.mean(),
-        )
-        return {name: float(value) for name, value in zip(SCORES, scores, strict=True)}
+        return cells[cells.sum(1) > 0]
+
+    def scores(self) -> dict[str, float]:
+        """Return every score by its name, in the order of `SCORES`."""
+        return {name: float(score(self)) for name, score in SCORES.items()}
+
+
+SCORES: Mapping[str, Callable[[PredictionStatistics], Tensor]] = {
+    "entropy": lambda statistics: entropy(statistics.entropies.mean()),
+    "information_maximization": lambda statistics: information_maximization(
+        statistics.probabilities.mean(0), statistics.entropies.mean()
+    ),
+    "soft_neighborhood_density": lambda statistics: soft_neighborhood_density(statistics.drawn_cells()),
+    "batch_nuclear_norm": lambda statistics: batch_nuclear_norm(statistics.second_moments.mean(0)),
+    "flip_agreement": lambda statistics: statistics.agreements.mean(),
+}
+"""The scores by name, each from what one pass over the images has gathered; a run reports them as `score/NAME`."""
 
 
 class ScoredImages:
