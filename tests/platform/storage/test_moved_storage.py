@@ -19,6 +19,8 @@ from segadapt.platform.tracking.outbox import Outbox
 from segadapt.platform.tracking.sender import send_waiting
 from segadapt.trainables.core.training.checkpoint import file_hash
 
+pytestmark = pytest.mark.slow
+
 LONG = [word for word in TINY_WORDS if not word.startswith("trainer.steps=")] + ["trainer.steps=30"]
 
 
