@@ -29,9 +29,7 @@ from segadapt.trainables.core.data.decoding import (
 
 _TAIL_BYTES = 4096
 
-
 Item = TypeVar("Item")
-
 
 Result = TypeVar("Result")
 
@@ -266,9 +264,6 @@ def resize_nearest(label: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[n
     """Resize (H, W) as the papers' codes do: PIL's nearest, the input pixel under the centre of the output's."""
     height, width = size
     return np.array(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
-
-
-# --- Threads and selections ------------------------------------------------------------------------------------------
 
 
 def in_threads(

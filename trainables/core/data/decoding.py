@@ -14,12 +14,9 @@ from segadapt.trainables.core.data.class_lists import UNKNOWN_COLOR, LabelValues
 Stored = NDArray[np.uint8] | NDArray[np.uint16]
 """Values as a label stores them, (H, W)."""
 
-
 _EIGHT_BIT_MODES = ("RGB", "RGBA", "RGBX", "L", "LA", "P", "PA", "CMYK", "YCbCr", "1")
 
-
 _GREY, _TRUE_COLOR, _PALETTE = 0, 2, 3  # colour types of PNG
-
 
 _COLOR_TYPES = {0: "grey", 2: "RGB", 3: "with a palette", 4: "grey with alpha", 6: "RGB with alpha"}
 
@@ -40,8 +37,6 @@ def not_whole_text(path: Path, reason: object) -> str:
     return f"An image file must be whole, but {path} is not: {reason}. {BROKEN_FILE_ADVICE}"
 
 
-# --- Decoding --------------------------------------------------------------------------------------------------------
-#
 # PIL, not torchvision: torchvision 0.29 ends the whole process on a PNG with a wrong checksum. PIL does not look at the
 # checksums of pixels, so that some damage would go unseen: they are verified here, at a thirtieth of decoding's cost.
 

@@ -1,5 +1,7 @@
 """The network as it is deployed: 8-bit images in, class probabilities out at their size, and nothing of training."""
 
+# B images of H x W pixels, shown to the network at h x w, C classes.
+
 import copy
 from typing import Literal
 
@@ -10,7 +12,6 @@ from torch import Tensor, nn
 from segadapt.trainables.core.networks import Segmenter
 
 Interpolation = Literal["bilinear", "bicubic"]
-
 
 SMALLEST_SIDE = 32
 """Least height and width of an image."""

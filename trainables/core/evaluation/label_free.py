@@ -4,6 +4,8 @@ Higher is better for all. Predictions are taken at feature resolution and every 
 reached from here: what is scored is a `ScoredImages`.
 """
 
+# C classes, n images, h x w cells of a feature map, N = h * w; p_i the class probabilities of cell i, (C,).
+
 import math
 from collections.abc import Sequence
 
@@ -21,14 +23,11 @@ from segadapt.trainables.core.networks import Segmenter
 SCORES = ("entropy", "information_maximization", "soft_neighborhood_density", "batch_nuclear_norm", "flip_agreement")
 """Names of the scores, as `label_free_scores` returns them."""
 
-
 MOST_IMAGES = 64
 """Images of a set that are scored at most: each costs two forward passes at every evaluation."""
 
-
 CELLS_PER_IMAGE = 16
 """Cells of an image that soft neighbourhood density compares: 1024 of 64 images."""
-
 
 _ROWS = 512
 """Cells whose likeness to all others is held at a time."""

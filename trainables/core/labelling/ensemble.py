@@ -1,5 +1,7 @@
 """Running average of the predictions for each target image over rounds, in one byte per class and cell, on disk."""
 
+# B images, C classes, h x w cells of the logits.
+
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +26,8 @@ from segadapt.trainables.core.method import StageData
 ENSEMBLE = "ensemble"
 """Folder of the averaged predictions, inside that of the round."""
 
-
 COMPLETE = "complete.json"
 """Written last: its presence means that every image of the round has been written."""
-
 
 _LEVELS = 256
 

@@ -29,14 +29,11 @@ from segadapt.trainables.core.training.checkpoint import file_hash
 PROVENANCE = "provenance.json"
 """Says how a folder of pseudo labels was made. Written last: its presence means that the folder is complete."""
 
-
 PROVENANCE_KEY = b"segadapt.provenance"
 """Metadata of each Parquet file: the provenance as JSON."""
 
-
 COLUMNS = ("id", "height", "width", "kept", "label")
 """`kept`: share of the pixels that have a label; `label`: classes as an 8-bit PNG, 255 = ignore."""
-
 
 _ROWS_PER_GROUP = 256
 

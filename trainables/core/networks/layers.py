@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 _BLOCKS = frozenset({"ResidualBlock", "Bottleneck", "InvertedResidual"})
 """Names of the classes of residual blocks: torchvision, which has the last two, takes seconds to import."""
 
-
 NormLayer = Callable[[int], nn.Module]
 
 

@@ -27,7 +27,6 @@ class Normalisation:
 IMAGENET_RGB = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), unit=255.0)
 """Normalisation of torchvision's networks. Paper: SDCA, DRSL."""
 
-
 CAFFE_BGR = Normalisation(mean=(104.00698793, 116.66876762, 122.67891434), std=(1.0, 1.0, 1.0), bgr=True)
 """Normalisation of Caffe's networks. Paper: PLCA, BiCL, CLST."""
 

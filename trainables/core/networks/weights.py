@@ -14,7 +14,6 @@ from segadapt.trainables.core.networks.segmenter import Segmenter
 
 _FILES = (".pth", ".pt", ".safetensors")
 
-
 _FILES_SHOWN = ".pth, .pt or .safetensors"
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 STATE = "state.pt"
 
-
 MANIFEST = "manifest.json"
 
 

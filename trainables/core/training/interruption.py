@@ -25,9 +25,7 @@ _NOTE = "preemptions.json"
 _FOLDER = "interrupted"
 """Folder, in that of a trial, of the step that the trial was asked to leave at."""
 
-
 _asked = threading.Event()
-
 
 _training = threading.Event()
 

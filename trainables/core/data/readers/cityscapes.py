@@ -16,12 +16,9 @@ from segadapt.trainables.core.data.decoding import decode_ids
 
 _IMAGE = "_leftImg8bit.png"
 
-
 _LABEL_IDS = "_gtFine_labelIds.png"
 
-
 _TRAIN_IDS = "_gtFine_labelTrainIds.png"
-
 
 _SPLITS = ("train", "val")
 

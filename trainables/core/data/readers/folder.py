@@ -28,9 +28,7 @@ from segadapt.trainables.core.data.decoding import decode_ids
 
 CLASSES = "classes.yaml"
 
-
 _SPLITS = ("train", "val")
-
 
 _IMAGES = (".png", ".jpg", ".jpeg")
 

@@ -19,7 +19,6 @@ CLASSES = ClassList(
 )
 """Eight Cityscapes classes in the order of their train ids, with the Cityscapes colours."""
 
-
 ROAD, SIDEWALK, BUILDING, POLE, VEGETATION, SKY, PERSON, CAR = range(len(CLASSES))
 
 

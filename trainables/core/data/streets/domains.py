@@ -9,14 +9,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-
 Bytes = NDArray[np.uint8]
 
-
 Palette = Mapping[str, Floats]
-
-
-# --- The two domains -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +64,6 @@ SOURCE_LAYOUT = Layout(
     shade=0.2,
 )
 
-
 TARGET_LAYOUT = Layout(
     camera_height=1.9,
     horizon=0.47,
@@ -86,7 +80,6 @@ TARGET_LAYOUT = Layout(
     shade=0.1,
 )
 
-
 SOURCE_OPTICS = Optics(
     gain=1.0,
     gain_spread=0.08,
@@ -98,7 +91,6 @@ SOURCE_OPTICS = Optics(
     blur=0.0,
     noise=0.01,
 )
-
 
 TARGET_OPTICS = Optics(
     gain=0.74,
@@ -144,7 +136,6 @@ _SOURCE_PALETTE = {
     "haze": _colours("dce6ee"),
     "light": _colours("ffffff"),
 }
-
 
 _TARGET_PALETTE = {
     "sky": _colours("8cb4e0", "a4c0e0"),
