@@ -266,9 +266,6 @@ def resize_nearest(label: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[n
     return np.array(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
 
 
-# --- Threads and selections ------------------------------------------------------------------------------------------
-
-
 def in_threads(
     function: Callable[[Item], Result], items: Sequence[Item], progress: Callable[[int], None] | None = None
 ) -> list[Result]:

@@ -37,8 +37,6 @@ def not_whole_text(path: Path, reason: object) -> str:
     return f"An image file must be whole, but {path} is not: {reason}. {BROKEN_FILE_ADVICE}"
 
 
-# --- Decoding --------------------------------------------------------------------------------------------------------
-#
 # PIL, not torchvision: torchvision 0.29 ends the whole process on a PNG with a wrong checksum. PIL does not look at the
 # checksums of pixels, so that some damage would go unseen: they are verified here, at a thirtieth of decoding's cost.
 

@@ -1,4 +1,4 @@
-"""Writes a dataset in files as Parquet shards (`shards`), which are read several times faster.
+"""Writes a dataset in files as Parquet shards (`readers.shard_format`), which are read several times faster.
 
 A killed run leaves finished shards and `packing.json`, what it was asked for; the same call goes on with the missing
 shards. Which rows a shard holds, and its bytes, follow from the dataset and the settings alone.

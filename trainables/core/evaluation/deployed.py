@@ -1,5 +1,7 @@
 """The network as it is deployed: 8-bit images in, class probabilities out at their size, and nothing of training."""
 
+# B images of H x W pixels, shown to the network at h x w, C classes.
+
 import copy
 from typing import Literal
 

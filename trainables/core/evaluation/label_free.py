@@ -4,6 +4,8 @@ Higher is better for all. Predictions are taken at feature resolution and every 
 reached from here: what is scored is a `ScoredImages`.
 """
 
+# C classes, n images, h x w cells of a feature map, N = h * w; p_i the class probabilities of cell i, (C,).
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 

@@ -1,5 +1,7 @@
 """Running average of the predictions for each target image over rounds, in one byte per class and cell, on disk."""
 
+# B images, C classes, h x w cells of the logits.
+
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence

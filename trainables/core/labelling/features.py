@@ -1,5 +1,7 @@
 """Labels at feature resolution: the ground truth sampled down, and the network's own confident predictions."""
 
+# B batch, C classes, H x W pixels of the label map, h x w cells of the feature map.
+
 import torch
 from torch import Tensor
 

@@ -1,5 +1,7 @@
 """How good the pseudo labels are that a method would give to validation images now; a part of evaluation alone."""
 
+# C classes, H x W pixels of a label map.
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

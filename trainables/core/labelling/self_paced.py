@@ -1,5 +1,7 @@
 """Class-balanced, self-paced pseudo labels: a threshold per class that admits the same portion of each, and ratios."""
 
+# B images of H x W pixels, C classes.
+
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch

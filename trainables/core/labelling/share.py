@@ -1,5 +1,7 @@
 """Pseudo labels of the most confident share of pixels: globally per class, and locally per image."""
 
+# B images of H x W pixels, C classes.
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch

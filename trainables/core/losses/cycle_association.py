@@ -3,6 +3,8 @@
 Also the regulariser of overconfident predictions. The aggregation of the target is in `spatial_aggregation`.
 """
 
+# N images per domain, D feature channels, C classes, h x w cells of the source's feature map, h' x w' of the target's.
+
 from typing import Literal, NamedTuple
 
 import torch

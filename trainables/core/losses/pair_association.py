@@ -1,5 +1,7 @@
 """Cycle association of one image pair: both hops, the loss of the valid cycles and its gradient."""
 
+# A map is a matrix with one row per pixel: L1 source rows, L2 target rows, D columns.
+
 from typing import NamedTuple
 
 import torch

@@ -1,13 +1,4 @@
-"""Packed datasets: Parquet shards of encoded images and labels, read by position from a folder or a bucket.
-
-`segadapt data pack` writes them (`packing`). A packed dataset is a folder::
-
-    manifest.json         kind, classes, splits, resizing, encoding, and sha256 and size of every other file
-    index.parquet         id, split, size, histogram, and sha256 of image and label of every row: all but the pixels
-    train-00000.parquet   rows of one split in order: `COLUMNS`; groups of `rows_per_group` rows, without compression
-
-The folder is a path or a URI of `pyarrow.fs` (s3://, gs://, hdfs://, file://). Files of a path are mapped into memory.
-"""
+"""Packed datasets: Parquet shards of encoded images and labels, read by position from a folder or a bucket."""
 
 import hashlib
 import os

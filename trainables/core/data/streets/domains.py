@@ -14,9 +14,6 @@ Bytes = NDArray[np.uint8]
 Palette = Mapping[str, Floats]
 
 
-# --- The two domains -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Statistics of the street plan: lengths in metres, and mean counts per scene."""

@@ -8,8 +8,6 @@ from segadapt.trainables.core.data.streets.config import BUILDING, CAR, PERSON, 
 from segadapt.trainables.core.data.streets.domains import Layout, Palette
 from segadapt.trainables.core.data.streets.scene import Camera, Scene, pick
 
-# --- The scene -------------------------------------------------------------------------------------------------------
-
 _STREET_END = 75.0
 
 _FOCAL_SHARE = 0.8  # focal length / image width

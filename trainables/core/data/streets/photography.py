@@ -5,8 +5,6 @@ import numpy as np
 from segadapt.trainables.core.data.streets.domains import Bytes, Floats, Optics, Palette
 from segadapt.trainables.core.data.streets.scene import Scene
 
-# --- The photograph --------------------------------------------------------------------------------------------------
-
 _TEXTURE = np.array([0.02, 0.03, 0.03, 0.02, 0.11, 0.0, 0.03, 0.02], np.float32)
 """Standard deviation of the grain of each class's surface."""
 

@@ -8,8 +8,6 @@ from PIL import Image, ImageDraw, ImageFont
 from segadapt.trainables.core.data.streets.config import CLASSES, StreetsConfig
 from segadapt.trainables.core.data.streets.images import load_streets
 
-# --- The contact sheet -----------------------------------------------------------------------------------------------
-
 
 def contact_sheet(config: StreetsConfig, path: Path, samples: int = 6) -> None:
     """Write a PNG that shows both domains: a row per sample, images beside their labels in the class colours.
