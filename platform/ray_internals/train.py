@@ -10,6 +10,7 @@ Importing this takes seconds.
 
 import asyncio
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -33,12 +34,18 @@ _TorchTrainer: Any = ray.train.torch.TorchTrainer  # for type checkers it is the
 
 
 class ReportToTune(UserCallback):
-    """Passes what the first worker reports on to Tune, with the path of its checkpoint as `checkpoint_path`."""
+    """Passes what the first worker reports on to Tune.
+
+    Args:
+        with_checkpoint: Returns a result to which the folder of its checkpoint is added.
+    """
+
+    def __init__(self, with_checkpoint: Callable[[dict[str, Any], str], dict[str, Any]]) -> None:
+        self._with_checkpoint = with_checkpoint
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Report, and wait until Tune has decided whether the trial goes on."""
-        found = {} if checkpoint is None else {"checkpoint_path": checkpoint.path}
-        tune.report(metrics[0] | found)
+        tune.report(metrics[0] if checkpoint is None else self._with_checkpoint(metrics[0], checkpoint.path))
 
 
 class TrialTrainer(_TorchTrainer):  # type: ignore[misc]

@@ -17,7 +17,7 @@ from ray.tune.search.optuna import OptunaSearch
 from segadapt.platform.search.study import LOST, PRIOR, TRIAL_ID, Spaces, choice_of, propose, study_point
 from segadapt.platform.settings.config import METHOD, Values
 from segadapt.platform.settings.objective import Objective
-from segadapt.platform.settings.states import INFEASIBLE
+from segadapt.platform.settings.reported import End, Reported
 from segadapt.trainables.core.data.sampling import derived_seed
 
 FLOOR = 0.5
@@ -141,12 +141,12 @@ class StudySearch(OptunaSearch):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Note a trial that can never fit; values are recorded by the scheduler, which Tune asks first."""
-        if str(result.get("failure", "")).startswith(INFEASIBLE):  # fails, without a value that the sampler would learn
+        if Reported.from_result(result).end is End.INFEASIBLE:  # fails, without a value that the sampler would learn
             self._handle(trial_id).set_user_attr("infeasible", True)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study how the trial ended: complete, pruned (None to the base class) or failed."""
-        if result is not None and (error or not result.get("finished")):
+        if result is not None and (error or Reported.from_result(result).end is not End.FINISHED):
             result = None
         self._handle(trial_id)
         super().on_trial_complete(trial_id, result=result, error=error)
