@@ -48,15 +48,16 @@ def run_plain(folder: Path, address: str, *, restore: bool) -> None:
     os.environ |= {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "TUNE_GLOBAL_CHECKPOINT_S": "1"}
     from ray import tune
 
+    from segadapt.platform.settings.config import resolve
     from segadapt.platform.storage.folders import Storage
     from segadapt.platform.trial import training
     from segadapt.platform.trial.spec import TrialSpec
 
-    spec = TrialSpec(Storage(folder), "recovery", {METHOD: LONG})
+    spec = TrialSpec(Storage(folder), "recovery", {METHOD: resolve(METHOD, LONG)})
     if not restore:
         spec.folder.mkdir(parents=True)
-        stages = TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
-        training.train(stages, "stages", {}, kept_in(folder / "stages-checkpoint"), None)
+        stages = TrialSpec(spec.storage, "stages", spec.configs, shared_stages=True)
+        training.train(stages.trial("stages", {}), kept_in(folder / "stages-checkpoint"), None)
 
     report = reported_to_train()
 
@@ -66,7 +67,7 @@ def run_plain(folder: Path, address: str, *, restore: bool) -> None:
         from segadapt.platform.trial import training
 
         found = ray.train.get_checkpoint()
-        training.train(spec, loop["trial"], {}, report, Path(found.path) if found is not None else None)
+        training.train(spec.trial(loop["trial"], {}), report, Path(found.path) if found is not None else None)
 
     def function(values: dict[str, Any]) -> None:
         import ray.train

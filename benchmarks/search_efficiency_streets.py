@@ -129,8 +129,7 @@ def run_plain(folder: Path, seed: int, target: float) -> list[Report]:
     from segadapt.platform.cluster.connection import connect
 
     storage = Storage(folder)
-    fixed = {name: found.fixed for name, found in Record.load(storage, "random").candidates.items()}
-    spec = TrialSpec(storage=storage, experiment="plain", fixed=fixed)
+    spec = TrialSpec(storage, "plain", Record.load(storage, "random").shared_configs)
     space, presets = search_spaces.load(METHOD)
     watch = Watch(presets["paper"], target)
     with connect(None):

@@ -67,14 +67,15 @@ def trainable(starts: Path, reports: int) -> Any:
 def run_segadapt(folder: Path, trials: int, reports: int, sampler: str) -> None:
     from segadapt import search_spaces
     from segadapt.platform.experiment import tuning as search
-    from segadapt.platform.experiment.events import Labels
+    from segadapt.platform.experiment.naming import Labels
+    from segadapt.platform.settings.config import resolve
     from segadapt.platform.storage.folders import Place, Storage
     from segadapt.platform.tracking.tracker import RunInfo, Tracker
     from segadapt.platform.trial.spec import TrialSpec
 
     space, presets = search_spaces.load(METHOD)
     storage = Storage(folder)
-    spec = TrialSpec(storage=storage, experiment="overhead", fixed={METHOD: {}})
+    spec = TrialSpec(storage=storage, experiment="overhead", configs={METHOD: resolve(METHOD, {})})
     plan = search.SearchPlan(
         spaces={METHOD: space},
         first={METHOD: presets["paper"]},

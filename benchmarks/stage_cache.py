@@ -25,6 +25,7 @@ import segadapt as api
 from measuring import emit
 from segadapt.platform.experiment.record import Options, Record
 from segadapt.platform.settings.config import parse_assignments
+from segadapt.platform.settings.reported import Reported
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.storage.stage_keys import stage_keys
 from segadapt.platform.storage.stages import longest_prefix
@@ -90,7 +91,7 @@ def replay(spec: TrialSpec, trials: Sequence[Trial], *, cached: bool) -> dict[st
         keys = stage_keys(config, load_data(config.data)[0].fingerprint)
         missing = len(keys) - len(longest_prefix(spec.storage, keys))
         if missing:
-            stages_spec = TrialSpec(spec.storage, "replay", {method: spec.fixed[method]}, shared_stages=True)
+            stages_spec = TrialSpec(spec.storage, "replay", {method: config}, shared_stages=True)
             seconds["shared_stages"] += training(stages_spec, trial.name, {}, None)
             computed += missing
         seconds["trials"] += training(spec, trial.name, trial.values, trial.steps)
@@ -100,16 +101,16 @@ def replay(spec: TrialSpec, trials: Sequence[Trial], *, cached: bool) -> dict[st
 def training(spec: TrialSpec, name: str, values: Mapping[str, Any], steps: int | None) -> float:
     """Train once, at most so many steps; returns processor seconds."""
 
-    def report(metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
+    def report(reported: Reported, write: Callable[[Path], None] | None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             assert write is not None
             write(Path(folder))
-        if steps is not None and metrics["step"] >= steps:
+        if steps is not None and reported.step is not None and reported.step >= steps:
             raise _EnoughError
 
     started = time.process_time()
     with contextlib.suppress(_EnoughError):
-        train(spec, name, values, report, None)
+        train(spec.trial(name, values), report, None)
     return time.process_time() - started
 
 
@@ -124,8 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         record = api.plan(options.methods, settings, trials=options.trials, place=Place(name)).record
         trials = searched(record, Path(name))
-        fixed = {method: found.fixed for method, found in record.candidates.items()}
-        spec = TrialSpec(Storage(Path(name) / "replay"), "replay", fixed)
+        spec = TrialSpec(Storage(Path(name) / "replay"), "replay", record.shared_configs)
         replay(spec, trials[:1], cached=False)  # what is loaded and allocated once
         shutil.rmtree(spec.storage.root)
         rows = {"with": replay(spec, trials, cached=True), "without": replay(spec, trials, cached=False)}

@@ -90,23 +90,26 @@ def noted_training(notes: Notes) -> None:
 
 def trial_spec(folder: Path, threads: int) -> Any:
     """Return what the trials share, their shared stages computed; each worker has so many threads."""
+    from segadapt.platform.settings.config import resolve
     from segadapt.platform.settings.resources import Allocation
     from segadapt.platform.storage.folders import Storage
     from segadapt.platform.trial import training
     from segadapt.platform.trial.spec import TrialSpec
 
     resources = Allocation(cpus=threads)
-    spec = TrialSpec(storage=Storage(folder), experiment="startup", fixed={METHOD: SETTINGS}, resources=resources)
+    spec = TrialSpec(
+        storage=Storage(folder), experiment="startup", configs={METHOD: resolve(METHOD, SETTINGS)}, resources=resources
+    )
     spec.folder.mkdir(parents=True)
-    stages = TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
-    training.train(stages, "stages", {}, kept_in(folder / "stages-checkpoint"), None)
+    stages = TrialSpec(spec.storage, "stages", spec.configs, shared_stages=True)
+    training.train(stages.trial("stages", {}), kept_in(folder / "stages-checkpoint"), None)
     return spec
 
 
 def kept_in(folder: Path) -> Callable[..., None]:
     """Return a report that writes checkpoints into a folder, each over the last."""
 
-    def report(metrics: Any, write: Any) -> None:
+    def report(reported: Any, write: Any) -> None:
         if write is not None:
             folder.mkdir(exist_ok=True)
             write(folder)
@@ -117,15 +120,15 @@ def kept_in(folder: Path) -> Callable[..., None]:
 def reported_to_train() -> Callable[..., None]:
     """Return a report that hands results and checkpoints to Ray Train; it needs nothing of this file in a worker."""
 
-    def report(metrics: Any, write: Any) -> None:
+    def report(reported: Any, write: Any) -> None:
         import ray.train
 
         if write is None:
-            ray.train.report(metrics)
+            ray.train.report(reported.as_result())
             return
         with tempfile.TemporaryDirectory() as name:
             write(Path(name))
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(name))
+            ray.train.report(reported.as_result(), checkpoint=ray.train.Checkpoint.from_directory(name))
 
     return report
 
@@ -137,7 +140,7 @@ def run_bare(folder: Path, notes: Notes, trials: int) -> None:
     noted_training(notes)
     for number in range(trials):
         notes.add("start")
-        training.train(spec, f"{number}", {}, kept_in(folder / "checkpoint"), None)
+        training.train(spec.trial(f"{number}", {}), kept_in(folder / "checkpoint"), None)
         notes.add("end")
 
 
@@ -190,12 +193,12 @@ def run_plain(folder: Path, notes: Notes, trials: int) -> None:
         notes.add("start")
         noted_training(notes)
 
-        def report(metrics: Any, write: Any) -> None:
+        def report(reported: Any, write: Any) -> None:
             with tempfile.TemporaryDirectory() as name:
                 write(Path(name))
-                tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(name))
+                tune.report(reported.as_result(), checkpoint=tune.Checkpoint.from_directory(name))
 
-        training.train(spec, tune.get_context().get_trial_id(), values, report, None)
+        training.train(spec.trial(tune.get_context().get_trial_id(), values), report, None)
         notes.add("end")
 
     with plain_ray(dashboard=False):
@@ -216,7 +219,7 @@ def run_nested(folder: Path, notes: Notes, trials: int) -> None:
         if ray.train.get_context().get_world_rank() == 0:
             noted_training(notes)
 
-        training.train(spec, loop["trial"], loop["values"], report, None)
+        training.train(spec.trial(loop["trial"], loop["values"]), report, None)
 
     def function(values: dict[str, Any]) -> None:
         import ray.train
@@ -289,24 +292,25 @@ def run_segadapt(folder: Path, notes: Notes, trials: int, workers: int) -> None:
 
 def run_script(folder: Path, notes: Notes) -> None:
     """What `command` compares with: the same first step in Ray Tune, its shared stages among what it does."""
+    from segadapt.platform.settings.config import resolve
     from segadapt.platform.storage.folders import Storage
     from segadapt.platform.trial import training
     from segadapt.platform.trial.spec import TrialSpec
 
-    spec = TrialSpec(Storage(folder), "startup", {METHOD: SETTINGS | {"trainer.eval_every": 1}})
+    spec = TrialSpec(Storage(folder), "startup", {METHOD: resolve(METHOD, SETTINGS | {"trainer.eval_every": 1})})
 
     def function(values: dict[str, Any]) -> None:
         from ray import tune
 
         from segadapt.platform.trial.spec import TrialSpec
 
-        def report(metrics: Any, write: Any) -> None:
-            kept_in(folder / "checkpoint")(metrics, write)
-            tune.report(metrics)
+        def report(reported: Any, write: Any) -> None:
+            kept_in(folder / "checkpoint")(reported, write)
+            tune.report(reported.as_result())
             notes.add("result")
 
-        stages = TrialSpec(spec.storage, "stages", spec.fixed, shared_stages=True)
-        training.train(stages, "stages", {}, report, None)
+        stages = TrialSpec(spec.storage, "stages", spec.configs, shared_stages=True)
+        training.train(stages.trial("stages", {}), report, None)
 
     with plain_ray(dashboard=False):
         tuned(function, {"cpu": 1}, folder, 1)

@@ -47,7 +47,7 @@ def show_plan(record: "Record") -> None:
         screen.print(f"checkpoints of the {record.keep_top} best trials are kept")
     for name in record.warm_start:
         screen.print(f"trials of {name} that fit count as prior points")
-    for method, config in record.configs().items():
+    for method, config in record.configs.items():
         screen.print(f"\nconfiguration of the first trial of {method}:")
         screen.print(yaml.safe_dump(config.as_dict(), sort_keys=False))
         screen.print("searched:")

@@ -125,9 +125,12 @@ def _unfinished_trials(ledgers: Ledgers) -> Iterator[Finding]:
     waiting = [key for key, trial in ledgers.trials.items() if trial.state is None]
     if not waiting:
         return
+    if refusal := tune_state.of_another_version(ledgers.storage, ledgers.name):
+        yield Finding(ledgers.name, "warning", f"{len(waiting)} trials are unfinished, but {refusal}")
+        return
     for key in waiting:
         folder, _, trial_id = key.partition("/")
-        step = ledgers.trials[key].last.get("step", 0)
+        step = ledgers.trials[key].step
         if step and newest_checkpoint(ledgers.storage.experiment(folder), trial_id) is None:
             yield Finding(
                 ledgers.name,

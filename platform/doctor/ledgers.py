@@ -12,24 +12,13 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.record import RECORD, Record
 from segadapt.platform.search.study import LOST, PRIOR, TRIAL_ID
 from segadapt.platform.settings.objective import TARGET, Objective
+from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.checkpoints import TrialCheckpoint, best_checkpoint, is_sound
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.tracking.tags import CHECKPOINT_TAG, KEY_TAG, STATE_TAG
 
 DUPLICATES = "duplicates"
 """Attribute of a study: the numbers of ended trials that were recorded a second time."""
-
-MLFLOW_STATUS = {
-    "finished": "FINISHED",
-    "stopped early": "FINISHED",
-    "failed": "FAILED",
-    "infeasible": "FAILED",
-    "interrupted": "KILLED",
-    "lost": "KILLED",
-    "out of time": "KILLED",
-    "out of GPU hours": "KILLED",
-}
-"""How MLflow ends a run in a state of ours."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +46,11 @@ class Ledgers:
     @property
     def by_key(self) -> dict[str, list[Any]]:
         """The runs that nobody deleted; of several with one key, the one that knows most comes first."""
-        found: dict[str, list[Any]] = {}
+        by_key: dict[str, list[Any]] = {}
         for run in self.runs:
             if run.info.lifecycle_stage == "active":
-                found.setdefault(key_of(run), []).append(run)
-        return {key: sorted(runs, key=_evidence, reverse=True) for key, runs in found.items()}
+                by_key.setdefault(key_of(run), []).append(run)
+        return {key: sorted(runs, key=_evidence, reverse=True) for key, runs in by_key.items()}
 
     @property
     def active(self) -> list[Any]:
@@ -88,8 +77,8 @@ class Ledgers:
     def best(self, key: str) -> TrialCheckpoint | None:
         """Return the best checkpoint of a trial; None if there is none that can be used or was removed on purpose."""
         folder, _, trial_id = key.partition("/")
-        found = best_checkpoint(self.storage.experiment(folder), trial_id, self.objective(folder).keeps)
-        return found if found is not None and (not found.kept or is_sound(found.path)) else None
+        best = best_checkpoint(self.storage.experiment(folder), trial_id, self.objective(folder).keeps)
+        return best if best is not None and (not best.kept or is_sound(best.path)) else None
 
 
 def ledger_fault(ledgers: Ledgers, text: str, meaning: str, advice: str, repair: Any = None) -> Finding:
@@ -103,7 +92,8 @@ def key_of(run: Any) -> str:
 
 
 def _evidence(run: Any) -> tuple[Any, ...]:
-    ended = MLFLOW_STATUS.get(run.data.tags.get(STATE_TAG, "")) == run.info.status
+    state = TrialState.of(run.data.tags.get(STATE_TAG))
+    ended = state is not None and not state.is_open and state.mlflow == run.info.status
     return CHECKPOINT_TAG in run.data.tags, ended, len(run.data.metrics), run.info.start_time
 
 
@@ -115,12 +105,12 @@ def proposals_by_trial(ledgers: Ledgers) -> list[list[Any]]:
     if ledgers.study is None:
         return []
     noted = set(ledgers.study.user_attrs.get(DUPLICATES, ()))
-    found: dict[Any, list[Any]] = {}
+    by_trial: dict[Any, list[Any]] = {}
     for trial in ledgers.study.get_trials(deepcopy=False):
         if trial.state.name != "WAITING" and not {LOST, PRIOR} & set(trial.user_attrs) and trial.number not in noted:
-            found.setdefault(trial.user_attrs.get(TRIAL_ID, trial.number), []).append(trial)
+            by_trial.setdefault(trial.user_attrs.get(TRIAL_ID, trial.number), []).append(trial)
     return [
-        sorted(trials, key=lambda trial: (not trial.state.is_finished(), trial.number)) for trials in found.values()
+        sorted(trials, key=lambda trial: (not trial.state.is_finished(), trial.number)) for trials in by_trial.values()
     ]
 
 
@@ -142,10 +132,10 @@ def read_ledgers(name: str, place: Place, client: Any, study_storage: Any | None
     for folder in folders_of(place.folders, name):
         if (folder / RECORD).is_file():
             records[folder.name] = Record.load(place.folders, folder.name)
-        found = ray_trials(folder)
-        if found is not None:
+        saved = ray_trials(folder)
+        if saved is not None:
             folders.add(folder.name)
-            trials |= {f"{folder.name}/{trial_id}": trial for trial_id, trial in found.items()}
+            trials |= {f"{folder.name}/{trial_id}": trial for trial_id, trial in saved.items()}
     study = _study_of(name, study_storage) if study_storage is not None else None
     runs = _runs(client, name)
     return Ledgers(name, place, client, runs, trials, frozenset(folders), records, study)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from segadapt.platform.doctor.findings import Finding
-from segadapt.platform.doctor.ledgers import MLFLOW_STATUS, Ledgers, key_of, ledger_fault
+from segadapt.platform.doctor.ledgers import Ledgers, key_of, ledger_fault
 from segadapt.platform.doctor.ray_state import RayTrial
 from segadapt.platform.errors import UsageError
-from segadapt.platform.settings.objective import GOALS
-from segadapt.platform.storage.checkpoints import checkpoint_folder, checkpoint_name, is_sound
-from segadapt.platform.tracking.descriptions import trial_note
+from segadapt.platform.experiment.evaluations import end_tags, kept_metrics
+from segadapt.platform.settings.states import TrialState
+from segadapt.platform.storage.checkpoints import checkpoint_folder, is_sound
 from segadapt.platform.tracking.tags import (
     BEST_STEP_TAG,
     CHECKPOINT_TAG,
@@ -24,7 +24,6 @@ from segadapt.platform.tracking.tags import (
     KIND_TAG,
     METHOD_TAG,
     NOT_KEPT,
-    NOTE_TAG,
     OBJECTIVE_TAG,
     RECOVERED_TAG,
     SEED_TAG,
@@ -32,17 +31,7 @@ from segadapt.platform.tracking.tags import (
     TRIAL_ID_TAG,
 )
 from segadapt.platform.tracking.tracker import RunInfo, Tracker
-
-_BUDGET = ("out of time", "out of GPU hours")
-
-_FITTING = {
-    "failed": ("failed", "infeasible"),
-    "finished": ("finished", *_BUDGET),
-    "stopped early": ("stopped early", *_BUDGET),
-}
-"""What MLflow may say of a trial, by how Ray ended it: Ray does not tell the end of a budget from early stopping."""
-
-_UNFINISHED = (None, "running", "paused", "interrupted", "lost")
+from segadapt.platform.trial.spec import TrialSpec
 
 
 def duplicate_runs(ledgers: Ledgers) -> Iterator[Finding]:
@@ -64,8 +53,8 @@ def _mark_duplicates(ledgers: Ledgers, kept: Any, others: Sequence[Any]) -> None
         ledgers.client.set_tag(run_id, DUPLICATE_TAG, kept.info.run_id)
         ledgers.client.set_tag(run_id, KIND_TAG, "duplicate")
         if run.info.status == "RUNNING":
-            ledgers.client.set_tag(run_id, STATE_TAG, "lost")
-            ledgers.client.set_terminated(run_id, "KILLED", _last_heard_ms(ledgers, run))
+            ledgers.client.set_tag(run_id, STATE_TAG, str(TrialState.LOST))
+            ledgers.client.set_terminated(run_id, TrialState.LOST.mlflow, _last_heard_ms(ledgers, run))
         if EXPERIMENT_TAG in run.data.tags:
             ledgers.client.delete_tag(run_id, EXPERIMENT_TAG)
         ledgers.client.delete_tag(run_id, KEY_TAG)  # last: it is what finds the run again after a kill
@@ -74,62 +63,69 @@ def _mark_duplicates(ledgers: Ledgers, kept: Any, others: Sequence[Any]) -> None
 def run_ends(ledgers: Ledgers) -> Iterator[Finding]:
     """Compare how MLflow and Ray say that each trial ended."""
     for run in ledgers.active:
-        key, state, status = key_of(run), run.data.tags.get(STATE_TAG), run.info.status
-        trial = ledgers.trials.get(key)
-        ended = trial.state if trial is not None else None
+        key, tag, status = key_of(run), run.data.tags.get(STATE_TAG), run.info.status
+        state, trial = TrialState.of(tag), ledgers.trials.get(key)
         name = run.info.run_name
-        if ended is not None and "/" in key:
-            assert trial is not None
-            if state in _FITTING[_broad(ended)] and status == MLFLOW_STATUS[state]:
-                continue
-            repair = partial(_record_end, ledgers, run, trial)
-            advice = "--fix records in MLflow what Ray saved of it"
-            if status == "RUNNING" or state in _UNFINISHED:
-                text = f"MLflow lacks the end of {name}: {state or 'running'} there, {ended} in Ray's state"
-                yield ledger_fault(ledgers, text, "Its driver was killed before the end was tracked", advice, repair)
-            else:
-                text = f"{name} is {state} ({status}) in MLflow, but {ended} in Ray's state"
-                yield ledger_fault(ledgers, text, "One of them was changed by hand or lost something", advice, repair)
+        if trial is not None and trial.state is not None and "/" in key:
+            if state is None or not state.tells(trial.state) or status != state.mlflow:
+                yield _wrong_end(ledgers, run, trial, trial.state)
         elif status == "RUNNING":
             yield _zombie(ledgers, run, _left_state(ledgers, run, trial))
-        elif state == "interrupted" and trial is None and key.split("/")[0] in ledgers.folders and "/" in key:
-            yield _zombie(ledgers, run, "lost")
-        elif state in MLFLOW_STATUS and status != MLFLOW_STATUS[state]:
+        elif state is TrialState.INTERRUPTED and trial is None and key.split("/")[0] in ledgers.folders and "/" in key:
+            yield _zombie(ledgers, run, TrialState.LOST)
+        elif state is not None and not state.is_open and status != state.mlflow:
             text = f"{name} is {state} in its tag, but {status} in MLflow"
-            repair = partial(ledgers.client.set_terminated, run.info.run_id, MLFLOW_STATUS[state], run.info.end_time)
-            advice = f"--fix makes it {MLFLOW_STATUS[state]}"
+            repair = partial(ledgers.client.set_terminated, run.info.run_id, state.mlflow, run.info.end_time)
+            advice = f"--fix makes it {state.mlflow}"
             yield ledger_fault(ledgers, text, "MLflow's page and our commands tell different things", advice, repair)
 
 
-def _broad(state: str) -> str:
-    return "failed" if state == "infeasible" else state
+def _wrong_end(ledgers: Ledgers, run: Any, trial: RayTrial, end: TrialState) -> Finding:
+    """Return the finding that MLflow does not say that a trial ended as Ray's state has it."""
+    name, tag, status = run.info.run_name, run.data.tags.get(STATE_TAG), run.info.status
+    repair = partial(_record_end, ledgers, run, trial)
+    advice = "--fix records in MLflow what Ray saved of it"
+    if status == "RUNNING" or _is_unfinished(tag):
+        text = f"MLflow lacks the end of {name}: {tag or TrialState.RUNNING} there, {end} in Ray's state"
+        return ledger_fault(ledgers, text, "Its driver was killed before the end was tracked", advice, repair)
+    text = f"{name} is {tag} ({status}) in MLflow, but {end} in Ray's state"
+    return ledger_fault(ledgers, text, "One of them was changed by hand or lost something", advice, repair)
 
 
-def _left_state(ledgers: Ledgers, run: Any, trial: RayTrial | None) -> str:
+def _is_unfinished(tag: str | None) -> bool:
+    """Return whether a run's tag says no end of it."""
+    state = TrialState.of(tag)
+    return tag is None or (state is not None and not state.has_ended)
+
+
+def _left_state(ledgers: Ledgers, run: Any, trial: RayTrial | None) -> TrialState:
     """Return how a run is to be closed whose driver is dead."""
-    state: str | None = run.data.tags.get(STATE_TAG)
+    goes_on = trial is not None
     if key_of(run) == ledgers.name:
-        return state if state in ("finished", "failed") else "interrupted" if ledgers.resumable else "lost"
-    return "interrupted" if trial is not None else "lost"
+        state = TrialState.of(run.data.tags.get(STATE_TAG))
+        if state in (TrialState.FINISHED, TrialState.FAILED):
+            return state
+        goes_on = ledgers.resumable
+    return TrialState.INTERRUPTED if goes_on else TrialState.LOST
 
 
-def _zombie(ledgers: Ledgers, run: Any, state: str) -> Finding:
-    status = MLFLOW_STATUS[state]
-    text = f"{run.info.run_name} is {run.data.tags.get(STATE_TAG, 'running')} ({run.info.status}) in MLflow"
-    goes_on = {"interrupted": "it can go on", "lost": "nothing can go on with it"}.get(state, f"it was {state}")
+def _zombie(ledgers: Ledgers, run: Any, state: TrialState) -> Finding:
+    text = f"{run.info.run_name} is {run.data.tags.get(STATE_TAG, TrialState.RUNNING)} ({run.info.status}) in MLflow"
+    outlooks = {TrialState.INTERRUPTED: "it can go on", TrialState.LOST: "nothing can go on with it"}
+    advice = f"--fix closes it as {state.mlflow}, {state}"
     return ledger_fault(
         ledgers,
         f"{text}, but no driver lives",
-        f"Its driver was killed; {goes_on}",
-        f"--fix closes it as {status}, {state}" + ("; --resume goes on with it" if state == "interrupted" else ""),
+        f"Its driver was killed; {outlooks.get(state, f'it was {state}')}",
+        advice + ("; --resume goes on with it" if state is TrialState.INTERRUPTED else ""),
         partial(_close, ledgers, run, state),
     )
 
 
-def _close(ledgers: Ledgers, run: Any, state: str) -> None:
-    ledgers.client.set_tag(run.info.run_id, STATE_TAG, state)
+def _close(ledgers: Ledgers, run: Any, state: TrialState) -> None:
+    ledgers.client.set_tag(run.info.run_id, STATE_TAG, str(state))
     if run.info.status == "RUNNING":
-        ledgers.client.set_terminated(run.info.run_id, MLFLOW_STATUS[state], _last_heard_ms(ledgers, run))
+        ledgers.client.set_terminated(run.info.run_id, state.mlflow, _last_heard_ms(ledgers, run))
 
 
 def _last_heard_ms(ledgers: Ledgers, run: Any) -> int:
@@ -142,43 +138,21 @@ def _record_end(ledgers: Ledgers, run: Any, trial: RayTrial) -> None:
     """Write the end of a trial to its run, as its driver would have."""
     state = trial.state
     assert state is not None
-    run_id, tags = run.info.run_id, _end_tags(ledgers, key_of(run), trial)
+    run_id, tags = run.info.run_id, _tags_of_end(ledgers, key_of(run), trial, state)
     heard_ms = int((trial.heard or time.time()) * 1000)
-    for metric, value in _kept_metrics(ledgers, key_of(run)).items():
-        ledgers.client.log_metric(run_id, metric, value, heard_ms, int(tags[BEST_STEP_TAG]))
+    for goal, value in kept_metrics(ledgers.best(key_of(run))).items():
+        ledgers.client.log_metric(run_id, f"best/{goal}", value, heard_ms, int(tags[BEST_STEP_TAG]))
     for tag, text in tags.items():
         ledgers.client.set_tag(run_id, tag, text)
     if FAILURE_TAG in run.data.tags and FAILURE_TAG not in tags:
         ledgers.client.delete_tag(run_id, FAILURE_TAG)
-    ledgers.client.set_terminated(run_id, MLFLOW_STATUS[state], heard_ms)
+    ledgers.client.set_terminated(run_id, state.mlflow, heard_ms)
 
 
-def _end_tags(ledgers: Ledgers, key: str, trial: RayTrial) -> dict[str, str]:
-    """Return what the run of an ended trial is tagged with."""
-    state, best = trial.state, ledgers.best(key)
-    assert state is not None
-    tags = {STATE_TAG: state}
-    if best is not None:
-        where = checkpoint_name(ledgers.storage, best.path) if best.kept else NOT_KEPT
-        tags |= {CHECKPOINT_TAG: where, BEST_STEP_TAG: str(best.metrics["step"])}
-    if trial.status == "ERROR":
-        tags[FAILURE_TAG] = trial.reason
-    goals = {name.removeprefix("best/"): value for name, value in _kept_metrics(ledgers, key).items()}
-    step = best.metrics["step"] if best is not None else None
-    shown = {goal: goals[goal] for goal in ledgers.objective(key.split("/")[0]).goals if goal in goals}
-    tags[NOTE_TAG] = trial_note(state, shown, step, tags.get(FAILURE_TAG))
-    return tags
-
-
-def _kept_metrics(ledgers: Ledgers, key: str) -> dict[str, float]:
-    """Return what the kept checkpoint of a trial had reached."""
-    best = ledgers.best(key)
-    metrics = best.metrics if best is not None else {}
-    return {
-        f"best/{name}": metrics[name]
-        for name in GOALS
-        if metrics.get(name) is not None and metrics[name] == metrics[name]
-    }
+def _tags_of_end(ledgers: Ledgers, key: str, trial: RayTrial, state: TrialState) -> dict[str, str]:
+    """Return what the run of a trial is tagged with that ended in this state."""
+    failure = trial.reason if state.is_failure else None
+    return end_tags(ledgers.storage, state, ledgers.best(key), ledgers.objective(key.split("/")[0]), failure)
 
 
 def missing_runs(ledgers: Ledgers) -> Iterator[Finding]:
@@ -210,15 +184,11 @@ def missing_runs(ledgers: Ledgers) -> Iterator[Finding]:
 
 def _record_run(ledgers: Ledgers, key: str, trial: RayTrial) -> None:
     """Track a trial that MLflow does not know, from Ray's state and its checkpoint."""
-    from segadapt.platform.experiment.events import METRIC_PREFIXES
-    from segadapt.platform.trial.spec import TrialSpec
-
     folder, _, trial_id = key.partition("/")
     record = ledgers.records.get(folder) or ledgers.records[ledgers.name]
-    fixed = {name: found.fixed for name, found in record.candidates.items()}
-    config = TrialSpec(ledgers.storage, folder, fixed).config(trial.config)
+    config = TrialSpec(ledgers.storage, folder, record.shared_configs).config(trial.config)
     kinds = {".stages-": "stage", ".rerank-": "rerank", ".finish-": "finish"}
-    kind = next((found for part, found in kinds.items() if part in folder), "trial")
+    kind = next((kind for part, kind in kinds.items() if part in folder), "trial")
     number = [other for other in ledgers.trials if other.startswith(f"{folder}/")].index(key) + 1
     tags = {
         KIND_TAG: kind,
@@ -233,30 +203,30 @@ def _record_run(ledgers: Ledgers, key: str, trial: RayTrial) -> None:
     tracker = Tracker(ledgers.place)
     tracker.start(RunInfo(key, ledgers.name, name, tags, trial.config, record.from_key or ledgers.name))
     tracker.log_json(key, config.as_dict(), "config.yaml")
-    if "step" in trial.last:
-        metrics = {name: value for name, value in trial.last.items() if name.startswith(METRIC_PREFIXES)}
-        tracker.log_metrics(key, metrics, int(trial.last["step"]))
+    if trial.step is not None:
+        tracker.log_metrics(key, trial.metrics, trial.step)
     if trial.state is not None:
         best = ledgers.best(key)
         if best is not None:
-            tracker.log_summary(key, _kept_metrics(ledgers, key), best.metrics["step"])
+            reached = {f"best/{goal}": value for goal, value in kept_metrics(best).items()}
+            tracker.log_summary(key, reached, best.metrics["step"])
             if best.kept:
                 tracker.log_evaluation(key, best.path)
-        tracker.set_tags(key, _end_tags(ledgers, key, trial))
-        tracker.end(key, MLFLOW_STATUS[trial.state])  # type: ignore[arg-type]  # one of them
+        tracker.set_tags(key, _tags_of_end(ledgers, key, trial, trial.state))
+        tracker.end(key, trial.state.mlflow)
     tracker.close()  # closes as interrupted what can go on
 
 
 def unknown_runs(ledgers: Ledgers) -> Iterator[Finding]:
     """Tell of trials that MLflow has as ended, but Ray does not know. Of shared stages that is as it must be."""
     for run in ledgers.active:
-        key, state = key_of(run), run.data.tags.get(STATE_TAG)
+        key, tag = key_of(run), run.data.tags.get(STATE_TAG)
         is_trial = run.data.tags.get(KIND_TAG) == "trial" and key.split("/")[0] in ledgers.folders
-        if is_trial and key not in ledgers.trials and state not in _UNFINISHED:
+        if is_trial and key not in ledgers.trials and not _is_unfinished(tag):
             yield Finding(
                 ledgers.name,
                 "warning",
-                f"{run.info.run_name} is {state} in MLflow, but Ray's state does not know it",
+                f"{run.info.run_name} is {tag} in MLflow, but Ray's state does not know it",
                 "Ray's state is older than the run: the driver was killed within a second of it, or it is a copy",
                 "It stays on the leaderboard; nothing is to do",
             )

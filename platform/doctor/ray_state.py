@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from segadapt.platform.settings.config import Values
-from segadapt.platform.settings.states import INFEASIBLE
+from segadapt.platform.settings.reported import End, Reported
+from segadapt.platform.settings.states import TrialState
 
 
 @dataclass(frozen=True)
@@ -17,31 +18,42 @@ class RayTrial:
     trial_id: str
     status: str
     config: Values
-    last: Mapping[str, Any]
-    """Its last report; empty before the first one."""
+    last: Reported | None
+    """Its last report; None before the first one."""
     heard: float | None
-    """Unix time of it."""
+    """Unix time of its last report."""
     error_file: str | None
 
     @property
-    def state(self) -> str | None:
-        """How it ended, in our words; None if it can go on."""
+    def state(self) -> TrialState | None:
+        """How it ended; None if it can go on."""
+        end = self.last.end if self.last is not None else None
         if self.status == "ERROR":
-            return "infeasible" if self.reason.startswith(INFEASIBLE) else "failed"
+            return TrialState.INFEASIBLE if end is End.INFEASIBLE else TrialState.FAILED
         if self.status == "TERMINATED":
-            return "finished" if self.last.get("finished") else "stopped early"
+            return TrialState.FINISHED if end is End.FINISHED else TrialState.STOPPED_EARLY
         return None
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """What its last report said that Tune keeps; nothing before the first one."""
+        return self.last.metrics if self.last is not None else {}
+
+    @property
+    def step(self) -> int | None:
+        """The training steps done at its last report; None if that was no evaluation."""
+        return self.last.step if self.last is not None else None
 
     @property
     def reported(self) -> bool:
         """Whether it was ever evaluated, or failed; otherwise it may never have had a run."""
-        return "step" in self.last or self.status == "ERROR"
+        return self.step is not None or self.status == "ERROR"
 
     @property
     def reason(self) -> str:
         """Why it failed."""
-        if "failure" in self.last:
-            return str(self.last["failure"])
+        if self.last is not None and self.last.failure is not None:
+            return self.last.failure
         try:
             return Path(self.error_file or "").read_text().strip().splitlines()[-1]
         except (OSError, IndexError):
@@ -67,7 +79,7 @@ def ray_trials(folder: Path) -> dict[str, RayTrial] | None:
                 trial["trial_id"],
                 trial["status"],
                 trial["config"],
-                more["last_result"],
+                Reported.from_result(more["last_result"]) if more["last_result"] else None,
                 more["last_result_time"] if more["last_result"] else None,
                 more["error_filename"] and str(folder / trial["trial_id"] / more["error_filename"]),
             )

@@ -11,6 +11,7 @@ from segadapt.platform.experiment.record import Record
 from segadapt.platform.search.study import LOST, TRIAL_ID, study_name, study_point, values_by_step
 from segadapt.platform.search.study_storage import trial_handle
 from segadapt.platform.settings.config import METHOD
+from segadapt.platform.settings.states import TrialState
 
 
 def study_duplicates(ledgers: Ledgers) -> Iterator[Finding]:
@@ -75,7 +76,7 @@ def _agree(state: str, trial: RayTrial) -> bool:
         return state == "FAIL"
     if state == "FAIL":
         return not trial.reported
-    return state == "PRUNED" or trial.state == "finished"
+    return state == "PRUNED" or trial.state is TrialState.FINISHED
 
 
 def _give_up(ledgers: Ledgers, found: Any, *, again: bool) -> None:
@@ -91,17 +92,17 @@ def _give_up(ledgers: Ledgers, found: Any, *, again: bool) -> None:
 
 
 def _tell(ledgers: Ledgers, found: Any, trial: RayTrial) -> None:
-    from optuna.trial import TrialState
+    from optuna.trial import TrialState as OptunaState
 
     study, goals = ledgers.study, ledgers.objective(ledgers.name).goals
     assert study is not None
-    values = [trial.last[goal] for goal in goals if goal in trial.last]
-    if trial.state == "finished" and len(values) == len(goals):
+    values = [trial.metrics[goal] for goal in goals if goal in trial.metrics]
+    if trial.state is TrialState.FINISHED and len(values) == len(goals):
         study.tell(found.number, values)
     elif trial.status != "ERROR" and values_by_step(found, goals):
-        study.tell(found.number, state=TrialState.PRUNED)
+        study.tell(found.number, state=OptunaState.PRUNED)
     else:
-        study.tell(found.number, state=TrialState.FAIL)
+        study.tell(found.number, state=OptunaState.FAIL)
 
 
 def missing_proposals(ledgers: Ledgers) -> Iterator[Finding]:
@@ -134,7 +135,8 @@ def missing_proposals(ledgers: Ledgers) -> Iterator[Finding]:
 
 def _add_proposal(ledgers: Ledgers, record: Record, trial: RayTrial) -> None:
     from optuna.distributions import CategoricalDistribution
-    from optuna.trial import TrialState, create_trial
+    from optuna.trial import TrialState as OptunaState
+    from optuna.trial import create_trial
 
     assert ledgers.study is not None
     spaces = record.settings().spaces
@@ -144,20 +146,18 @@ def _add_proposal(ledgers: Ledgers, record: Record, trial: RayTrial) -> None:
     if len(spaces) > 1:
         distributions[METHOD] = CategoricalDistribution(list(spaces))
     goals = ledgers.objective(ledgers.name).goals
-    reached = [trial.last[goal] for goal in goals if goal in trial.last]
-    state = {None: TrialState.RUNNING, "finished": TrialState.COMPLETE, "stopped early": TrialState.PRUNED}.get(
-        trial.state, TrialState.FAIL
-    )
+    reached = [trial.metrics[goal] for goal in goals if goal in trial.metrics]
+    state = OptunaState[(trial.state or TrialState.RUNNING).optuna]
     if len(reached) < len(goals) and trial.state is not None:
-        state = TrialState.FAIL
-    pruned = state == TrialState.PRUNED
+        state = OptunaState.FAIL
+    pruned = state == OptunaState.PRUNED
     ledgers.study.add_trial(
         create_trial(
             state=state,
-            values=reached if state == TrialState.COMPLETE or (pruned and len(goals) == 1) else None,
+            values=reached if state == OptunaState.COMPLETE or (pruned and len(goals) == 1) else None,
             params=study_point(spaces, method, values),
             distributions=distributions,
             user_attrs={TRIAL_ID: trial.trial_id},
-            intermediate_values={int(trial.last["step"]): reached[0]} if len(goals) == len(reached) == 1 else {},
+            intermediate_values={trial.step or 0: reached[0]} if len(goals) == len(reached) == 1 else {},
         )
     )

@@ -16,7 +16,7 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.probe import PROBE_STEPS, Probe, run_probe
 from segadapt.platform.experiment.record import Options, Record
 from segadapt.platform.experiment.session import check_gpu_hours
-from segadapt.platform.settings.config import TrialConfig, resolve
+from segadapt.platform.settings.config import TrialConfig
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Allocation
 from segadapt.platform.storage.folders import Storage
@@ -95,7 +95,7 @@ def estimate(record: Record, options: Options) -> Estimate:
     capacity = this_machine()
     resources, concurrent = _resources(record, options)
     threads = resources_of(options.resources, capacity, 1, 1)[0].cpus if options.address is None else capacity.cpus
-    configs = record.configs()
+    configs = record.configs
     probes = {}
     for method, config in configs.items():
         options.say(f"measuring {PROBE_STEPS} steps of each stage of {method} ...")
@@ -105,8 +105,7 @@ def estimate(record: Record, options: Options) -> Estimate:
     computed: set[str] = set()
     methods = {}
     for method, probe in probes.items():
-        shared_config = resolve(method, record.candidates[method].fixed)
-        keys = stage_keys(shared_config, probe.fingerprint)
+        keys = stage_keys(record.shared_configs[method], probe.fingerprint)
         missing = [key for key in keys if key.hash not in computed and find(storage, key) is None]
         computed |= {key.hash for key in keys}
         rungs = _rungs(configs) if record.scheduler != "none" else []

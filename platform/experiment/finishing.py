@@ -190,7 +190,7 @@ def _finish_result(record: Record, row: Row, run: Any, client: Any, options: Opt
         if name.startswith(("target_val/", "source_val/")):
             history = sorted(client.get_metric_history(run.info.run_id, name), key=lambda entry: entry.step)
             before[name], after[name] = history[0].value, history[-1].value
-    if _restarts(next(iter(record.configs().values()))):  # what was evaluated first is not the trial's network
+    if _restarts(next(iter(record.configs.values()))):  # what was evaluated first is not the trial's network
         shown = read_metrics(checkpoint_folder(options.place.folders, str(record.start)))
         before = {name: shown.get(name, math.nan) for name in after}
     metrics, tags = run.data.metrics, run.data.tags

@@ -12,6 +12,7 @@ from ray import tune
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.resources import Allocation
+from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.files import write_whole
 from segadapt.platform.storage.folders import Storage
 
@@ -32,7 +33,7 @@ class Ledger:
 
     Args:
         folder: The experiment's; what earlier sessions spent is read from there.
-        resources: That a trial holds while it runs in this session.
+        resources: What a trial holds while it runs in this session.
         clock: Seconds from any origin.
     """
 
@@ -116,12 +117,12 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
     if not file.is_file():
         return {}
     try:
-        found: dict[str, dict[str, float]] = _ACCOUNTS.validate_json(file.read_bytes())
+        accounts: dict[str, dict[str, float]] = _ACCOUNTS.validate_json(file.read_bytes())
     except ValueError as error:
         raise UsageError(
             f"{file} must hold the seconds that each trial took, but is damaged. Remove it to count from 0 again."
         ) from error
-    return {trial_id: {**dict.fromkeys(_UNITS, 0.0), **spent} for trial_id, spent in found.items()}
+    return {trial_id: {**dict.fromkeys(_UNITS, 0.0), **spent} for trial_id, spent in accounts.items()}
 
 
 class GpuHours:
@@ -155,7 +156,7 @@ class Limits(tune.Stopper):
     """
 
     session: ClassVar["Limits | None"] = None
-    """Those of the experiment that this process runs."""
+    """The limits of the experiment that this process runs."""
 
     def __init__(self, time_budget_s: float | None, gpu_hours: GpuHours | None) -> None:
         self._time_budget_s = time_budget_s
@@ -175,11 +176,12 @@ class Limits(tune.Stopper):
             self._deadline = time.monotonic() + self._time_budget_s
         return self.reached() is not None
 
-    def reached(self) -> str | None:
+    def reached(self) -> TrialState | None:
         """Return the state of trials that a limit leaves unfinished; None if there is no such limit yet."""
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            return "out of time"
-        return "out of GPU hours" if self._gpu_hours is not None and self._gpu_hours.spent() else None
+            return TrialState.OUT_OF_TIME
+        is_spent = self._gpu_hours is not None and self._gpu_hours.spent()
+        return TrialState.OUT_OF_GPU_HOURS if is_spent else None
 
 
 def _limits_of_session() -> Limits:

@@ -9,18 +9,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from segadapt.platform.settings.states import TrialState
 from segadapt.platform.settings.text import number_text
 
 _SHOWN_TRIALS = 12
 
-_ACTIVE = ("starting", "running")
-"""States of a trial whose missing steps are still to be done."""
-
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console as wide as the terminal; wide enough for a table where there is none."""
-    found = Console(stderr=stderr, highlight=False)
-    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+    screen = Console(stderr=stderr, highlight=False)
+    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=160)
 
 
 @dataclass
@@ -28,7 +26,7 @@ class TrialView:
     """The last that was heard of a trial."""
 
     name: str
-    state: str = "starting"
+    state: TrialState = TrialState.STARTING
     step: int = 0
     value: float | None = None
     best: float | None = None
@@ -82,7 +80,7 @@ class Progress:
         """A trial was evaluated."""
         view = self._views[key]
         self._taken += step - view.step
-        self._change(view, "running", step)
+        self._change(view, TrialState.RUNNING, step)
         view.value = value
         if value is not None and (view.best is None or value > view.best):
             view.best = value
@@ -92,10 +90,10 @@ class Progress:
 
     def paused(self, key: str) -> None:
         """A trial waits at a rung."""
-        self._change(self._views[key], "paused")
+        self._change(self._views[key], TrialState.PAUSED)
         self._say(f"{self._views[key].name} paused")
 
-    def ended(self, key: str, state: str) -> None:
+    def ended(self, key: str, state: TrialState) -> None:
         """A trial ended; `state` says how."""
         view = self._views[key]
         self._change(view, state)
@@ -107,16 +105,16 @@ class Progress:
             self._live.stop()
             self._live = None
 
-    def _change(self, view: TrialView, state: str, step: int | None = None) -> None:
+    def _change(self, view: TrialView, state: TrialState, step: int | None = None) -> None:
         """Give a trial its state and step, and account for them."""
         self._account(view, -1)
         view.state, view.step = state, view.step if step is None else step
         self._account(view, 1)
 
     def _account(self, view: TrialView, times: int) -> None:
-        if view.state in _ACTIVE:
+        if view.state.is_active:
             self._missing += times * (self.steps - view.step)
-        elif view.state != "paused":
+        elif view.state is not TrialState.PAUSED:
             self._ended += times
 
     def _say(self, event: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_type_hints
 
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
@@ -13,7 +14,7 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.search.samplers import SamplerName
 from segadapt.platform.search.schedulers import SchedulerName
 from segadapt.platform.search.warm_start import SearchSettings
-from segadapt.platform.settings.config import TrialConfig, Values, resolve
+from segadapt.platform.settings.config import TrialConfig, Values, override, resolve
 from segadapt.platform.settings.resources import Resources, Tolerance
 from segadapt.platform.storage.checkpoints import checkpoint_folder, trial_of
 from segadapt.platform.storage.files import write_whole
@@ -72,12 +73,12 @@ class Record:
 
     kind: Literal["search", "train", "finish"]
     name: str
-    """Of the experiment's folder."""
+    """Name of the experiment and of its folder."""
     candidates: Mapping[str, Candidate]
     """The methods it tries."""
     objective: str
     seed: int = 0
-    """Of the sampler."""
+    """Seed of the sampler."""
     trials: int = 1
     concurrent: int | None = None
     """Trials at a time; None takes as many as the cluster runs."""
@@ -111,34 +112,42 @@ class Record:
         """Names of the methods, for people."""
         return ", ".join(self.candidates)
 
+    @cached_property
+    def shared_configs(self) -> dict[str, TrialConfig]:
+        """The configuration that all trials of each method share, without searched values."""
+        return {name: resolve(name, candidate.fixed) for name, candidate in self.candidates.items()}
+
+    @cached_property
     def configs(self) -> dict[str, TrialConfig]:
-        """Return the configuration of each method's first trial."""
-        return {name: resolve(name, {**found.fixed, **found.first}) for name, found in self.candidates.items()}
+        """The configuration of each method's first trial."""
+        return {name: override(self.shared_configs[name], each.first) for name, each in self.candidates.items()}
 
     def lineage(self) -> dict[str, str]:
         """Return tags that say what a search builds on."""
-        found = {TRIALS_TAG: str(self.trials)}
+        tags = {TRIALS_TAG: str(self.trials)}
         if self.forked_from is not None:
-            found[FORKED_FROM_TAG] = self.forked_from
+            tags[FORKED_FROM_TAG] = self.forked_from
         if self.warm_start:
-            found[WARM_START_TAG] = ", ".join(self.warm_start)
-        return found
+            tags[WARM_START_TAG] = ", ".join(self.warm_start)
+        return tags
 
     def fresh_seeds(self) -> list[int]:
         """Return the seeds of `rerank`: none of them is the search's own."""
-        own = {config.seed for config in self.configs().values()}
-        return [seed for seed in range(self.seeds + len(own)) if seed not in own][: self.seeds]
+        used = {config.seed for config in self.configs.values()}
+        return [seed for seed in range(self.seeds + len(used)) if seed not in used][: self.seeds]
 
     def settings(self) -> SearchSettings:
         """Return what decides whether its trials may be compared with another search's."""
-        fixed = {name: found.fixed for name, found in self.candidates.items()}
-        return SearchSettings(fixed, {name: found.space for name, found in self.candidates.items()}, self.objective)
+        fixed = {name: candidate.fixed for name, candidate in self.candidates.items()}
+        spaces = {name: candidate.space for name, candidate in self.candidates.items()}
+        return SearchSettings(fixed, spaces, self.objective)
 
     def save(self, storage: Storage) -> None:
         """Write the record, whole or not at all."""
         folder = storage.experiment(self.name)
         folder.mkdir(parents=True, exist_ok=True)
-        content = vars(self) | {"candidates": {name: found.as_dict() for name, found in self.candidates.items()}}
+        content = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        content["candidates"] = {name: candidate.as_dict() for name, candidate in self.candidates.items()}
         write_whole(folder / RECORD, json.dumps(content, indent=1))
 
     @classmethod
@@ -158,7 +167,7 @@ class Record:
         except ValueError as error:
             raise _damaged(storage, name, error) from error
         try:
-            content["candidates"] = {name: Candidate.from_dict(found) for name, found in content["candidates"].items()}
+            content["candidates"] = {name: Candidate.from_dict(each) for name, each in content["candidates"].items()}
             hints = {**get_type_hints(cls), "candidates": dict[str, Any]}
             return cls(**{name: TypeAdapter(hints[name]).validate_python(value) for name, value in content.items()})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -213,9 +222,9 @@ def _finish_number(record: Record, storage: Storage) -> int:
 
 def finished_trials(storage: Storage, search: str) -> set[str]:
     """Return the ids of a search's trials that some finish starts from, whether it has ended or not."""
-    found = set()
+    trials = set()
     for path in storage.experiments.glob(f"{search}.finish-*/{RECORD}"):
         start = json.loads(path.read_text())["start"]
         if start is not None:
-            found.add(trial_of(start))
-    return found
+            trials.add(trial_of(start))
+    return trials

@@ -5,6 +5,7 @@ is full, leaves some of them cut short. One archive of them, replaced in one ste
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import pickletools
@@ -17,6 +18,7 @@ from pathlib import Path
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage.checkpoints import REMOVED, TRAIN_FOLDER
 from segadapt.platform.storage.files import write_whole, written_whole
+from segadapt.platform.storage.folders import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,11 @@ _NAME = re.compile(
 _TEXTS = ("experiment_state", "searcher-state")
 """Kinds that are JSON; the others are pickles, which are looked at but never loaded here."""
 
+_EVENTS = "events_of_session"
+"""What stands for the events of an experiment in Tune's pickle; earlier versions had pickled the events themselves."""
+
+_MODULE = re.compile(r"segadapt\.(?:platform|trainables|search_spaces)(?:\.[a-z_]+)+")
+
 _ALWAYS = {"experiment_state", "callback-states"}
 
 _REACHED = ("*/checkpoint_*", f"{TRAIN_FOLDER}/*/checkpoint_*", f"{REMOVED}/*.json")
@@ -55,11 +62,11 @@ class _File:
         return _is_json(self.path) if self.kind in _TEXTS else _is_pickle(self.path)
 
 
-class StateKeeper:
-    """Keeps the state that Tune last saved; lives in the driver.
+class StateArchive:
+    """The state that Tune last saved, kept a second time; lives in the driver.
 
     Args:
-        folder: The experiment's.
+        folder: Folder of the experiment.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -117,15 +124,15 @@ def mend(folder: Path) -> str | None:
     tuner = folder / TUNER
     if not tuner.is_file():
         return None
-    found = damaged(folder)
+    faults = damaged(folder)
     if not _is_pickle(tuner):
-        found.append(TUNER)
-    elif archived := _archived(folder) if found else {}:
+        faults.append(TUNER)
+    elif archived := _archived(folder) if faults else {}:
         saved = _put_back(folder, archived)
-        return f"A kill cut Tune's files short ({', '.join(found)}): going on from what it saved before, {saved}."
-    if not found and _files(folder):
+        return f"A kill cut Tune's files short ({', '.join(faults)}): going on from what it saved before, {saved}."
+    if not faults and _files(folder):
         return None
-    names = ", ".join(found) or "experiment_state"
+    names = ", ".join(faults) or "experiment_state"
     if any(any(folder.glob(pattern)) for pattern in _REACHED):
         raise UsageError(
             f"Tune's state of an experiment must be whole to go on, but {names} in {folder} is cut short or missing, "
@@ -135,6 +142,41 @@ def mend(folder: Path) -> str | None:
     for path in (*(file.path for file in _files(folder)), tuner):
         path.unlink()
     return f"A kill cut Tune's files short ({names}) before a trial had a checkpoint: beginning anew."
+
+
+def of_another_version(storage: Storage, name: str) -> str | None:
+    """Return why an experiment cannot go on whose saved state another version of segadapt wrote; None if it can.
+
+    Tune's pickles name the modules of segadapt that they are made of: they are compared with those that there are, and
+    nothing is unpickled.
+    """
+    folders = (storage.experiment(name), *storage.experiments.glob(f"{name}.stages-*"))
+    folders += tuple(storage.experiments.glob(f"{name}.rerank-*"))
+    if all(_is_readable(folder / TUNER) for folder in folders):
+        return None
+    return (
+        f"{name!r} was begun by another version of segadapt, which saved its state in a form that this one cannot "
+        "read: go on with it by that version, or begin anew under another name (a search with `--warm-start "
+        f"{name}`, which counts the trials of this one)."
+    )
+
+
+def _is_readable(tuner: Path) -> bool:
+    """Return whether a pickle of Tune's is of this version; one that is missing or cut short is `mend`'s."""
+    try:
+        with tuner.open("rb") as file:
+            texts = {text for _, text, _ in pickletools.genops(file) if isinstance(text, str)}
+    except (OSError, ValueError):
+        return True
+    modules = {text for text in texts if _MODULE.fullmatch(text)}
+    return _EVENTS in texts and all(map(_is_module, modules))
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _files(folder: Path) -> list[_File]:

@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segadapt.platform.experiment.events import Events, Labels
+from segadapt.platform.experiment.events import Events
 from segadapt.platform.experiment.ledger import GpuHours, Ledger, Limits, spent_hours
+from segadapt.platform.experiment.naming import Labels
 from segadapt.platform.experiment.progress import Progress
-from segadapt.platform.experiment.tune_state import TUNER
-from segadapt.platform.ray_internals.tune import callbacks_of, set_tune_config, trials_of
+from segadapt.platform.experiment.trial_runs import Receivers
+from segadapt.platform.experiment.tune_state import TUNER, StateArchive
+from segadapt.platform.ray_internals.tune import set_tune_config, trials_of
 from segadapt.platform.search.samplers import SamplerName, make_sampler
 from segadapt.platform.search.schedulers import SchedulerName, scheduler
 from segadapt.platform.search.searcher import ListedTrials, Proposals, StudySearch
@@ -18,6 +20,7 @@ from segadapt.platform.search.study import LOST, TRIAL_ID, Spaces, values_by_ste
 from segadapt.platform.search.study_storage import open_study_storage, trial_handle
 from segadapt.platform.search.warm_start import Inheritance
 from segadapt.platform.settings.config import Values
+from segadapt.platform.storage.checkpoints import TrialCheckpoint
 from segadapt.platform.storage.retention import CheckpointRetention
 from segadapt.platform.tracking.tracker import Tracker
 from segadapt.platform.trial.launchers import run_in_process, run_with_ray_train
@@ -70,12 +73,14 @@ class TrialResult:
 
     trial_id: str
     name: str
-    """Of its run."""
+    """Name of its run."""
     error: str | None
     ended: bool
     """False if an interruption left it unfinished."""
     values: Values = field(compare=False)
     """What distinguishes it from the experiment's fixed settings."""
+    best: TrialCheckpoint | None = field(default=None, compare=False)
+    """Its best evaluation, if this session heard of all of them and it left a checkpoint that is kept."""
 
 
 def run_experiment(
@@ -85,7 +90,7 @@ def run_experiment(
     tracker: Tracker,
     title: str,
     plan: "SearchPlan | ListPlan | None" = None,
-    keeper: CheckpointRetention | None = None,
+    retention: CheckpointRetention | None = None,
 ) -> list[TrialResult]:
     """Run one trial, or with a `plan` a search or a list of trials; what was begun before is continued.
 
@@ -96,17 +101,45 @@ def run_experiment(
         tracker: Receives runs and metrics.
         title: Shown on the screen.
         plan: The search or list; None runs a single trial.
-        keeper: Removes checkpoints of ended trials; None keeps them.
+        retention: Removes checkpoints of ended trials; None keeps them.
     """
+    searcher = open_study(spec, plan) if isinstance(plan, SearchPlan) else None
+    ledger = Ledger(spec.folder, spec.resources)
+    receivers = Receivers(
+        tracker=tracker,
+        progress=Progress(title, spec.objective.leading, plan.trials if plan else 1, steps),
+        ledger=ledger,
+        limits=_limits(spec, plan, ledger),
+        archive=StateArchive(spec.folder),
+        retention=retention,
+        close_lost=partial(_close_lost, searcher) if searcher is not None else None,
+    )
+    events = Events(spec, labels, receivers)
+    Events.session, Limits.session = events, receivers.limits  # whom Tune's saved state stands for
+    try:
+        results = _tuner(spec, plan, searcher, events, receivers.limits).fit()
+    finally:
+        receivers.progress.close()
+        ledger.save()
+    trials = trials_of(results)
+    if searcher is not None and not events.interrupted:
+        _close_unfinished(searcher, spec.objective.goals)
+    trials = sorted(trials, key=lambda trial: events.runs.names.number(trials, trial.trial_id))
+    return [_trial_result(trial, events) for trial in trials]
+
+
+def _tuner(
+    spec: TrialSpec,
+    plan: "SearchPlan | ListPlan | None",
+    searcher: StudySearch | None,
+    events: Events,
+    limits: Limits,
+) -> Any:
+    """Return what runs the trials, from where they were if they were begun."""
     from ray import tune
 
-    trainable = _trainable(spec)
-    searcher = open_study(spec, plan) if isinstance(plan, SearchPlan) else None
-    config = _tune_config(spec, plan, searcher)
-    ledger = Ledger(spec.folder, spec.resources)
-    limits = Limits.session = _limits(spec, plan, ledger)
-    begun = (spec.folder / TUNER).is_file()
-    if begun:
+    trainable, config = _trainable(spec), _tune_config(spec, plan, searcher)
+    if (spec.folder / TUNER).is_file():
         tuner = tune.Tuner.restore(
             str(spec.folder),
             trainable=trainable,
@@ -114,45 +147,34 @@ def run_experiment(
             resume_errored=plan is None,  # what a single run failed of may be mended; a failed trial is a result
         )
         set_tune_config(tuner, config)  # the study remembers; what was pickled may be out of date
-    else:
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=config,
-            run_config=tune.RunConfig(
-                name=spec.experiment,
-                storage_path=str(spec.storage.experiments),
-                verbose=0,
-                callbacks=[Events(spec, labels)],
-                stop=limits,
-                failure_config=tune.FailureConfig(max_failures=spec.tolerance.max_failures),
-                checkpoint_config=tune.CheckpointConfig(
-                    num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
-                ),
+        return tuner
+    return tune.Tuner(
+        trainable,
+        tune_config=config,
+        run_config=tune.RunConfig(
+            name=spec.experiment,
+            storage_path=str(spec.storage.experiments),
+            verbose=0,
+            callbacks=[events],
+            stop=limits,
+            failure_config=tune.FailureConfig(max_failures=spec.tolerance.max_failures),
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
             ),
-        )
-    progress = Progress(title, spec.objective.leading, plan.trials if plan else 1, steps)
-    events = _events(tuner)
-    close_lost = partial(_close_lost, searcher) if searcher is not None else None
-    events.attach(spec, tracker, progress, ledger, limits, close_lost, keeper)
-    try:
-        results = tuner.fit()
-    finally:
-        progress.close()
-        ledger.save()
-    trials = trials_of(results)
-    trials = sorted(trials, key=lambda trial: events.number(trials, trial.trial_id))
-    if searcher is not None and not events.interrupted:
-        _close_unfinished(searcher, spec.objective.goals)
-    return [
-        TrialResult(
-            trial.trial_id,
-            events.name(trial.trial_id),
-            _last_line(trial) if trial.status == "ERROR" else None,
-            trial.trial_id not in events.interrupted,
-            trial.config,
-        )
-        for trial in trials
-    ]
+        ),
+    )
+
+
+def _trial_result(trial: Any, events: Events) -> TrialResult:
+    trial_id = trial.trial_id
+    return TrialResult(
+        trial_id,
+        events.runs.names.name(trial_id),
+        _last_line(trial) if trial.status == "ERROR" else None,
+        trial_id not in events.interrupted,
+        trial.config,
+        events.runs.evaluations.known(trial_id),
+    )
 
 
 def _last_line(trial: Any) -> str:
@@ -161,11 +183,6 @@ def _last_line(trial: Any) -> str:
         return Path(trial.error_file).read_text().strip().splitlines()[-1]
     except (OSError, IndexError, TypeError):
         return "unknown; see the trial's folder"
-
-
-def _events(tuner: Any) -> Events:
-    events: Events = next(callback for callback in callbacks_of(tuner) if isinstance(callback, Events))
-    return events
 
 
 def _limits(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", ledger: Ledger) -> Limits:
@@ -183,9 +200,9 @@ def _trainable(spec: TrialSpec) -> Any:
 
     resources = spec.resources
     if resources.uses_train:
+        worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
         from segadapt.platform.ray_internals.train import bundles
 
-        worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
         function = tune.with_parameters(run_with_ray_train, spec=spec)
         return tune.with_resources(function, tune.PlacementGroupFactory(bundles(worker, resources.workers)))
     needs = {"cpu": resources.cpus} | ({"gpu": resources.gpus} if resources.gpus else {})
@@ -257,7 +274,7 @@ def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
     begun = (spec.folder / TUNER).is_file()
     if spec.experiment in names and not begun:  # left by a driver killed before its first trial
         optuna.delete_study(study_name=spec.experiment, storage=storage)
-    found = StudySearch(
+    searcher = StudySearch(
         spaces=plan.spaces,
         first=plan.first,
         objective=spec.objective,
@@ -269,10 +286,10 @@ def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
     )
     if not begun:
         for inherited in plan.inherited:
-            found.study.add_trials(inherited.trials)
+            searcher.study.add_trials(inherited.trials)
             for point in inherited.points:
-                found.study.enqueue_trial(point)
-    return found
+                searcher.study.enqueue_trial(point)
+    return searcher
 
 
 def load_study(name: str, url: str) -> Any:

@@ -37,18 +37,21 @@ def _trial_trainer() -> Any:
     return TrialTrainer
 
 
-def trainer_in_trial() -> tuple[Any, Callable[[], Any]]:
-    """Return the class of the trainer of a trial's workers, and what makes the callback that reports to Tune.
+def trainer_in_trial(with_checkpoint: Callable[[dict[str, Any], str], dict[str, Any]]) -> tuple[Any, Any]:
+    """Return the class of the trainer of a trial's workers, and the callback that reports to Tune.
+
+    Args:
+        with_checkpoint: Returns a result to which the folder of its checkpoint is added.
 
     The trainer is Ray's own `TorchTrainer` where Ray Train has changed in the parts that ours is made of.
     """
     trainer = _trial_trainer()
     if trainer is not None:
-        return trainer, ReportToTune
+        return trainer, ReportToTune(with_checkpoint)
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    return TorchTrainer, TuneReportCallback
+    return TorchTrainer, TuneReportCallback()  # type: ignore[no-untyped-call]
 
 
 def workers_are_in_the_trial() -> bool:
@@ -69,12 +72,18 @@ def bundles(worker: dict[str, float], workers: int) -> list[dict[str, float]]:
 
 
 class ReportToTune(UserCallback):
-    """Passes what the first worker reports on to Tune, with the path of its checkpoint as `checkpoint_path`."""
+    """Passes what the first worker reports on to Tune.
+
+    Args:
+        with_checkpoint: Returns a result to which the folder of its checkpoint is added.
+    """
+
+    def __init__(self, with_checkpoint: Callable[[dict[str, Any], str], dict[str, Any]]) -> None:
+        self._with_checkpoint = with_checkpoint
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Report, and wait until Tune has decided whether the trial goes on."""
-        path = {} if checkpoint is None else {"checkpoint_path": checkpoint.path}
-        tune.report(metrics[0] | path)
+        tune.report(metrics[0] if checkpoint is None else self._with_checkpoint(metrics[0], checkpoint.path))
 
 
 _stores: list[Any] = []

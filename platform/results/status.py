@@ -3,15 +3,15 @@
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from segadapt.platform.search.study import decisions
 from segadapt.platform.settings.objective import TARGET, Objective
+from segadapt.platform.settings.states import TrialState
 from segadapt.platform.tracking.tags import FAILURE_TAG, KIND_TAG, STATE_TAG, TRIALS_TAG
-
-_OPEN = ("running", "paused")
 
 _STALLED = 5
 """A trial is stalled that is silent for so many times the longest silence between two reports of any running one."""
@@ -25,7 +25,7 @@ class RunningTrial:
     """A trial that has not ended."""
 
     name: str
-    state: str
+    state: TrialState
     step: int
     value: float | None
     """The leading goal, when last evaluated."""
@@ -80,21 +80,21 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
     parent = next(entry for entry in entries if entry.data.tags.get(KIND_TAG) == "search")
     trials = [entry for entry in entries if entry.data.tags.get(KIND_TAG) == "trial"]
     goal = Objective.parse(parent.data.params.get("objective", TARGET)).leading
-    state = {entry.info.run_name: entry.data.tags.get(STATE_TAG, "running") for entry in trials}
-    running = [_running(client, entry, goal) for entry in trials if state[entry.info.run_name] in _OPEN]
+    states = {entry.info.run_name: entry.data.tags.get(STATE_TAG, TrialState.RUNNING.value) for entry in trials}
+    running = [_running(client, entry, goal) for entry in trials if _is_open(states[entry.info.run_name])]
     values = {entry.info.run_name: entry.data.metrics.get(f"best/{goal}") for entry in trials}
     values |= {trial.name: trial.value for trial in running}
     known = {name: value for name, value in values.items() if value is not None}
     best = max(known, key=lambda name: known[name], default=None)
     asked = int(parent.data.tags.get(TRIALS_TAG, len(trials)))
-    names = list(state.values())
+    counts = Counter(states.values())
     is_over = parent.info.status != "RUNNING"
     return SearchStatus(
         search=search,
         state=parent.data.tags.get(STATE_TAG, parent.info.status.lower()),
         objective=str(parent.data.params.get("objective", TARGET)),
         asked=asked,
-        states={found: names.count(found) for found in sorted(set(names))},
+        states={state: counts[state] for state in sorted(counts)},
         best=known[best] if best is not None else None,
         best_name=best,
         running=[] if is_over else _judged(running),
@@ -102,27 +102,32 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
         failures={
             entry.info.run_name: entry.data.tags[FAILURE_TAG] for entry in trials if FAILURE_TAG in entry.data.tags
         },
-        left_s=None if is_over else _left(trials, asked, sum(trial.state == "running" for trial in running)),
+        left_s=None if is_over else _left(trials, asked, sum(trial.state is TrialState.RUNNING for trial in running)),
     )
+
+
+def _is_open(tag: str) -> bool:
+    state = TrialState.of(tag)
+    return state is not None and state.is_open
 
 
 def _judged(running: Sequence[RunningTrial]) -> list[RunningTrial]:
     """Say which trials are stalled; of a search in which none has reported twice, nobody knows."""
     longest_s = max((trial.longest_s for trial in running), default=0.0)
     limit_s = max(_STALLED_S, _STALLED * longest_s) if longest_s else math.inf
-    return [replace(trial, stalled=trial.state == "running" and trial.heard_s > limit_s) for trial in running]
+    return [replace(trial, stalled=trial.state is TrialState.RUNNING and trial.heard_s > limit_s) for trial in running]
 
 
-def _running(client: Any, entry: Any, goal: str) -> RunningTrial:
-    history = client.get_metric_history(entry.info.run_id, goal)
-    times = sorted(found.timestamp for found in history)
-    last = max(history, key=lambda found: found.step, default=None)
-    heard_ms = last.timestamp if last is not None else entry.info.start_time
+def _running(client: Any, run: Any, goal: str) -> RunningTrial:
+    history = client.get_metric_history(run.info.run_id, goal)
+    times = sorted(entry.timestamp for entry in history)
+    last = max(history, key=lambda entry: entry.step, default=None)
+    heard_ms = last.timestamp if last is not None else run.info.start_time
     return RunningTrial(
-        name=entry.info.run_name,
-        state=entry.data.tags.get(STATE_TAG, "running"),
+        name=run.info.run_name,
+        state=TrialState(run.data.tags.get(STATE_TAG, TrialState.RUNNING)),
         step=last.step if last is not None else 0,
-        value=max((found.value for found in history), default=None),
+        value=max((entry.value for entry in history), default=None),
         heard_s=max(0.0, time.time() - heard_ms / 1000),
         longest_s=max((later - earlier for earlier, later in itertools.pairwise(times)), default=0) / 1000,
     )

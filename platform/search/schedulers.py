@@ -13,13 +13,11 @@ from segadapt.platform.ray_internals.tune import pace
 from segadapt.platform.search.study import RUNG, TRIAL_ID, decisions, record_values
 from segadapt.platform.search.study_storage import read_trial, trial_handle
 from segadapt.platform.settings.objective import Objective
+from segadapt.platform.settings.reported import End, Reported
 
 SchedulerName = Literal["asha", "asha-promote", "median", "hyperband", "none"]
 
 SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
-
-STEP = "step"
-"""Reported time axis: training steps, never Tune's count of reports, which restarts with a trial."""
 
 REDUCTION_FACTOR = 2
 """The better 1/REDUCTION_FACTOR of the trials that reached a rung go on."""
@@ -86,14 +84,15 @@ class StudyScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Record an evaluation, then decide whether the trial goes on."""
-        values = {goal: result.get(goal, math.nan) for goal in self._objective.goals}
-        if STEP not in result or not all(map(math.isfinite, values.values())):
+        reported = Reported.from_result(result)
+        values = {goal: reported.metrics.get(goal, math.nan) for goal in self._objective.goals}
+        if reported.step is None or not all(map(math.isfinite, values.values())):
             return str(self.CONTINUE)
         recorded = self._recorded(trial.trial_id)
-        record_values(trial_handle(self._study, recorded), recorded, int(result[STEP]), values)
-        if result.get("finished"):
+        record_values(trial_handle(self._study, recorded), recorded, reported.step, values)
+        if reported.end is End.FINISHED:
             return str(self.CONTINUE)
-        return self._decide(tune_controller, trial, result[STEP], values)
+        return self._decide(tune_controller, trial, reported.step, values)
 
     def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
         return str(self.CONTINUE)

@@ -20,7 +20,7 @@ from segadapt.platform.search.study import LOST, PRIOR, TRIAL_ID, Spaces, choice
 from segadapt.platform.search.study_storage import trial_handle
 from segadapt.platform.settings.config import METHOD, Values
 from segadapt.platform.settings.objective import Objective
-from segadapt.platform.settings.states import INFEASIBLE
+from segadapt.platform.settings.reported import End, Reported
 from segadapt.trainables.core.data.sampling import derived_seed
 
 logger = logging.getLogger(__name__)
@@ -149,13 +149,14 @@ class StudySearch(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Note a trial that can never fit; values are recorded by the scheduler, which Tune asks first."""
-        if str(result.get("failure", "")).startswith(INFEASIBLE):  # fails, without a value that the sampler would learn
+        if Reported.from_result(result).end is End.INFEASIBLE:  # fails, without a value that the sampler would learn
             self._handle(trial_id).set_user_attr("infeasible", True)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study how the trial ended: complete, pruned or failed."""
         state, values = TrialState.FAIL if error else TrialState.PRUNED, None
-        if result is not None and result.get("finished") and not error and all(goal in result for goal in self._goals):
+        is_finished = result is not None and not error and Reported.from_result(result).end is End.FINISHED
+        if result is not None and is_finished and all(goal in result for goal in self._goals):
             state, values = TrialState.COMPLETE, [result[goal] for goal in self._goals]
         try:
             self._study.tell(self._handle(trial_id), values, state=state)

@@ -41,10 +41,14 @@ class TrialConfig:
     augmentation: AugmentationConfig
     seed: int = 0
     """Decides initialisation, sample order and augmentation."""
+    settings: Values = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    """What it was resolved from, by dotted key: settings that follow from others follow anew in `override`."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain nested values, as they are logged."""
-        return dataclasses.asdict(self)
+        content = dataclasses.asdict(self)
+        del content["settings"]
+        return content
 
     def as_settings(self) -> dict[str, Any]:
         """Return the settings by dotted key, as `resolve` takes them."""
@@ -207,7 +211,16 @@ def resolve(method: str, values: Values) -> TrialConfig:
             faults.append(str(error))
     if faults:
         raise UsageError("\n".join(faults))
-    return TrialConfig(method_name=method, seed=seed, **parts)
+    return TrialConfig(method_name=method, seed=seed, settings=dict(values), **parts)
+
+
+def override(config: TrialConfig, values: Values) -> TrialConfig:
+    """Return the configuration with other settings, such as those a trial of a search has by itself.
+
+    Raises:
+        UsageError: As `resolve` does.
+    """
+    return resolve(config.method_name, {**config.settings, **values}) if values else config
 
 
 def _with_rates(optimizer: OptimizerConfig, network: NetworkConfig) -> OptimizerConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.storage import files
-from segadapt.platform.storage.checkpoints import REMOVED, best_checkpoint, delete, put_away
+from segadapt.platform.storage.checkpoints import REMOVED, TrialCheckpoint, delete, put_away
 from segadapt.platform.storage.folders import Storage
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,11 @@ class CheckpointRetention:
                 self._succeeds(delete, record.stem)
 
     def collect(
-        self, ended: Mapping[str, str], open_trials: Mapping[str, str], announce: Callable[[str], None]
+        self,
+        ended: Mapping[str, str],
+        open_trials: Mapping[str, str],
+        announce: Callable[[str], None],
+        best_of: Callable[[str], TrialCheckpoint | None],
     ) -> None:
         """Remove what may go.
 
@@ -113,11 +117,12 @@ class CheckpointRetention:
             ended: Names of the ended trials, by id.
             open_trials: Names of those that may go on.
             announce: Called with the id of each trial before its checkpoints go.
+            best_of: Returns the best checkpoint of a trial by its id.
         """
         for trial_id, name in ended.items():
             if trial_id not in self._looked_at:
                 self._looked_at.add(trial_id)
-                best = best_checkpoint(self._folder, trial_id, self._objective.keeps)
+                best = best_of(trial_id)
                 if best is not None and best.kept:
                     values = ranking_values(self._objective, best.metrics)
                     self._holding[trial_id] = RankedTrial(trial_id, name, ended=True, values=values)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from segadapt.platform.settings.states import MlflowStatus
+from segadapt.platform.settings.states import MlflowStatus, TrialState
 from segadapt.platform.storage.checkpoints import class_names, confusion, iou_table, label_table
 from segadapt.platform.tracking.outbox import Entry
 from segadapt.platform.tracking.tags import KEY_TAG, PARENT_TAG, STATE_TAG
@@ -195,10 +195,10 @@ class RunWriter:
         in_mlflow = self._client.get_experiment_by_name(experiment)
         if in_mlflow is None:
             return
-        for unfinished in ("attributes.status = 'RUNNING'", f"tags.`{STATE_TAG}` = 'interrupted'"):
+        for unfinished in ("attributes.status = 'RUNNING'", f"tags.`{STATE_TAG}` = '{TrialState.INTERRUPTED}'"):
             for run in self._client.search_runs([in_mlflow.experiment_id], unfinished, max_results=10_000):
                 key = run.data.tags.get(KEY_TAG, "")
                 if key.startswith(prefix) and key not in known:
-                    self._client.set_tag(run.info.run_id, STATE_TAG, "lost")
+                    self._client.set_tag(run.info.run_id, STATE_TAG, str(TrialState.LOST))
                     if run.info.status == "RUNNING":
-                        self._client.set_terminated(run.info.run_id, "KILLED")
+                        self._client.set_terminated(run.info.run_id, TrialState.LOST.mlflow)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from segadapt.platform.errors import redacted
+from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.files import locked
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.storage.retries import retry
@@ -99,8 +100,8 @@ class Sender:
     def _send_left(self, box: Outbox) -> None:
         unfinished = _left_open(box.entries())
         for key, timestamp in unfinished.items():
-            box.append("set_tags", {"key": key, "tags": {STATE_TAG: "interrupted"}})
-            box.append("end", {"key": key, "status": "KILLED", "timestamp": timestamp})
+            box.append("set_tags", {"key": key, "tags": {STATE_TAG: str(TrialState.INTERRUPTED)}})
+            box.append("end", {"key": key, "status": TrialState.INTERRUPTED.mlflow, "timestamp": timestamp})
         box.finish_input()
         waiting = box.waiting
         self._send(box)

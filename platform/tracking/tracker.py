@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from segadapt.platform.errors import redacted
-from segadapt.platform.settings.states import MlflowStatus
+from segadapt.platform.settings.states import MlflowStatus, TrialState
 from segadapt.platform.storage.checkpoints import TRACKED
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.client import mlflow_settings, waiting_folder
@@ -163,8 +163,8 @@ class Tracker:
         What is left is sent by the next process that tracks there.
         """
         for key in list(self._open):
-            self.set_tags(key, {STATE_TAG: "interrupted"})
-            self.end(key, "KILLED")
+            self.set_tags(key, {STATE_TAG: str(TrialState.INTERRUPTED)})
+            self.end(key, TrialState.INTERRUPTED.mlflow)
         self._outbox.finish_input()
         self._thread.join(timeout_s)
         self._sender.given_up.set()

@@ -1,16 +1,18 @@
 """Tune's functions for a trial: in its own process, or in Ray Train workers."""
 
 import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segadapt.platform.settings.states import INFEASIBLE, PREEMPTED
+from segadapt.platform.settings.reported import End, Reported
 from segadapt.platform.storage.checkpoints import TRAIN_FOLDER, newest_checkpoint, removed_metrics
 from segadapt.platform.storage.retries import STORAGE_PATIENCE_S, retry
 from segadapt.platform.trial.log import logged
-from segadapt.platform.trial.spec import TrialSpec
+from segadapt.platform.trial.spec import Trial, TrialSpec
 from segadapt.platform.trial.training import train
 from segadapt.trainables.core.training.gradients import InfeasibleError, noted_micro_batch
 from segadapt.trainables.core.training.interruption import PreemptedError, noted_preemptions
@@ -26,24 +28,23 @@ def _reporting_failure(report: Callable[[dict[str, Any]], None]) -> Iterator[Non
     except (OSError, RayActorError):  # the latter if the process died that watches Ray Train's workers
         raise
     except Exception as error:
-        reason = _reason(error)
-        report({"preempted": reason} if reason.startswith(PREEMPTED) else {"failure": reason})
+        report(_ending(error).as_result())
         raise
 
 
-def _reason(error: Exception) -> str:
-    """Return one line that names the error, of a Ray Train worker if one caused it."""
+def _ending(error: Exception) -> Reported:
+    """Return what to report of an error that ends a trial's process, or of a Ray Train worker's if that caused it."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         error = next(iter(failures.values()))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     summary = lines[-1] if lines else ""
     summary = summary if failures else f"{type(error).__name__}: {summary}"
-    for kind, begins in ((InfeasibleError, INFEASIBLE), (PreemptedError, PREEMPTED)):
+    for kind, end in ((InfeasibleError, End.INFEASIBLE), (PreemptedError, End.PREEMPTED)):
         _, name, text = summary.partition(f"{kind.__name__}: ")
         if name:
-            return f"{begins} {text}"
-    return summary
+            return Reported(end=end, reason=text)
+    return Reported(end=End.FAILED, reason=summary)
 
 
 def _had_ended(spec: TrialSpec, trial_id: str) -> bool:
@@ -55,7 +56,7 @@ def _had_ended(spec: TrialSpec, trial_id: str) -> bool:
 
     metrics = removed_metrics(spec.folder, trial_id)
     if metrics is not None:
-        tune.report(metrics)
+        tune.report(Reported.from_result(metrics).as_result())
     return metrics is not None
 
 
@@ -65,22 +66,22 @@ def run_in_process(values: dict[str, Any], spec: TrialSpec) -> None:
 
     trial_id = tune.get_context().get_trial_id()
 
-    def report(metrics: dict[str, Any], write: Any) -> None:
+    def deliver(reported: Reported, write: Callable[[Path], None] | None) -> None:
         if write is None:
-            tune.report(metrics)
+            tune.report(reported.as_result())
             return
-        retry(lambda: report_checkpoint(metrics, write), OSError, STORAGE_PATIENCE_S)
+        retry(lambda: deliver_checkpoint(reported, write), OSError, STORAGE_PATIENCE_S)
 
-    def report_checkpoint(metrics: dict[str, Any], write: Callable[[Path], None]) -> None:
+    def deliver_checkpoint(reported: Reported, write: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory(prefix="segadapt-") as folder:
             write(Path(folder))
-            tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(folder))
+            tune.report(reported.as_result(), checkpoint=tune.Checkpoint.from_directory(folder))
 
     if _had_ended(spec, trial_id):
         return
     with _reporting_failure(tune.report), logged(spec.artifacts(trial_id), "rank-0", trial_id, rank=0):
         # Not Tune's checkpoint: its state may be older than the last one, or name one that was replaced since.
-        train(spec, trial_id, values, report, newest_checkpoint(spec.folder, trial_id))
+        train(spec.trial(trial_id, values), deliver, newest_checkpoint(spec.folder, trial_id))
 
 
 def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
@@ -96,20 +97,20 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     resources = spec.resources
     per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
 
-    trainer, report_callback = trainer_in_trial()
+    trainer, report_callback = trainer_in_trial(_with_checkpoint)
 
-    def fit(max_failures: int) -> Any:
+    def fit(trial: Trial, max_failures: int) -> Any:
         return trainer(
             train_worker,
             torch_config=PreemptibleTorchConfig(),
-            train_loop_config={"spec": spec, "trial_id": trial_id, "values": values},
+            train_loop_config={"trial": trial},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=resources.workers, use_gpu=resources.gpus > 0, resources_per_worker=per_worker
             ),
             run_config=ray.train.RunConfig(
                 name=trial_id,  # the same name makes every kind of restart go on from the last checkpoint
                 storage_path=str(spec.folder / TRAIN_FOLDER),
-                callbacks=[report_callback()],
+                callbacks=[report_callback],
                 checkpoint_config=ray.train.CheckpointConfig(
                     num_to_keep=1, checkpoint_score_attribute=spec.objective.keeps, checkpoint_score_order="max"
                 ),
@@ -118,9 +119,15 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
         ).fit()
 
     with _reporting_failure(tune.report), logged(spec.artifacts(trial_id), "train", trial_id):
-        result = _again_if_not_at_fault(fit, spec.artifacts(trial_id), spec.tolerance.max_failures)
+        trial = spec.trial(trial_id, values)
+        result = _again_if_not_at_fault(partial(fit, trial), trial.artifacts, spec.tolerance.max_failures)
         if result.metrics:  # what Tune missed, if the trial had ended when the driver was killed
             tune.report(result.metrics)
+
+
+def _with_checkpoint(result: dict[str, Any], checkpoint: str) -> dict[str, Any]:
+    """Return a worker's result with the folder of its checkpoint, which Tune is not handed."""
+    return dataclasses.replace(Reported.from_result(result), checkpoint=Path(checkpoint)).as_result()
 
 
 def _again_if_not_at_fault(fit: Callable[[int], Any], folder: Path, max_failures: int) -> Any:
@@ -139,7 +146,7 @@ def _again_if_not_at_fault(fit: Callable[[int], Any], folder: Path, max_failures
         try:
             return fit(max_failures)
         except Exception as error:
-            if _reason(error).startswith(INFEASIBLE):
+            if _ending(error).end is End.INFEASIBLE:
                 raise
             if noted_micro_batch(folder) != micro_batch:
                 continue
@@ -152,16 +159,16 @@ def train_worker(loop: dict[str, Any]) -> None:
     """Ray Train's function: one data-parallel worker of a trial."""
     import ray.train
 
-    def report(metrics: dict[str, Any], write: Any) -> None:
+    def deliver(reported: Reported, write: Callable[[Path], None] | None) -> None:
         if write is None:
-            ray.train.report(metrics)
+            ray.train.report(reported.as_result())
             return
         with tempfile.TemporaryDirectory(prefix="segadapt-") as folder:
             write(Path(folder))
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            ray.train.report(reported.as_result(), checkpoint=ray.train.Checkpoint.from_directory(folder))
 
-    spec, trial_id = loop["spec"], loop["trial_id"]
+    trial: Trial = loop["trial"]
     rank = ray.train.get_context().get_world_rank()
-    with logged(spec.artifacts(trial_id), f"rank-{rank}", trial_id, rank):
+    with logged(trial.artifacts, f"rank-{rank}", trial.trial_id, rank):
         # Not Ray Train's checkpoint, which may have been damaged; all workers find the same: nobody writes meanwhile.
-        train(spec, trial_id, loop["values"], report, newest_checkpoint(spec.folder, trial_id))
+        train(trial, deliver, newest_checkpoint(trial.spec.folder, trial.trial_id))

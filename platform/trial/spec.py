@@ -1,10 +1,10 @@
-"""What the trials of an experiment share."""
+"""What the trials of an experiment share, and what one of them is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from segadapt.platform.settings.config import METHOD, TrialConfig, Values, resolve
+from segadapt.platform.settings.config import METHOD, TrialConfig, Values, override
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Allocation, Tolerance
 from segadapt.platform.storage.folders import Storage
@@ -17,37 +17,41 @@ class TrialSpec:
 
     storage: Storage
     experiment: str
-    fixed: Mapping[str, Values]
-    """The experiment's methods, each with the settings that none of its trials changes."""
+    configs: Mapping[str, TrialConfig]
+    """The experiment's methods, each with the configuration that its trials change by their own values."""
     resources: Allocation = field(default_factory=Allocation)
     objective: Objective = field(default_factory=Objective)
-    """By which checkpoints are kept and trials compared."""
+    """What checkpoints are kept and trials compared by."""
     start: Path | None = None
     """Checkpoint folder to begin from; None begins from the shared stages."""
     shared_stages: bool = False
     """Compute the method's shared stages instead of its own."""
     tolerance: Tolerance = field(default_factory=Tolerance)
     code: CodeVersions | None = None
-    """Of the shared stages, as the driver found it: an edit while trials run must not hide their stages from them."""
+    """Code of the shared stages, as the driver read it: an edit while trials run must not hide their stages."""
 
     def method(self, values: Values) -> str:
-        """Return the method of the trial with these searched values."""
-        return str(values.get(METHOD, next(iter(self.fixed))))
+        """Return the method of the trial with these values."""
+        return str(values.get(METHOD, next(iter(self.configs))))
 
     def config(self, values: Values) -> TrialConfig:
-        """Return the configuration of the trial with these searched values."""
-        method = self.method(values)
-        own = {key: value for key, value in values.items() if key != METHOD}
-        return resolve(method, {**self.fixed[method], **own})
+        """Return the configuration of the trial with these values: searched ones, or a seed."""
+        shared = self.configs[self.method(values)]
+        return override(shared, {key: value for key, value in values.items() if key != METHOD})
+
+    def trial(self, trial_id: str, values: Values) -> "Trial":
+        """Return the trial with this id and these values."""
+        return Trial(self, trial_id, values, self.config(values))
 
     def shared_config(self, method: str, seed: int | None = None) -> TrialConfig:
         """Return the configuration that the shared stages of a method's trials are computed with.
 
         Args:
             method: Its name.
-            seed: Of the trial, where trials differ in it.
+            seed: Seed of the trial, where trials differ in it.
         """
-        return resolve(method, self.fixed[method] if seed is None else {**self.fixed[method], "seed": seed})
+        config = self.configs[method]
+        return config if seed in (None, config.seed) else override(config, {"seed": seed})
 
     @property
     def folder(self) -> Path:
@@ -57,6 +61,27 @@ class TrialSpec:
     def artifacts(self, trial_id: str) -> Path:
         """Folder for what a trial's stages write."""
         return trial_artifacts(self.folder, trial_id)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial, as its processes are handed it."""
+
+    spec: TrialSpec
+    trial_id: str
+    values: Values
+    """What distinguishes it from the others, by dotted key."""
+    config: TrialConfig
+
+    @property
+    def shared_config(self) -> TrialConfig:
+        """The configuration that its shared stages are computed with."""
+        return self.spec.shared_config(self.config.method_name, self.config.seed)
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder for what its stages write."""
+        return self.spec.artifacts(self.trial_id)
 
 
 def trial_artifacts(experiment: Path, trial_id: str) -> Path:

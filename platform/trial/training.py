@@ -1,17 +1,19 @@
 """The training function of a trial; every data-parallel worker calls it."""
 
+import dataclasses
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segadapt.platform.settings.config import TrialConfig, Values
+from segadapt.platform.settings.config import TrialConfig
+from segadapt.platform.settings.reported import Reported
 from segadapt.platform.storage.checkpoints import read_metrics, write_configuration
-from segadapt.platform.storage.stage_keys import split_plan, stage_keys
+from segadapt.platform.storage.stage_keys import StageKey, split_plan, stage_keys
 from segadapt.platform.storage.stages import longest_prefix, publishing
 from segadapt.platform.trial.environment import machine
-from segadapt.platform.trial.spec import TrialSpec
+from segadapt.platform.trial.spec import Trial, TrialSpec
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.journal import note
@@ -25,6 +27,9 @@ from segadapt.trainables.core.training.trainer import Trainer
 if TYPE_CHECKING:
     from segadapt.platform.trial.machine_use import MachineUse
 
+Deliver = Callable[[Reported, Callable[[Path], None] | None], None]
+"""Receives what a trial reports and, on the first worker, a function that writes the checkpoint to a folder."""
+
 
 def build_method(config: TrialConfig, num_classes: int) -> Method:
     """Build the networks and heads of a trial, equal for equal seeds."""
@@ -36,33 +41,30 @@ def build_method(config: TrialConfig, num_classes: int) -> Method:
     return method_class(config.method_name)(segmenter, config.method, config.warmup)
 
 
-def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume: Path | None) -> None:
+def train(trial: Trial, deliver: Deliver, resume: Path | None) -> None:
     """Run one trial in this process (every data-parallel worker calls this).
 
     Args:
-        spec: What the trial shares with its experiment.
-        trial_id: Names the folder for what stages write.
-        values: The trial's searched values.
-        report: Receives every evaluation, and the checkpoint on the first worker.
+        trial: The trial.
+        deliver: Receives every evaluation, and the checkpoint on the first worker.
         resume: Checkpoint folder of this trial to go on from.
     """
     import torch
 
     from segadapt.platform.trial.machine_use import MachineUse
 
+    spec, config = trial.spec, trial.config
     torch.set_num_threads(max(1, int(spec.resources.cpus)))
-    config = spec.config(values)
-    _note_start(spec, config, values, resume)
+    _note_start(trial, resume)
     data, evaluation = load_data(config.data)
     use = MachineUse()
-    report = _describing(report, config, data.fingerprint, use)
+    report = _describing(deliver, config, data.fingerprint, use)
     method = build_method(config, len(data.classes))
-    shared_config = spec.shared_config(config.method_name, config.seed)
-    keys = stage_keys(shared_config, data.fingerprint, spec.code)
+    keys = stage_keys(trial.shared_config, data.fingerprint, spec.code)
     done = longest_prefix(spec.storage, keys)
     if spec.shared_stages:
         plan = tuple(key.stage for key in keys[len(done) :])
-        report = publishing(spec.storage, keys, shared_config, spec.experiment, report)
+        report = publishing(spec.storage, keys, trial.shared_config, spec.experiment, report)
     else:
         plan = split_plan(config)[1]
     trainer = Trainer(
@@ -74,17 +76,12 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
             trainer=config.trainer, optimizer=config.optimizer, augmentation=config.augmentation, seed=config.seed
         ),
         report=report,
-        folder=spec.artifacts(trial_id),
+        folder=trial.artifacts,
     )
-    if resume is not None and spec.shared_stages and read_metrics(resume)["stage"] not in {s.name for s in plan}:
+    if resume is not None and spec.shared_stages and _stage_of(resume) not in {stage.name for stage in plan}:
         resume = None  # it belongs to a stage that was finished and published since
     if resume is None:
-        start = spec.start or (done[-1] if done else None)
-        if start is None and keys and not spec.shared_stages:
-            raise RuntimeError(
-                f"The shared stage '{keys[-1].stage.name}' must have been computed, but {spec.storage.stages} lacks "
-                f"{keys[-1].hash}. Start the search again."
-            )
+        start = spec.start or _last_shared_stage(spec, keys, done)
         if start is not None:
             trainer.start_from(start)
     else:
@@ -94,12 +91,30 @@ def train(spec: TrialSpec, trial_id: str, values: Values, report: Report, resume
     note("trained", "All stages are trained.")
 
 
-def _note_start(spec: TrialSpec, config: TrialConfig, values: Values, resume: Path | None) -> None:
+def _stage_of(checkpoint: Path) -> str | None:
+    return Reported.from_result(read_metrics(checkpoint)).stage
+
+
+def _last_shared_stage(spec: TrialSpec, keys: Sequence[StageKey], done: Sequence[Path]) -> Path | None:
+    """Return the checkpoint that a trial begins from; None if it has, or computes, the first shared stage itself.
+
+    Raises:
+        RuntimeError: If it must begin from a stage that is not there.
+    """
+    if not done and keys and not spec.shared_stages:
+        raise RuntimeError(
+            f"The shared stage '{keys[-1].stage.name}' must have been computed, but {spec.storage.stages} lacks "
+            f"{keys[-1].hash}. Start the search again."
+        )
+    return done[-1] if done else None
+
+
+def _note_start(trial: Trial, resume: Path | None) -> None:
     """Log where the trial runs, with what, and from where on."""
     import ray
     import torch
 
-    found, resources = machine(), spec.resources
+    config, where = trial.config, machine()
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     host = socket.gethostname()
@@ -111,25 +126,30 @@ def _note_start(spec: TrialSpec, config: TrialConfig, values: Values, resume: Pa
         node=ray.get_runtime_context().get_node_id() if ray.is_initialized() else None,
         pid=os.getpid(),
         device=device,
-        workers=resources.workers,
+        workers=trial.spec.resources.workers,
         method=config.method_name,
         seed=config.seed,
-        values=dict(values),
+        values=dict(trial.values),
         resumed_from=str(resume) if resume is not None else None,
-        python=found["python"],
-        versions=found["packages"] | ({"cuda": torch.version.cuda} if cuda else {}),
+        python=where["python"],
+        versions=where["packages"] | ({"cuda": torch.version.cuda} if cuda else {}),
     )
 
 
-def _describing(report: Report, config: TrialConfig, fingerprint: str, use: "MachineUse") -> Report:
-    """Return a `report` that adds the data's fingerprint and the machine's use, and to checkpoints the settings."""
+def _describing(deliver: Deliver, config: TrialConfig, fingerprint: str, use: "MachineUse") -> Report:
+    """Return what hands on the trainer's metrics with the data's fingerprint and the machine's use.
 
-    def wrapped(metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
+    To checkpoints it adds the settings.
+    """
+
+    def report(metrics: dict[str, Any], write: Callable[[Path], None] | None) -> None:
         def write_described(folder: Path) -> None:
             assert write is not None
             write_configuration(folder, config.as_dict())
             write(folder)
 
-        report({**metrics, **use.take(), "fingerprint": fingerprint}, write_described if write is not None else None)
+        evaluated = Reported.from_result(metrics | use.take())
+        reported = dataclasses.replace(evaluated, fingerprint=fingerprint)
+        deliver(reported, write_described if write is not None else None)
 
-    return wrapped
+    return report

@@ -142,7 +142,7 @@ def test_records_of_experiments(content: bytes, tmp_path: Path) -> None:
     storage.experiment("found").mkdir(parents=True, exist_ok=True)
     (storage.experiment("found") / RECORD).write_bytes(content)
     with contextlib.suppress(UsageError):
-        Record.load(storage, "found").configs()
+        list(Record.load(storage, "found").configs)
 
 
 @inputs(300)

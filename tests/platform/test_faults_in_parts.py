@@ -8,16 +8,14 @@ import pytest
 from optuna.distributions import FloatDistribution
 
 from segadapt.platform.errors import UsageError
-from segadapt.platform.experiment.events import Events, Labels
+from segadapt.platform.experiment.naming import Labels, RunNames
 from segadapt.platform.experiment.tuning import _close_unfinished
 from segadapt.platform.search.searcher import StudySearch
 from segadapt.platform.search.study import LOST
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Tolerance
-from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.retries import retry
 from segadapt.platform.trial.launchers import _again_if_not_at_fault
-from segadapt.platform.trial.spec import TrialSpec
 from segadapt.trainables.core.training.interruption import note_preemption
 
 
@@ -84,12 +82,12 @@ class Proposed:
     trial_id: str
 
 
-def test_a_trial_that_is_started_again_does_not_change_the_numbers_of_others(tmp_path: Path) -> None:
-    events = Events(TrialSpec(Storage(tmp_path), "test", {"sdca": {}}), Labels("test", "trial", [], {}, None))
+def test_a_trial_that_is_started_again_does_not_change_the_numbers_of_others() -> None:
+    names = RunNames(Labels("test", "trial", [], {}, None), "test")
     first, second, third = map(Proposed, "abc")
-    assert events.number([first, second], "a") == 1
-    assert events.number([second, first, third], "b") == 2, "Tune has put the first at the end"
-    assert events.number([second, first, third], "c") == 3
+    assert names.number([first, second], "a") == 1
+    assert names.number([second, first, third], "b") == 2, "Tune has put the first at the end"
+    assert names.number([second, first, third], "c") == 3
 
 
 def test_a_proposal_that_was_written_twice_is_no_trial() -> None:

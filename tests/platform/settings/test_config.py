@@ -1,9 +1,10 @@
+import pickle
 from pathlib import Path
 
 import pytest
 
 from segadapt.platform.errors import UsageError
-from segadapt.platform.settings.config import keys, parse_assignments, read_experiment, resolve
+from segadapt.platform.settings.config import keys, override, parse_assignments, read_experiment, resolve, sections
 from segadapt.trainables import METHODS
 
 
@@ -75,3 +76,16 @@ def test_an_experiment_file_may_nest_or_dot(tmp_path: Path) -> None:
 def test_unknown_method_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match="source_only"):
         resolve("nonesuch", {})
+
+
+def test_settings_that_follow_from_others_follow_anew_when_those_change() -> None:
+    shared = resolve("sdca", {"network.name": "compact", "seed": 3})
+    searched = {"network.name": "deeplabv2_resnet101", "method.temperature": 2.0}
+    config = pickle.loads(pickle.dumps(override(shared, searched)))
+    assert config == resolve("sdca", {"network.name": "compact", "seed": 3, **searched})
+    assert config.optimizer.lr != shared.optimizer.lr
+    assert override(shared, {}) is shared
+
+
+def test_what_a_configuration_was_resolved_from_is_not_logged() -> None:
+    assert set(resolve("sdca", {"seed": 3}).as_dict()) == {"method_name", "seed", *sections("sdca")}

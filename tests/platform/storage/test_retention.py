@@ -76,6 +76,7 @@ class History:
             {trial: trial for trial, state in self.states.items() if state in ("ended", "failed")},
             {trial: trial for trial, state in self.states.items() if state in OPEN},
             self.announced.add,
+            lambda trial: best_checkpoint(self.folder, trial, self.objective.keeps),
         )
 
     def take(self, step: str, choice: int, values: tuple[float, float], kill_at: int) -> None:

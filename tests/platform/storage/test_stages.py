@@ -19,6 +19,7 @@ from conftest import TINY, TINY_WORDS
 import segadapt as api
 from segadapt import trainables
 from segadapt.platform.cli.main import main
+from segadapt.platform.settings.config import resolve
 from segadapt.platform.settings.resources import Allocation
 from segadapt.platform.storage import cache, leases, stages
 from segadapt.platform.storage.folders import Place, Storage
@@ -410,8 +411,10 @@ def test_drivers_compute_a_stage_once_when_the_first_of_them_is_killed(tmp_path:
     assert kept.description is not None
     assert (kept.description.stage, kept.description.data, kept.description.steps) == ("source_only", "streets", 4)
     alone = Storage(tmp_path / "alone")
-    spec = TrialSpec(alone, "alone", {"bicl": TINY}, Allocation(cpus=os.cpu_count() or 1), shared_stages=True)
-    train(spec, "alone", {}, lambda metrics, write: write_to(tmp_path / "checkpoint", write), None)
+    spec = TrialSpec(
+        alone, "alone", {"bicl": resolve("bicl", TINY)}, Allocation(cpus=os.cpu_count() or 1), shared_stages=True
+    )
+    train(spec.trial("alone", {}), lambda reported, write: write_to(tmp_path / "checkpoint", write), None)
     undisturbed, taken_over = (load_state(root.stages / kept.hash)["state"] for root in (alone, storage))
     network = [name for name in undisturbed if name.startswith("segmenter.")]
     assert network

@@ -12,7 +12,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from segadapt import search_spaces
 from segadapt.platform.search.searcher import FLOOR, StudySearch
+from segadapt.platform.settings.config import resolve
 from segadapt.platform.settings.objective import Objective
+from segadapt.platform.settings.reported import End, Reported
 from segadapt.platform.storage.checkpoints import newest_checkpoint
 from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.stage_keys import stage_keys
@@ -31,23 +33,23 @@ class Checkpoints:
     def __init__(self, folder: Path, stop_before: str | None = None) -> None:
         self.folder = folder
         self.stop_before = stop_before
-        self.metrics: list[dict[str, Any]] = []
+        self.reported: list[Reported] = []
 
-    def __call__(self, metrics: dict[str, Any], write: Any) -> None:
-        if metrics["stage"] == self.stop_before:
+    def __call__(self, reported: Reported, write: Any) -> None:
+        if reported.stage == self.stop_before:
             raise KeyboardInterrupt
-        path = self.folder / str(len(self.metrics))
+        path = self.folder / str(len(self.reported))
         path.mkdir(parents=True)
         write(path)
-        self.metrics.append(metrics)
+        self.reported.append(reported)
 
     @property
     def last(self) -> Path:
-        return self.folder / str(len(self.metrics) - 1)
+        return self.folder / str(len(self.reported) - 1)
 
 
 def spec_of(method: str, folder: Path, **settings: Any) -> TrialSpec:
-    return TrialSpec(storage=Storage(folder), experiment="test", fixed={method: SHORT}, **settings)
+    return TrialSpec(storage=Storage(folder), experiment="test", configs={method: resolve(method, SHORT)}, **settings)
 
 
 def far_end(distribution: BaseDistribution) -> Any:
@@ -56,13 +58,13 @@ def far_end(distribution: BaseDistribution) -> Any:
 
 @pytest.mark.parametrize("method", [method.name for method in METHODS if method.name != "source_only"])
 def test_trials_of_any_searched_values_start_from_the_same_shared_stages(method: str, tmp_path: Path) -> None:
-    train(spec_of(method, tmp_path, shared_stages=True), "stages", {}, Checkpoints(tmp_path / "a"), None)
+    train(spec_of(method, tmp_path, shared_stages=True).trial("stages", {}), Checkpoints(tmp_path / "a"), None)
     published = sorted(tmp_path.glob("stages/*"))
     values = {key: far_end(distribution) for key, distribution in search_spaces.load(method)[0].items()}
     reports = Checkpoints(tmp_path / "b")
-    train(spec_of(method, tmp_path), "trial", values, reports, None)
-    assert reports.metrics[-1]["finished"]
-    assert [metrics["finished"] for metrics in reports.metrics[:-1]].count(True) == 0
+    train(spec_of(method, tmp_path).trial("trial", values), reports, None)
+    assert reports.reported[-1].end is End.FINISHED
+    assert {reported.end for reported in reports.reported[:-1]} <= {None}
     assert sorted(tmp_path.glob("stages/*")) == published
 
 
@@ -70,11 +72,11 @@ def test_shared_stages_interrupted_between_two_of_them_go_on_with_the_second(tmp
     spec = spec_of("sdca", tmp_path, shared_stages=True)
     interrupted = Checkpoints(tmp_path / "a", stop_before="statistics")
     with pytest.raises(KeyboardInterrupt):
-        train(spec, "stages", {}, interrupted, None)
+        train(spec.trial("stages", {}), interrupted, None)
     resumed = Checkpoints(tmp_path / "b")
-    train(spec, "stages", {}, resumed, interrupted.last)
-    assert [metrics["stage"] for metrics in resumed.metrics] == ["statistics"]
-    keys = stage_keys(spec.shared_config("sdca"), interrupted.metrics[0]["fingerprint"])
+    train(spec.trial("stages", {}), resumed, interrupted.last)
+    assert [reported.stage for reported in resumed.reported] == ["statistics"]
+    keys = stage_keys(spec.shared_config("sdca"), str(interrupted.reported[0].fingerprint))
     assert len(longest_prefix(spec.storage, keys)) == len(keys) == 2
 
 
@@ -82,8 +84,8 @@ def test_shared_stages_interrupted_between_two_of_them_go_on_with_the_second(tmp
 def test_a_damaged_shared_stage_is_computed_anew(name: str, tmp_path: Path) -> None:
     spec = spec_of("sdca", tmp_path, shared_stages=True)
     reports = Checkpoints(tmp_path / "a")
-    train(spec, "stages", {}, reports, None)
-    keys = stage_keys(spec.shared_config("sdca"), reports.metrics[0]["fingerprint"])
+    train(spec.trial("stages", {}), reports, None)
+    keys = stage_keys(spec.shared_config("sdca"), str(reports.reported[0].fingerprint))
     warmup = longest_prefix(spec.storage, keys)[0]
     assert put_damaged_aside(spec.storage, keys) == []
     (warmup / name).write_bytes((warmup / name).read_bytes()[:-10])
@@ -93,7 +95,7 @@ def test_a_damaged_shared_stage_is_computed_anew(name: str, tmp_path: Path) -> N
 
 def test_a_trial_without_its_shared_stages_says_so(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="must have been computed"):
-        train(spec_of("sdca", tmp_path), "trial", {}, Checkpoints(tmp_path / "a"), None)
+        train(spec_of("sdca", tmp_path).trial("trial", {}), Checkpoints(tmp_path / "a"), None)
 
 
 def test_no_method_of_a_joint_search_is_starved_by_early_luck(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""The run that an experiment's trials hang under: what was asked, what came out, what it cost."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from segadapt.platform.experiment.record import Record
+from segadapt.platform.results.seeds import Reranked, verdict
+from segadapt.platform.settings.states import TrialState
+from segadapt.platform.storage.checkpoints import TrialCheckpoint
+from segadapt.platform.tracking.descriptions import datasets, search_note
+from segadapt.platform.tracking.tags import (
+    BEST_NAME_TAG,
+    BEST_TRIAL_TAG,
+    DATA_NOTES_TAG,
+    KIND_TAG,
+    METHOD_TAG,
+    NOTE_TAG,
+    STATE_TAG,
+)
+from segadapt.platform.trial.environment import environment, git_tags
+from segadapt.platform.trial.spec import TrialSpec
+
+if TYPE_CHECKING:
+    from segadapt.platform.experiment.tuning import TrialResult
+
+
+@dataclass(frozen=True)
+class ParentRun:
+    """The parent run of an experiment; its key is the experiment's name."""
+
+    record: Record
+    spec: TrialSpec
+    tracker: Any
+    study_url: str
+    """Address of Optuna's storage."""
+
+    def open(self, data_notes: Sequence[str]) -> None:
+        """Open the run, or continue it.
+
+        Args:
+            data_notes: What was decided about the data.
+        """
+        from segadapt.platform.tracking.tracker import RunInfo
+        from segadapt.trainables.core.data.datasets import load_data
+
+        record, depended_on = self.record, environment()
+        tags = {KIND_TAG: record.kind, METHOD_TAG: record.methods, STATE_TAG: str(TrialState.RUNNING)}
+        tags |= git_tags(depended_on)
+        if data_notes:
+            tags[DATA_NOTES_TAG] = "\n".join(data_notes)  # `segadapt.data` is a trial's fingerprint
+        params = {"method": record.methods, "objective": record.objective, "trials": record.trials, "seed": record.seed}
+        if record.kind == "search":
+            tags |= record.lineage()
+            params |= {"sampler": record.sampler, "scheduler": record.scheduler}
+        if len(record.candidates) == 1:
+            params |= next(iter(record.candidates.values())).fixed
+        self.tracker.start(RunInfo(record.name, record.name, record.name, tags, params))
+        for data in dict.fromkeys(config.data for config in record.configs.values()):
+            self.tracker.log_datasets(record.name, datasets(data, load_data(data)[0].fingerprint))
+        configs = {name: config.as_dict() for name, config in record.configs.items()}
+        self.tracker.log_json(record.name, configs, "config.yaml")
+        self.tracker.log_json(record.name, depended_on, "environment.json")
+        spaces = {name: candidate.as_dict() for name, candidate in record.candidates.items()}
+        self.tracker.log_json(record.name, spaces, "space.yaml")
+
+    def summarise(
+        self,
+        results: "Sequence[TrialResult]",
+        ordered: "Mapping[TrialResult, TrialCheckpoint]",
+        ranking: Sequence[Reranked],
+    ) -> bool:
+        """Put the best trial and the plots on the run; returns whether there is a best one.
+
+        Args:
+            results: All trials.
+            ordered: Those that left a checkpoint, each with its best one; the best trial comes first.
+            ranking: The best trials as they did on other seeds, if they were trained again.
+        """
+        if ordered:
+            first = next(iter(ordered))
+            best = next((result for result in ordered if ranking and result.name == ranking[0].name), first)
+            self._log_best(best, ordered[best], len(results), verdict(ranking) if ranking else None)
+        if self.record.kind == "search":
+            if ordered:
+                self._log_selection({trial.name: ordered[trial].metrics for trial in results if trial in ordered})
+            self._log_study()
+        return bool(ordered)
+
+    def _log_best(self, result: "TrialResult", best: TrialCheckpoint, trials: int, lead: str | None) -> None:
+        """Put the best trial on the run.
+
+        Args:
+            result: The trial.
+            best: Its best checkpoint.
+            trials: Number of all trials.
+            lead: What its lead over the others is worth, if they were trained again.
+        """
+        record = self.record
+        goals = {goal: best.metrics[goal] for goal in self.spec.objective.goals if goal in best.metrics}
+        reached = {f"best/{goal}": value for goal, value in goals.items()}
+        self.tracker.log_summary(record.name, reached, best.metrics["step"])
+        note = search_note(record.name, result.name, goals, best.metrics["step"], trials, lead)
+        tags = {BEST_TRIAL_TAG: result.trial_id, BEST_NAME_TAG: result.name}
+        self.tracker.set_tags(record.name, tags | ({NOTE_TAG: note} if record.kind == "search" else {}))
+        if best.kept:
+            self.tracker.log_file(f"{record.name}/{result.trial_id}", best.path, "checkpoint")
+
+    def _log_study(self) -> None:
+        """Put the study's plots on the run, and how the methods compare at equal budget."""
+        from segadapt.platform.experiment.tuning import load_study
+        from segadapt.platform.results.methods import compare_methods
+        from segadapt.platform.results.plots import study_figures
+
+        objective, key = self.spec.objective, self.record.name
+        study = load_study(key, self.study_url)
+        for name, make in study_figures(study, objective):
+            self.tracker.log_figure(key, make, name)
+        if compared := compare_methods(study.get_trials(deepcopy=False), objective):
+            reached = {f"equal_budget/{result.method}": result.best_at_budget for result in compared}
+            self.tracker.log_summary(key, {**reached, "equal_budget/steps": compared[0].budget}, compared[0].budget)
+            self.tracker.log_json(key, [dataclasses.asdict(result) for result in compared], "methods.json")
+
+    def _log_selection(self, metrics_by_trial: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record what label-free selection among the trials would have lost; it changes no choice."""
+        from segadapt.platform.results.label_free import compare
+
+        choices = compare(metrics_by_trial)
+        last = max(int(metrics["step"]) for metrics in metrics_by_trial.values())
+        regrets = {f"regret/{choice.score}": choice.regret for choice in choices}
+        self.tracker.log_summary(self.record.name, regrets, last)
+        self.tracker.log_json(self.record.name, [dataclasses.asdict(choice) for choice in choices], "selection.json")
+
+    def close(self, state: TrialState) -> None:
+        """Close the run: finished, failed or interrupted."""
+        from segadapt.platform.experiment.ledger import spent_hours
+
+        unit = "gpu" if self.spec.resources.gpus > 0 else "cpu"
+        hours = spent_hours(self.spec.storage, self.record.name, unit)
+        self.tracker.log_summary(self.record.name, {f"cost/{unit}_hours": hours}, 0)
+        self.tracker.set_tags(self.record.name, {STATE_TAG: str(state)})
+        self.tracker.end(self.record.name, state.mlflow)
