@@ -10,7 +10,7 @@ from typing import Any
 
 from segadapt.platform.cluster.capacity import Capacity, capacity_of_cluster
 from segadapt.platform.errors import UsageError
-from segadapt.platform.ray_internals.start import authenticated, on_loopback, variables_set
+from segadapt.platform.ray_internals.start import LEFT_BY_RAY, authenticated, on_loopback, variables_set
 from segadapt.platform.ray_internals.tune import memory_kills_are_deaths, no_secrets_for_trials
 from segadapt.platform.settings.text import first_line
 
@@ -29,7 +29,6 @@ _DEFAULTS = {
     "OMP_NUM_THREADS": "1",
     "GOMP_SPINCOUNT": "10000",  # 0.25 ms: spinning for long slows busy machines down, without it threads wake late
 }
-
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,11 @@ def connect(address: str | None, *, verbose: bool = False) -> Iterator[Capacity]
     Raises:
         UsageError: If the cluster cannot be reached.
     """
-    with variables_set(_missing_variables()), signal_handlers_kept(), _connected(address, verbose) as capacity:
+    with (
+        variables_set(_missing_variables(), LEFT_BY_RAY),
+        signal_handlers_kept(),
+        _connected(address, verbose) as capacity,
+    ):
         yield capacity
 
 

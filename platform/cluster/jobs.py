@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from segadapt.platform.errors import UsageError, redacted
-from segadapt.platform.ray_internals.start import authenticated
+from segadapt.platform.ray_internals.start import LEFT_BY_RAY, authenticated, variables_set
 from segadapt.platform.settings.config import read_experiment
 from segadapt.platform.storage.folders import check_name
 
@@ -137,8 +137,9 @@ def _client(address: str) -> Iterator[Any]:
     Raises:
         UsageError: If it does not answer, or refuses a request.
     """
-    from ray.exceptions import RayError
-    from ray.job_submission import JobSubmissionClient
+    with variables_set({}, LEFT_BY_RAY):
+        from ray.exceptions import RayError
+        from ray.job_submission import JobSubmissionClient
 
     if not is_jobs_address(address):
         raise UsageError(

@@ -4,8 +4,11 @@ import contextlib
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+
+LEFT_BY_RAY = ("PYTHONBREAKPOINT", "RAY_CLIENT_MODE")
+"""Variables that Ray sets in a process that imports or starts it; the first takes `breakpoint()` away from a user."""
 
 _LOOPBACK = "127.0.0.1"
 
@@ -87,9 +90,9 @@ def attributes_changed(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def variables_set(told: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of this process's environment meanwhile."""
-    before = {name: os.environ.get(name) for name in told}
+def variables_set(told: Mapping[str, str], left_by_others: Collection[str] = ()) -> Iterator[None]:
+    """Set variables of this process's environment meanwhile, and restore those that others set in it meanwhile."""
+    before = {name: os.environ.get(name) for name in (*told, *left_by_others)}
     os.environ.update(told)
     try:
         yield
