@@ -97,8 +97,8 @@ def jobs(address: str) -> list[Job]:
         UsageError: If the cluster does not answer.
     """
     with _client(address) as client:
-        found = [job for job in client.list_jobs() if job.submission_id is not None]
-    return [_job(job) for job in sorted(found, key=lambda job: job.start_time or 0)]
+        listed = [job for job in client.list_jobs() if job.submission_id is not None]
+    return [_job(job) for job in sorted(listed, key=lambda job: job.start_time or 0)]
 
 
 def logs(name: str, address: str, *, follow: bool) -> Iterator[str]:
@@ -160,10 +160,10 @@ def _client(address: str) -> Iterator[Any]:
 
 
 def _known(client: Any, name: str) -> Job:
-    found = {job.submission_id: job for job in client.list_jobs() if job.submission_id is not None}
-    if name not in found:
-        raise UsageError(f"JOB must be known to the cluster, but got {name!r}. Known: {', '.join(found) or 'none'}.")
-    return _job(found[name])
+    by_name = {job.submission_id: job for job in client.list_jobs() if job.submission_id is not None}
+    if name not in by_name:
+        raise UsageError(f"JOB must be known to the cluster, but got {name!r}. Known: {', '.join(by_name) or 'none'}.")
+    return _job(by_name[name])
 
 
 def _job(details: Any) -> Job:
@@ -221,6 +221,6 @@ def _self_contained(words: Sequence[str]) -> list[str]:
     if path is None:
         return list(words)
     kept = without_option(words, "--config")
-    given = {word.partition("=")[0] for word in kept}
+    typed = {word.partition("=")[0] for word in kept}
     settings = read_experiment(Path(path))
-    return [*kept, *(f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in given)]
+    return [*kept, *(f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in typed)]

@@ -133,8 +133,11 @@ def finish_settings(method: str, trained: Values, values: Values, *, keep_losses
     if (rule := method_class(method).aligns_corners) is not None:
         settings["network.align_corners"] = rule
     if keep_losses:
-        own = dataclasses.asdict(_resolved(method, trained).method)
-        settings |= {"method.kept_method": method, **{f"method.kept_settings.{key}": own[key] for key in own}}
+        method_settings = dataclasses.asdict(_resolved(method, trained).method)
+        settings |= {
+            "method.kept_method": method,
+            **{f"method.kept_settings.{key}": method_settings[key] for key in method_settings},
+        }
     settings |= {"seed": trained["seed"], **values}
     if "method.rule" not in settings:
         settings = {**_labelling(method, trained), **settings}
@@ -164,8 +167,8 @@ def _finish_results(record: Record, row: Row, options: Options) -> list[FinishRe
     """Return how the runs of a finish ended, best first."""
     client = open_client(options.place)
     experiment = client.get_experiment_by_name(record.search)
-    found = client.search_runs([experiment.experiment_id], f"tags.`segadapt.experiment` = '{record.name}'")
-    newest = {run.info.run_name: run for run in reversed(found)}
+    runs = client.search_runs([experiment.experiment_id], f"tags.`segadapt.experiment` = '{record.name}'")
+    newest = {run.info.run_name: run for run in reversed(runs)}
     results = [_finish_result(record, row, run, client, options) for run in newest.values()]
     return sorted(results, key=lambda result: (math.inf if result.best is None else -result.best, result.seed))
 
@@ -177,8 +180,8 @@ def _finish_result(record: Record, row: Row, run: Any, client: Any, options: Opt
             history = sorted(client.get_metric_history(run.info.run_id, name), key=lambda entry: entry.step)
             before[name], after[name] = history[0].value, history[-1].value
     if _restarts(next(iter(record.configs().values()))):  # what was evaluated first is not the trial's network
-        shown = read_metrics(Path(str(record.start)))
-        before = {name: shown.get(name, math.nan) for name in after}
+        evaluated = read_metrics(Path(str(record.start)))
+        before = {name: evaluated.get(name, math.nan) for name in after}
     metrics, tags = run.data.metrics, run.data.tags
     ended = itertools.takewhile(lambda number: f"round/{number}/labelled_share" in metrics, itertools.count(1))
     rounds = [

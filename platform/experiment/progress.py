@@ -20,8 +20,8 @@ _ACTIVE = ("starting", "running")
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console as wide as the terminal; wide enough for a table where there is none."""
-    found = Console(stderr=stderr, highlight=False)
-    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+    screen = Console(stderr=stderr, highlight=False)
+    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=160)
 
 
 @dataclass
@@ -123,8 +123,8 @@ class Progress:
     def _say(self, event: str) -> None:
         if self._live is None:
             best = self._best
-            shown = f"best {number_text(best.best)} ({best.name})" if best else "no result yet"
-            self.console.print(f"{event} · {shown} · {self._count()} · {self._time_left()}")
+            best_so_far = f"best {number_text(best.best)} ({best.name})" if best else "no result yet"
+            self.console.print(f"{event} · {best_so_far} · {self._count()} · {self._time_left()}")
 
     def _count(self) -> str:
         return f"{self._ended}/{self.trials} trials done"

@@ -82,13 +82,13 @@ def in_order(rows: Sequence[Row], objective: Objective) -> list[Row]:
 
 def values_by_seed(entries: Sequence[Any], objective: Objective) -> dict[str, dict[int, float]]:
     """Return the leading goal of configurations that were trained again, by the name of their trial and the seed."""
-    found: dict[str, dict[int, float]] = {}
+    by_trial: dict[str, dict[int, float]] = {}
     for entry in entries:
         value = entry.data.metrics.get(f"best/{objective.leading}")
         if kind_of(entry) == "rerank" and value is not None:
             name, _, seed = entry.info.run_name.rpartition(".seed-")
-            found.setdefault(name, {})[int(seed)] = value
-    return found
+            by_trial.setdefault(name, {})[int(seed)] = value
+    return by_trial
 
 
 def kind_of(entry: Any) -> str | None:
@@ -101,17 +101,17 @@ def runs_of(client: Any, name: str) -> list[Any]:
     """Return the MLflow runs of an experiment."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        known = ", ".join(sorted(found.name for found in client.search_experiments() if found.name != "Default"))
-        raise UsageError(f"There must be a search {name!r}, but there is not. Known: {known or 'none'}.")
+        names = ", ".join(sorted(listed.name for listed in client.search_experiments() if listed.name != "Default"))
+        raise UsageError(f"There must be a search {name!r}, but there is not. Known: {names or 'none'}.")
     return list(client.search_runs([experiment.experiment_id], max_results=50_000))
 
 
 def runs_of_search(client: Any, name: str) -> list[Any]:
     """Return the MLflow runs of a search."""
-    found = runs_of(client, name)
-    if not any(kind_of(entry) == "search" for entry in found):
+    runs = runs_of(client, name)
+    if not any(kind_of(entry) == "search" for entry in runs):
         raise UsageError(f"SEARCH must name a search, but {name!r} is a single run. `segadapt runs` shows it.")
-    return found
+    return runs
 
 
 def study_of(name: str, place: Place) -> Any:
@@ -206,24 +206,24 @@ def leaderboard(search_name: str, place: Place, *, selection: bool = False) -> L
     """
     send_waiting(place)
     client = open_client(place)
-    found = runs_of(client, search_name)
-    parents = [entry for entry in found if entry.data.tags.get(KIND_TAG) in ("search", "train")]
+    runs = runs_of(client, search_name)
+    parents = [entry for entry in runs if entry.data.tags.get(KIND_TAG) in ("search", "train")]
     parent = parents[0].data if parents else None
     objective = Objective.parse(parent.params.get("objective", TARGET) if parent else TARGET)
-    rows = in_order([row_of(run, objective) for run in found if kind_of(run) in ("trial", "finish")], objective)
+    rows = in_order([row_of(run, objective) for run in runs if kind_of(run) in ("trial", "finish")], objective)
     reached = {
         name.removeprefix("equal_budget/"): value
         for name, value in (parent.metrics if parent else {}).items()
         if name.startswith("equal_budget/")
     }
     steps = reached.pop("steps", None)
-    ranking = rerank(values_by_seed(found, objective))
+    ranking = rerank(values_by_seed(runs, objective))
     return Leaderboard(
         search=search_name,
         objective=str(objective),
         rows=rows,
         baseline=parent.metrics.get(f"start/{objective.leading}") if parent else None,
-        selection=compare(kept_metrics(found)) if selection else (),
+        selection=compare(kept_metrics(runs)) if selection else (),
         methods=dict(sorted(reached.items(), key=lambda entry: -entry[1])),
         equal_steps=int(steps) if steps is not None else None,
         reranked=ranking,

@@ -86,8 +86,8 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
     running = [_running(client, entry, goal) for entry in trials if state[entry.info.run_name] in _OPEN]
     values = {entry.info.run_name: entry.data.metrics.get(f"best/{goal}") for entry in trials}
     values |= {trial.name: trial.value for trial in running}
-    known = {name: value for name, value in values.items() if value is not None}
-    best = max(known, key=lambda name: known[name], default=None)
+    reached = {name: value for name, value in values.items() if value is not None}
+    best = max(reached, key=lambda name: reached[name], default=None)
     asked = int(parent.data.tags.get("segadapt.trials", len(trials)))
     names = list(state.values())
     is_over = parent.info.status != "RUNNING"
@@ -97,7 +97,7 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
         objective=str(parent.data.params.get("objective", TARGET)),
         asked=asked,
         states={found: names.count(found) for found in sorted(set(names))},
-        best=known[best] if best is not None else None,
+        best=reached[best] if best is not None else None,
         best_name=best,
         running=[] if is_over else _judged(running),
         rungs=_rungs(study) if study is not None else (),
@@ -117,14 +117,14 @@ def _judged(running: Sequence[RunningTrial]) -> list[RunningTrial]:
 
 def _running(client: Any, entry: Any, goal: str) -> RunningTrial:
     history = client.get_metric_history(entry.info.run_id, goal)
-    times = sorted(found.timestamp for found in history)
-    last = max(history, key=lambda found: found.step, default=None)
+    times = sorted(point.timestamp for point in history)
+    last = max(history, key=lambda point: point.step, default=None)
     heard_ms = last.timestamp if last is not None else entry.info.start_time
     return RunningTrial(
         name=entry.info.run_name,
         state=entry.data.tags.get(STATE_TAG, "running"),
         step=last.step if last is not None else 0,
-        value=max((found.value for found in history), default=None),
+        value=max((point.value for point in history), default=None),
         heard_s=max(0.0, time.time() - heard_ms / 1000),
         longest_s=max((later - earlier for earlier, later in itertools.pairwise(times)), default=0) / 1000,
     )
@@ -132,11 +132,11 @@ def _running(client: Any, entry: Any, goal: str) -> RunningTrial:
 
 def _rungs(study: Any) -> list[RungStatus]:
     """Return what the scheduler decided at each rung, from the study's record."""
-    found: dict[int, list[bool]] = {}
+    decided: dict[int, list[bool]] = {}
     for trial in study.get_trials(deepcopy=False):
         for rung, decision in decisions(trial).items():
-            found.setdefault(rung, []).append(decision["continues"])
-    return [RungStatus(rung, len(went), sum(went)) for rung, went in sorted(found.items())]
+            decided.setdefault(rung, []).append(decision["continues"])
+    return [RungStatus(rung, len(went), sum(went)) for rung, went in sorted(decided.items())]
 
 
 def _left(trials: Sequence[Any], asked: int, at_a_time: int) -> float | None:
