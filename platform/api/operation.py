@@ -57,10 +57,10 @@ def cache_prune(
         ([], 0)
     """
     if everything == (older_than_days is not None) or (older_than_days is not None and older_than_days < 0):
-        shown = f"{older_than_days:g} days" if older_than_days is not None else "no days"
+        age = f"{older_than_days:g} days" if older_than_days is not None else "no days"
         raise UsageError(
             "Either --older-than DAYS, not negative, or --all must be given, but got "
-            f"{shown} and {'--all' if everything else 'no --all'}."
+            f"{age} and {'--all' if everything else 'no --all'}."
         )
     return cache.prune(place.existing(), 86400 * (older_than_days or 0.0), dry_run=dry_run)
 

@@ -28,8 +28,8 @@ def doctor(
     """
     from segadapt.platform.api import operation
 
-    found = operation.doctor(place=place, address=address, fix=fix)
-    findings = list(found) if as_json else show_findings(found)
+    examination = operation.doctor(place=place, address=address, fix=fix)
+    findings = list(examination) if as_json else show_findings(examination)
     if as_json:
         print(json.dumps([finding.as_dict() for finding in findings], indent=1))
     sys.exit(1 if any(finding.level == "fault" and not finding.repaired for finding in findings) else 0)

@@ -43,14 +43,14 @@ def jobs(address: JobsAddress = JOBS, as_json: AsJson = False) -> None:
 
     from segadapt.platform.api import operation
 
-    known = operation.jobs(address=address)
+    entries = operation.jobs(address=address)
     if as_json:
-        print(json.dumps([dataclasses.asdict(job) for job in known], indent=1))
+        print(json.dumps([dataclasses.asdict(job) for job in entries], indent=1))
         return
     table = Table("job", "state", "started (UTC)", "command", box=None)
-    for job in known:
+    for job in entries:
         table.add_row(job.name, job.state, job.started or "-", job.command)
-    console().print(table if known else "no jobs")
+    console().print(table if entries else "no jobs")
 
 
 @shared(place=tracked_place)

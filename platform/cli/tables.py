@@ -97,14 +97,14 @@ def show_leaderboard(board: "Leaderboard") -> None:
 
     trials = [row for row in board.rows if row.kind == "trial"]
     varied = sorted({key for row in trials for key in row.params})
-    shown = varied if len(varied) <= _SHOWN_PARAMS else []
+    as_columns = varied if len(varied) <= _SHOWN_PARAMS else []
     table = Table(title=f"{board.search}: {board.objective}", box=None)
     goals = list(next((row.goals for row in trials if len(row.goals) > 1), []))  # one goal is the column "best"
     columns = ["run", "state", *(goals or ["best"]), *(["mean rank"] if "+" in board.objective else [])]
-    for column in (*columns, "at step", "last", *(key.rsplit(".", 1)[-1] for key in shown)):
+    for column in (*columns, "at step", "last", *(key.rsplit(".", 1)[-1] for key in as_columns)):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     for row in board.rows:
-        values = [short_text(row.params.get(key, "")) if row.kind == "trial" else "" for key in shown]
+        values = [short_text(row.params.get(key, "")) if row.kind == "trial" else "" for key in as_columns]
         reached = [number_text(row.goals.get(goal)) for goal in goals] or [number_text(row.best)]
         ranks = [number_text(None if row.score is None else -row.score)] if "+" in board.objective else []
         name = f"{row.name} *" if row.on_front else row.name
@@ -119,13 +119,14 @@ def show_leaderboard(board: "Leaderboard") -> None:
     if board.methods:
         compared = ", ".join(f"{method} {value:.3f}" for method, value in board.methods.items())
         screen.print(f"best of each method after {board.equal_steps} steps: {compared}", soft_wrap=True)
-    if not shown:
+    if not as_columns:
         for method in dict.fromkeys(row.method for row in trials):
-            own = [row for row in trials if row.method == method]
-            values = [f"{key}={short_text(value)}" for key, value in sorted(own[0].params.items()) if key != "method"]
-            text = (
-                f"{method}: {len(own)} trials, best {number_text(own[0].best)} ({own[0].name}) with {' '.join(values)}"
-            )
+            of_method = [row for row in trials if row.method == method]
+            values = [
+                f"{key}={short_text(value)}" for key, value in sorted(of_method[0].params.items()) if key != "method"
+            ]
+            best = f"best {number_text(of_method[0].best)} ({of_method[0].name})"
+            text = f"{method}: {len(of_method)} trials, {best} with {' '.join(values)}"
             screen.print(text, markup=False, soft_wrap=True)
     for row in board.rows:
         if row.failure:
@@ -133,30 +134,30 @@ def show_leaderboard(board: "Leaderboard") -> None:
     show_reranked(board)
 
 
-def show_status(found: "SearchStatus", *, clear: bool) -> None:
+def show_status(status: "SearchStatus", *, clear: bool) -> None:
     """Show how a search stands; `clear` wipes a terminal before."""
     from rich.table import Table
 
     screen = console()
     if clear and screen.is_terminal:
         screen.clear()
-    states = ", ".join(f"{count} {state}" for state, count in found.states.items()) or "none yet"
-    screen.print(f"{found.search}: {found.state} · trials, of {found.asked}: {states}", markup=False)
-    if found.best is not None:
-        screen.print(f"best so far {found.best:.3f} ({found.best_name}), for {found.objective}", markup=False)
-    if found.left_s is not None:
-        screen.print(f"about {duration_text(found.left_s)} left")
-    if found.running:
+    states = ", ".join(f"{count} {state}" for state, count in status.states.items()) or "none yet"
+    screen.print(f"{status.search}: {status.state} · trials, of {status.asked}: {states}", markup=False)
+    if status.best is not None:
+        screen.print(f"best so far {status.best:.3f} ({status.best_name}), for {status.objective}", markup=False)
+    if status.left_s is not None:
+        screen.print(f"about {duration_text(status.left_s)} left")
+    if status.running:
         table = Table(box=None)
         for column in ("trial", "state", "step", "best", "last heard"):
             table.add_column(column, justify="left" if column in ("trial", "state") else "right")
-        for trial in found.running:
+        for trial in status.running:
             heard = f"{duration_text(trial.heard_s)} ago" + (" (stalled)" if trial.stalled else "")
             table.add_row(trial.name, trial.state, str(trial.step), number_text(trial.value), heard)
         screen.print(table)
-    for rung in found.rungs:
+    for rung in status.rungs:
         screen.print(f"rung {rung.step}: {rung.reached} came, {rung.continued} went on")
-    for name, reason in found.failures.items():
+    for name, reason in status.failures.items():
         screen.print(f"{name} failed: {reason}", markup=False, soft_wrap=True)
 
 
@@ -169,10 +170,16 @@ def show_reranked(board: "Leaderboard") -> None:
     table = Table(title=f"trained again on {len(board.reranked[0].values)} other seeds", box=None)
     for column in ("configuration of", "mean", "95 % interval", "behind the first", "by seed"):
         table.add_column(column, justify="left" if column == "configuration of" else "right")
-    for found in board.reranked:
-        behind = "-" if found.behind is None else f"{found.behind:.3f} ± {number_text(found.behind_half_width)}"
-        by_seed = " ".join(f"{value:.3f}" for value in found.values)
-        table.add_row(found.name, f"{found.mean:.3f}", f"± {number_text(found.half_width)}", behind, by_seed)
+    for entry in board.reranked:
+        behind = "-" if entry.behind is None else f"{entry.behind:.3f} ± {number_text(entry.behind_half_width)}"
+        by_seed = " ".join(f"{value:.3f}" for value in entry.values)
+        table.add_row(
+            entry.name,
+            f"{entry.mean:.3f}",
+            f"± {number_text(entry.half_width)}",
+            behind,
+            by_seed,
+        )
     screen = console()
     screen.print(table)
     screen.print(board.verdict)
@@ -207,9 +214,9 @@ def show_finish(result: "FinishResult") -> None:
         table.add_row(metric, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
     screen = console()
     screen.print(table)
-    for number, found in enumerate(result.rounds, 1):
-        miou = number_text(found.get("target_val/miou"))
-        screen.print(f"round {number}: {found['labelled_share']:.1%} of the target labelled, target_val/miou {miou}")
+    for number, metrics in enumerate(result.rounds, 1):
+        miou = number_text(metrics.get("target_val/miou"))
+        screen.print(f"round {number}: {metrics['labelled_share']:.1%} of the target labelled, target_val/miou {miou}")
     for name, path in (("best", result.checkpoint), ("last", result.last)):
         if path:
             screen.print(f"{name} checkpoint: {path}", soft_wrap=True)
@@ -247,7 +254,7 @@ def show_evaluation(result: "EvaluationResult") -> None:
         screen.print(f"predictions: {result.predictions}", soft_wrap=True, markup=False)
 
 
-def show_cache(found: "CacheContent") -> None:
+def show_cache(content: "CacheContent") -> None:
     """Show the shared stages, the leases on them and what was left over."""
     from rich.table import Table
 
@@ -255,20 +262,20 @@ def show_cache(found: "CacheContent") -> None:
     table = Table(box=None)
     for column in ("stage", "by", "data", "network", "seed", "steps", "size", "age", "unused", "hash", "needed by"):
         table.add_column(column, justify="right" if column in ("seed", "steps", "size", "age", "unused") else "left")
-    for stage in found.stages:
-        told = stage.description
-        what = (
-            [told.stage, told.method, told.data, told.network, str(told.seed), str(told.steps)] if told else ["?"] * 6
-        )
+    for stage in content.stages:
+        names = ("stage", "method", "data", "network", "seed", "steps")
+        what = [str(getattr(stage.description, name)) if stage.description else "?" for name in names]
         times = [duration_text(stage.age_s), duration_text(stage.unused_s)]
         table.add_row(*what, size_text(stage.bytes), *times, stage.hash[:12], ", ".join(stage.needed_by) or "-")
-    if found.stages:
+    if content.stages:
         screen.print(table)
-    for lease in found.leases:
+    for lease in content.leases:
         screen.print(_lease_text(lease), markup=False, soft_wrap=True)
-    if found.left_over:
-        screen.print(f"{len(found.left_over)} left-over copies of dead processes; `segadapt cache prune` removes them")
-    screen.print(f"{len(found.stages)} stages, {size_text(found.bytes)}")
+    if content.left_over:
+        screen.print(
+            f"{len(content.left_over)} left-over copies of dead processes; `segadapt cache prune` removes them"
+        )
+    screen.print(f"{len(content.stages)} stages, {size_text(content.bytes)}")
 
 
 def show_pruned(pruned: "Pruned", *, dry_run: bool) -> None:
@@ -287,14 +294,14 @@ def show_pruned(pruned: "Pruned", *, dry_run: bool) -> None:
     screen.print(f"{'would free' if dry_run else 'freed'} {size_text(pruned.bytes)}")
 
 
-def show_findings(found: "Iterable[Finding]") -> "list[Finding]":
+def show_findings(examination: "Iterable[Finding]") -> "list[Finding]":
     """Show what a check-up finds as it comes; returns it."""
     from rich.text import Text
 
     screen = console()
     styles = {"ok": "green", "warning": "yellow", "fault": "bold red", "repaired": "green"}
     findings = []
-    for finding in found:
+    for finding in examination:
         findings.append(finding)
         level = "repaired" if finding.repaired else finding.level
         parts = [finding.text, finding.meaning, "" if finding.repaired else finding.advice]
@@ -312,8 +319,9 @@ def show_findings(found: "Iterable[Finding]") -> "list[Finding]":
 
 
 def _stage_text(stage: "CachedStage") -> str:
-    told = stage.description
-    what = f"{told.stage} ({told.data}, {told.network}, seed {told.seed}, {told.steps} steps)" if told else "a stage"
+    what = "a stage"
+    if (computed := stage.description) is not None:
+        what = f"{computed.stage} ({computed.data}, {computed.network}, seed {computed.seed}, {computed.steps} steps)"
     return f"{stage.hash[:12]} {what}, unused for {duration_text(stage.unused_s)}"
 
 
@@ -371,8 +379,8 @@ def show_dataset(report: "DatasetReport") -> None:
     for note in report.notes:
         screen.print(f"note: {note}", markup=False, soft_wrap=True)
     for problem, faults in groupby(sorted(report.faults, key=lambda fault: fault.problem), lambda fault: fault.problem):
-        found = list(faults)
-        screen.print(f"\n{problem} ({len(found)}):", markup=False)
-        for fault in found:
+        alike = list(faults)
+        screen.print(f"\n{problem} ({len(alike)}):", markup=False)
+        for fault in alike:
             screen.print(f"  {fault.path}  {fault.detail}".rstrip(), markup=False, soft_wrap=True)
     screen.print(f"\n{len(report.faults)} faults in {report.root}" if report.faults else f"{report.root} is sound.")

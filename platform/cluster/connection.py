@@ -10,7 +10,7 @@ from typing import Any
 
 from segadapt.platform.cluster.capacity import Capacity, capacity_of_cluster, this_machine
 from segadapt.platform.errors import UsageError
-from segadapt.platform.ray_internals.start import authenticated, keep_uv_out, on_loopback, variables_set
+from segadapt.platform.ray_internals.start import LEFT_BY_RAY, authenticated, keep_uv_out, on_loopback, variables_set
 from segadapt.platform.ray_internals.tune import memory_kills_are_deaths, no_secrets_for_trials
 from segadapt.platform.settings.resources import Allocation, Resources
 from segadapt.platform.settings.text import first_line
@@ -65,7 +65,7 @@ def connect(address: str | None, *, verbose: bool = False, resources: Resources 
         UsageError: If the cluster cannot be reached.
     """
     with (
-        variables_set(_missing_variables()),
+        variables_set(_missing_variables(), LEFT_BY_RAY),
         signal_handlers_kept(),
         _connected(address, verbose, resources) as capacity,
     ):

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from segadapt.platform.errors import UsageError, redacted
-from segadapt.platform.ray_internals.start import authenticated
+from segadapt.platform.ray_internals.start import LEFT_BY_RAY, authenticated, variables_set
 from segadapt.platform.settings.config import read_experiment
 from segadapt.platform.storage.folders import check_name
 from segadapt.platform.storage.retries import retry
@@ -101,8 +101,8 @@ def jobs(address: str) -> list[Job]:
         UsageError: If the cluster does not answer.
     """
     with _client(address) as client:
-        found = [job for job in client.list_jobs() if job.submission_id is not None]
-    return [_job(job) for job in sorted(found, key=lambda job: job.start_time or 0)]
+        listed = [job for job in client.list_jobs() if job.submission_id is not None]
+    return [_job(job) for job in sorted(listed, key=lambda job: job.start_time or 0)]
 
 
 def logs(name: str, address: str, *, follow: bool) -> Iterator[str]:
@@ -141,8 +141,9 @@ def _client(address: str) -> Iterator[Any]:
     Raises:
         UsageError: If it does not answer, or refuses a request.
     """
-    from ray.exceptions import RayError
-    from ray.job_submission import JobSubmissionClient
+    with variables_set({}, LEFT_BY_RAY):
+        from ray.exceptions import RayError
+        from ray.job_submission import JobSubmissionClient
 
     if not is_jobs_address(address):
         raise UsageError(
@@ -163,10 +164,10 @@ def _client(address: str) -> Iterator[Any]:
 
 
 def _known(client: Any, name: str) -> Job:
-    found = {job.submission_id: job for job in client.list_jobs() if job.submission_id is not None}
-    if name not in found:
-        raise UsageError(f"JOB must be known to the cluster, but got {name!r}. Known: {', '.join(found) or 'none'}.")
-    return _job(found[name])
+    by_name = {job.submission_id: job for job in client.list_jobs() if job.submission_id is not None}
+    if name not in by_name:
+        raise UsageError(f"JOB must be known to the cluster, but got {name!r}. Known: {', '.join(by_name) or 'none'}.")
+    return _job(by_name[name])
 
 
 def _job(details: Any) -> Job:
@@ -224,6 +225,6 @@ def _self_contained(words: Sequence[str]) -> list[str]:
     if path is None:
         return list(words)
     kept = without_option(words, "--config")
-    given = {word.partition("=")[0] for word in kept}
+    typed = {word.partition("=")[0] for word in kept}
     settings = read_experiment(Path(path))
-    return [*kept, *(f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in given)]
+    return [*kept, *(f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in typed)]

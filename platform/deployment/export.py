@@ -16,6 +16,7 @@ from segadapt.platform.deployment import evaluation as evaluating
 from segadapt.platform.deployment import registry
 from segadapt.platform.deployment.card import Card
 from segadapt.platform.errors import UsageError
+from segadapt.platform.ray_internals.start import variables_set
 from segadapt.platform.results.leaderboard import find_run, open_client, run_tags
 from segadapt.platform.settings.config import TrialConfig
 from segadapt.platform.storage.checkpoints import class_colors, read_metrics, state_hash
@@ -306,6 +307,7 @@ def export_run(run: str, search: str, out: str | None, register: str | None, pla
     network, card = load_network(origin, torch.device("cpu"))
     default = re.sub(r"[^\w.-]", "-", f"{origin.search}-{origin.run}")  # a server named it
     folder = Path(default if out is None else out).expanduser()
-    differences = write(network, card, folder)
+    with variables_set({}, ("TORCHINDUCTOR_CACHE_DIR",)):  # PyTorch's exporter leaves it behind
+        differences = write(network, card, folder)
     version = registry.register(open_client(place), name, card, folder / ONNX)
     return ExportResult(origin.run, str(folder), differences, name, version)

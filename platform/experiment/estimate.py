@@ -92,59 +92,72 @@ def estimate(record: Record, options: Options) -> Estimate:
     Raises:
         UsageError: If this machine can never run a trial, or a probe fails.
     """
-    capacity = this_machine()
     resources, concurrent = _resources(record, options)
-    threads = resources_of(options.resources, capacity, 1, 1)[0].cpus if options.address is None else capacity.cpus
     configs = record.configs
+    probes = _probes(record, options, resources)
+    storage = options.place.folders
+    methods = _method_costs(record, storage, probes)
+
+    shared_s = sum(cost.shared_s for cost in methods.values())
+    trial_s = mean(cost.trial_s for cost in methods.values())
+    stopped_s = mean(cost.early_stopped_s for cost in methods.values())
+    longest_s = max(cost.trial_s for cost in methods.values())
+    again = record.rerank * record.seeds
+    warm_ups_s = record.seeds * mean(_warm_ups(configs, probes))
+    again_s = math.ceil(again / concurrent) * trial_s + warm_ups_s
+    busy_s = shared_s + warm_ups_s + (record.trials + again) * trial_s
+    on_gpu = resources.gpus > 0 and torch.cuda.is_available()
+    estimated = Estimate(
+        methods=methods,
+        concurrent=concurrent,
+        device="GPU" if on_gpu else "process",
+        memory_limit=None if options.address is not None else _memory_limit(resources, concurrent, on_gpu=on_gpu),
+        free_bytes=shutil.disk_usage(_existing(storage.root)).free,
+        shared_s=shared_s,
+        search_s=shared_s + math.ceil(record.trials / concurrent) * trial_s + again_s,
+        early_stopped_s=shared_s + max(longest_s, record.trials / concurrent * stopped_s) + again_s,
+        gpu_hours=busy_s * resources.workers * resources.gpus / 3600,
+        storage_bytes=_storage_bytes(record, concurrent, methods),
+        notes=tuple(_notes(record, options, resources, probes, configs)),
+        problems=(),
+    )
+    return dataclasses.replace(estimated, problems=tuple(_problems(estimated, record, storage)))
+
+
+def _probes(record: Record, options: Options, resources: Allocation) -> dict[str, Probe]:
+    """Measure each method, as one worker of its trials would run it."""
+    capacity = this_machine()
+    threads = resources_of(options.resources, capacity, 1, 1)[0].cpus if options.address is None else capacity.cpus
     probes = {}
-    for method, config in configs.items():
+    for method, config in record.configs.items():
         options.say(f"measuring {PROBE_STEPS} steps of each stage of {method} ...")
         probes[method] = run_probe(method, _one_worker(config, resources.workers), resources.cpus, threads)
+    return probes
 
-    storage = options.place.folders
+
+def _method_costs(record: Record, storage: Storage, probes: Mapping[str, Probe]) -> dict[str, MethodCost]:
+    """Return what the trials of each method take; shared stages count for the first method that needs them."""
+    configs = record.configs
+    rungs = _rungs(configs) if record.scheduler != "none" else []
     computed: set[str] = set()
-    methods = {}
+    costs = {}
     for method, probe in probes.items():
         keys = stage_keys(record.shared_configs[method], probe.fingerprint)
         missing = [key for key in keys if key.hash not in computed and find(storage, key) is None]
         computed |= {key.hash for key in keys}
-        rungs = _rungs(configs) if record.scheduler != "none" else []
-        methods[method] = _method_cost(configs[method], probe, rungs, tuple(key.stage for key in missing))
+        costs[method] = _method_cost(configs[method], probe, rungs, tuple(key.stage for key in missing))
+    return costs
 
-    shared_s = sum(cost.shared_s for cost in methods.values())
-    shared_bytes = sum(cost.shared_bytes for cost in methods.values())
-    per_trial = record.trials / len(methods)
-    trial_s = mean(cost.trial_s for cost in methods.values())
-    stopped_s = mean(cost.early_stopped_s for cost in methods.values())
-    waves = math.ceil(record.trials / concurrent)
-    again = record.rerank * record.seeds
-    warm_ups_s = record.seeds * mean(_warm_ups(configs, probes))
-    again_s = math.ceil(again / concurrent) * trial_s + warm_ups_s
-    longest = max(cost.trial_s for cost in methods.values())
-    on_gpu = resources.gpus > 0 and torch.cuda.is_available()
-    found = Estimate(
-        methods=methods,
-        concurrent=concurrent,
-        device="GPU" if on_gpu else "process",
-        memory_limit=None if options.address else _memory_limit(resources, concurrent, on_gpu=on_gpu),
-        free_bytes=shutil.disk_usage(_existing(storage.root)).free,
-        shared_s=shared_s,
-        search_s=shared_s + waves * trial_s + again_s,
-        early_stopped_s=shared_s + max(longest, record.trials / concurrent * stopped_s) + again_s,
-        gpu_hours=(shared_s + warm_ups_s + (record.trials + again) * trial_s)
-        * resources.workers
-        * resources.gpus
-        / 3600,
-        storage_bytes=round(
-            shared_bytes
-            + (per_trial + again / len(methods)) * sum(cost.trial_bytes for cost in methods.values())
-            - _removed(record, concurrent) * mean(cost.checkpoints_bytes for cost in methods.values())
-            + max(probe.checkpoint_bytes for probe in probes.values())  # the best one's copy in MLflow
-        ),
-        notes=tuple(_notes(record, options, resources, probes, configs)),
-        problems=(),
+
+def _storage_bytes(record: Record, concurrent: int, methods: Mapping[str, MethodCost]) -> int:
+    """Return what the search leaves on the disk, the copy of the best checkpoint in MLflow included."""
+    trials_of_each = (record.trials + record.rerank * record.seeds) / len(methods)
+    removed = _removed(record, concurrent) * mean(cost.checkpoints_bytes for cost in methods.values())
+    return round(
+        sum(cost.shared_bytes + trials_of_each * cost.trial_bytes for cost in methods.values())
+        - removed
+        + max(cost.probe.checkpoint_bytes for cost in methods.values())
     )
-    return dataclasses.replace(found, problems=tuple(_problems(found, record, storage)))
 
 
 def _resources(record: Record, options: Options) -> tuple[Allocation, int]:
@@ -167,18 +180,18 @@ def _one_worker(config: TrialConfig, workers: int) -> TrialConfig:
 
 
 def _method_cost(config: TrialConfig, probe: Probe, rungs: Sequence[int], missing: tuple[Stage, ...]) -> MethodCost:
-    own = split_plan(config)[1]
-    steps = stage_steps(own, config.warmup.steps, config.trainer.steps)
+    plan = split_plan(config)[1]
+    steps = stage_steps(plan, config.warmup.steps, config.trainer.steps)
     total = sum(steps.values())
     levels = [rung for rung in rungs if rung < total]
     shared_steps = stage_steps(missing, config.warmup.steps, config.trainer.steps)
     return MethodCost(
         probe=probe,
-        trial_s=_seconds(probe, own, steps, config, total),
-        first_rung_s=_seconds(probe, own, steps, config, levels[0] if levels else total),
-        early_stopped_s=_early_stopped([_seconds(probe, own, steps, config, step) for step in (*levels, total)]),
+        trial_s=_seconds(probe, plan, steps, config, total),
+        first_rung_s=_seconds(probe, plan, steps, config, levels[0] if levels else total),
+        early_stopped_s=_early_stopped([_seconds(probe, plan, steps, config, step) for step in (*levels, total)]),
         shared_s=_seconds(probe, missing, shared_steps, config, sum(shared_steps.values())) if missing else 0.0,
-        trial_bytes=KEPT_CHECKPOINTS * probe.checkpoint_bytes + sum(probe.stages[s.name].artifact_bytes for s in own),
+        trial_bytes=KEPT_CHECKPOINTS * probe.checkpoint_bytes + sum(probe.stages[s.name].artifact_bytes for s in plan),
         checkpoints_bytes=KEPT_CHECKPOINTS * probe.checkpoint_bytes,
         shared_bytes=(len(missing) + KEPT_CHECKPOINTS) * probe.checkpoint_bytes if missing else 0,
     )
@@ -210,7 +223,7 @@ def _warm_ups(configs: Mapping[str, TrialConfig], probes: Mapping[str, Probe]) -
 
 
 def _rungs(configs: Mapping[str, TrialConfig]) -> list[int]:
-    """Return the steps at which the search compares trials, as `experiments` plans them."""
+    """Return the steps at which the search compares trials, as `session` plans them."""
     from segadapt.platform.search.schedulers import levels
 
     steps = max(own_steps(config) for config in configs.values())
@@ -232,10 +245,10 @@ def _seconds(probe: Probe, plan: Sequence[Stage], steps: Mapping[str, int], conf
         if done >= until and steps[stage.name] > 0:
             break
         taken = min(steps[stage.name], until - done)
-        found, every = probe.stages[stage.name], config.trainer.eval_every
+        measured, every = probe.stages[stage.name], config.trainer.eval_every
         evaluations = (done + taken) // every - done // every
         ends_between = taken == steps[stage.name] and (taken == 0 or (done + taken) % every != 0)
-        seconds += found.preparation_s + taken * found.step_s + (evaluations + ends_between) * probe.evaluation_s
+        seconds += measured.preparation_s + taken * measured.step_s + (evaluations + ends_between) * probe.evaluation_s
         done += taken
     return seconds
 
@@ -248,14 +261,14 @@ def _memory_limit(resources: Allocation, concurrent: int, *, on_gpu: bool) -> in
 
 def available_memory() -> int:
     """Return the bytes of memory that new processes may take on this machine, or in this container."""
-    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     if Path("/proc/meminfo").is_file():  # counts what the system would give up, such as cached files
         lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        found = [int(lines["MemAvailable"].split()[0]) * 1024]
+        limits = [int(lines["MemAvailable"].split()[0]) * 1024]
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()) != "max":
-        found.append(int(limit) - int((group / "memory.current").read_text()))
-    return max(0, min(found))
+        limits.append(int(limit) - int((group / "memory.current").read_text()))
+    return max(0, min(limits))
 
 
 def _existing(folder: Path) -> Path:
@@ -284,23 +297,24 @@ def _notes(
             yield f"{method}: {asked} images do not fit the device; micro-batches of {probe.micro_batch} are used."
 
 
-def _problems(found: Estimate, record: Record, storage: Storage) -> Iterator[str]:
-    for method, cost in found.methods.items():
-        if found.memory_limit is not None and cost.probe.memory_bytes > found.memory_limit:
+def _problems(estimated: Estimate, record: Record, storage: Storage) -> Iterator[str]:
+    for method, cost in estimated.methods.items():
+        if estimated.memory_limit is not None and cost.probe.memory_bytes > estimated.memory_limit:
             yield (
-                f"A worker of {method} must fit {_gib(found.memory_limit)} ({found.device} memory, {found.concurrent} "
-                f"trials at a time), but takes {_gib(cost.probe.memory_bytes)}. Lower --concurrent, "
-                "trainer.batch_size (and raise trainer.accumulate) or augmentation.crop, or raise --gpus-per-trial."
+                f"A worker of {method} must fit {_gib(estimated.memory_limit)} ({estimated.device} memory, "
+                f"{estimated.concurrent} trials at a time), but takes {_gib(cost.probe.memory_bytes)}. "
+                "Lower --concurrent, trainer.batch_size (and raise trainer.accumulate) or augmentation.crop, or raise "
+                "--gpus-per-trial."
             )
         if record.time_budget_s is not None and record.time_budget_s < cost.first_rung_s:
             yield (
                 f"--time-budget must let a trial of {method} reach the first rung, after about "
                 f"{cost.first_rung_s:.0f} s, but is {record.time_budget_s:g} s. Raise it, or lower trainer.eval_every."
             )
-    if found.storage_bytes > found.free_bytes:
+    if estimated.storage_bytes > estimated.free_bytes:
         yield (
-            f"The disk of --storage must have about {_gib(found.storage_bytes)} free, but {storage.root} has "
-            f"{_gib(found.free_bytes)}. Free some space, choose another folder, lower --trials or take --keep-top."
+            f"The disk of --storage must have about {_gib(estimated.storage_bytes)} free, but {storage.root} has "
+            f"{_gib(estimated.free_bytes)}. Free some space, choose another folder, lower --trials or take --keep-top."
         )
 
 

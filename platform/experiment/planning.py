@@ -359,11 +359,11 @@ def free_name(place: Place, name: str | None, default: str) -> str:
     Raises:
         UsageError: If `name` is taken, or the server does not answer.
     """
-    opened = place.folders
+    folders = place.folders
     server = open_client(place) if place.tracking_uri is not None else None
 
     def taken(candidate: str) -> bool:
-        if opened.experiment(candidate).exists():
+        if folders.experiment(candidate).exists():
             return True
         try:
             return server is not None and server.get_experiment_by_name(candidate) is not None
@@ -376,7 +376,7 @@ def free_name(place: Place, name: str | None, default: str) -> str:
     if name is not None:
         if taken(name):
             raise UsageError(
-                f"--name must be new, but {name!r} exists in {opened.root} or on the MLflow server. "
+                f"--name must be new, but {name!r} exists in {folders.root} or on the MLflow server. "
                 f"Go on with it by `--resume {name}`, or choose another."
             )
         return name

@@ -67,8 +67,8 @@ class Probe:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Probe":
         """Rebuild what `dataclasses.asdict` returned."""
-        found = {name: StageProbe(**stage) for name, stage in content["stages"].items()}
-        return cls(**{**content, "stages": found})
+        stages = {name: StageProbe(**stage) for name, stage in content["stages"].items()}
+        return cls(**{**content, "stages": stages})
 
 
 def run_probe(method: str, config: TrialConfig, threads: float, shared_threads: float) -> Probe:
@@ -199,7 +199,7 @@ def measure(config: TrialConfig, folder: Path, threads: float, shared_threads: f
     method = build_method(config, len(data.classes))
     start_s = time.perf_counter() - started
     source, target = _FirstLabelled(data.source), _First(data.target)
-    shown = _FirstLabelled(evaluation.source), _FirstLabelled(evaluation.target)
+    validation = _FirstLabelled(evaluation.source), _FirstLabelled(evaluation.target)
     plan = [stage for part in split_plan(config) for stage in part]
     representative = {stage.name: next(s for s in plan if _kind(s) == _kind(stage)) for stage in plan}
     sizes: list[int] = []
@@ -213,7 +213,7 @@ def measure(config: TrialConfig, folder: Path, threads: float, shared_threads: f
         method,
         tuple(stage for stage in plan if representative[stage.name] is stage),
         dataclasses.replace(data, source=source, target=target),
-        dataclasses.replace(evaluation, source=shown[0], target=shown[1]),
+        dataclasses.replace(evaluation, source=validation[0], target=validation[1]),
         TrainerSettings(
             trainer=dataclasses.replace(config.trainer, eval_every=2**31, evaluate_start=False),
             optimizer=config.optimizer,
@@ -232,7 +232,7 @@ def measure(config: TrialConfig, folder: Path, threads: float, shared_threads: f
     return Probe(
         start_s=start_s,
         stages={stage.name: measured[representative[stage.name].name] for stage in plan},
-        evaluation_s=median(trainer.evaluations) * mean(images.factor for images in shown),
+        evaluation_s=median(trainer.evaluations) * mean(images.factor for images in validation),
         memory_bytes=torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else peak_memory(),
         checkpoint_bytes=max(sizes),
         micro_batch=trainer.micro_batch,

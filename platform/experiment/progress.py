@@ -120,8 +120,8 @@ class Progress:
     def _say(self, event: str) -> None:
         if self._live is None:
             best = self._best
-            shown = f"best {number_text(best.best)} ({best.name})" if best else "no result yet"
-            self.console.print(f"{event} · {shown} · {self._count()} · {self._time_left()}")
+            best_so_far = f"best {number_text(best.best)} ({best.name})" if best else "no result yet"
+            self.console.print(f"{event} · {best_so_far} · {self._count()} · {self._time_left()}")
 
     def _count(self) -> str:
         return f"{self._ended}/{self.trials} trials done"

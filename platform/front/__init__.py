@@ -98,7 +98,10 @@ if not TYPE_CHECKING:  # a type checker would take any name for one that this re
             raise AttributeError(
                 f"module 'segadapt' has no attribute {name!r}; it offers {', '.join(sorted(_MODULE_OF))}"
             )
-        value = getattr(importlib.import_module(f"segadapt.platform.{_MODULE_OF[name]}"), name)
+        from segadapt.platform.ray_internals.start import LEFT_BY_RAY, variables_set
+
+        with variables_set({}, LEFT_BY_RAY):
+            value = getattr(importlib.import_module(f"segadapt.platform.{_MODULE_OF[name]}"), name)
         globals()[name] = value
         return value
 

@@ -4,11 +4,14 @@ import contextlib
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from segadapt.platform.errors import UsageError, warn_of_change
+
+LEFT_BY_RAY = ("PYTHONBREAKPOINT", "RAY_CLIENT_MODE")
+"""Variables that Ray sets in a process that imports or starts it; the first takes `breakpoint()` away from a user."""
 
 PRIVATE = (
     ("ray._raylet", "AuthenticationTokenLoader", "see whether there is a token, and have Ray read it"),
@@ -175,9 +178,9 @@ def attributes_changed(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def variables_set(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables of this process's environment meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
+def variables_set(variables: Mapping[str, str], left_by_others: Collection[str] = ()) -> Iterator[None]:
+    """Set variables of this process's environment meanwhile, and restore those that others set in it meanwhile."""
+    before = {name: os.environ.get(name) for name in (*variables, *left_by_others)}
     os.environ.update(variables)
     try:
         yield

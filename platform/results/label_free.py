@@ -41,13 +41,13 @@ def compare(trials: Mapping[str, Mapping[str, float]]) -> list[Choice]:
     choices = []
     for score in LABEL_FREE:
         pairs = {name: (kept.get(score, math.nan), kept.get(TARGET, math.nan)) for name, kept in trials.items()}
-        found = {name: pair for name, pair in pairs.items() if all(map(math.isfinite, pair))}
-        if not found:
+        judged = {name: pair for name, pair in pairs.items() if all(map(math.isfinite, pair))}
+        if not judged:
             continue
-        chosen = max(sorted(found), key=lambda name: found[name][0])
-        miou = found[chosen][1]
-        scores, mious = zip(*found.values(), strict=True)
-        choices.append(Choice(score, len(found), _rank_correlation(scores, mious), chosen, miou, max(mious) - miou))
+        chosen = max(sorted(judged), key=lambda name: judged[name][0])
+        miou = judged[chosen][1]
+        scores, mious = zip(*judged.values(), strict=True)
+        choices.append(Choice(score, len(judged), _rank_correlation(scores, mious), chosen, miou, max(mious) - miou))
     return choices
 
 

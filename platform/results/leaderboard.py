@@ -94,13 +94,13 @@ def in_order(rows: Sequence[Row], objective: Objective) -> list[Row]:
 
 def values_by_seed(entries: Sequence[Any], objective: Objective) -> dict[str, dict[int, float]]:
     """Return the leading goal of configurations that were trained again, by the name of their trial and the seed."""
-    values: dict[str, dict[int, float]] = {}
+    by_trial: dict[str, dict[int, float]] = {}
     for entry in entries:
         value = entry.data.metrics.get(f"best/{objective.leading}")
         if kind_of(entry) == "rerank" and value is not None:
             name, _, seed = entry.info.run_name.rpartition(".seed-")
-            values.setdefault(name, {})[int(seed)] = value
-    return values
+            by_trial.setdefault(name, {})[int(seed)] = value
+    return by_trial
 
 
 def kind_of(entry: Any) -> str | None:
@@ -113,8 +113,8 @@ def runs_of(client: Any, name: str) -> list[Any]:
     """Return the MLflow runs of an experiment."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        known = ", ".join(sorted(found.name for found in client.search_experiments() if found.name != "Default"))
-        raise UsageError(f"There must be a search {name!r}, but there is not. Known: {known or 'none'}.")
+        names = ", ".join(sorted(listed.name for listed in client.search_experiments() if listed.name != "Default"))
+        raise UsageError(f"There must be a search {name!r}, but there is not. Known: {names or 'none'}.")
     return list(client.search_runs([experiment.experiment_id], max_results=50_000))
 
 

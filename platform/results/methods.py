@@ -41,14 +41,14 @@ def compare_methods(trials: Sequence[Any], objective: Objective) -> list[MethodR
             histories.setdefault(trial.params[METHOD], []).append(evaluations)
     if not histories:
         return []
-    spent = {method: sum(max(found) for found in history) for method, history in histories.items()}
+    spent = {method: sum(max(values) for values in history) for method, history in histories.items()}
     budget = min(spent.values())
     results = [
         MethodResult(
             method=method,
             trials=len(history),
             steps=spent[method],
-            best=max(value for found in history for value in found.values()),
+            best=max(value for values in history for value in values.values()),
             budget=budget,
             best_at_budget=_best_within(history, budget),
         )

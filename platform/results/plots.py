@@ -1,5 +1,8 @@
 """Pictures of studies."""
 
+import contextlib
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,18 +100,35 @@ def _interactive(name: str, study: Any, objective: Objective, **more: Any) -> An
 
 
 def _picture(name: str, study: Any, objective: Objective, **more: Any) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     import numpy as np
     from optuna.visualization import matplotlib as drawn
 
-    with warnings.catch_warnings():
+    with _drawing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the same, and optuna marks its matplotlib plots as experimental
         axes = getattr(drawn, f"plot_{name}")(study, **_settings(name, objective), **more)
-    axes = np.ravel(axes)[0]
-    axes.figure.set_size_inches(12, 6)
-    return axes.figure
+        figure = np.ravel(axes)[0].figure
+        figure.set_size_inches(12, 6)
+        plt.close(figure)  # else a notebook would show it
+    return figure
+
+
+@contextlib.contextmanager
+def _drawing() -> Iterator[None]:
+    """Draw with matplotlib as Optuna does, without a screen; a notebook's own backend and style come back."""
+    chosen = "matplotlib.pyplot" in sys.modules or "MPLBACKEND" in os.environ
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    backend = matplotlib.get_backend() if chosen else None
+    with matplotlib.rc_context():
+        plt.switch_backend("agg")
+        plt.style.use("ggplot")
+        try:
+            yield
+        finally:
+            if backend is not None:
+                plt.switch_backend(backend)
 
 
 def _samples(study: Any, completed: Sequence[Any], objective: Objective) -> Iterator[_Sample]:
@@ -118,15 +138,17 @@ def _samples(study: Any, completed: Sequence[Any], objective: Objective) -> Iter
     target = _target(objective)
     methods = dict.fromkeys(trial.params.get(METHOD) for trial in completed)
     for method in methods:
-        own = [trial for trial in completed if trial.params.get(METHOD) == method]
-        shared = [name for name in own[0].params if name != METHOD and all(name in trial.params for trial in own)]
-        settings = [name for name in shared if len({trial.params[name] for trial in own}) >= 2]
-        if not settings or len({target(trial) for trial in own}) < 2:
+        of_method = [trial for trial in completed if trial.params.get(METHOD) == method]
+        shared = [
+            name for name in of_method[0].params if name != METHOD and all(name in trial.params for trial in of_method)
+        ]
+        settings = [name for name in shared if len({trial.params[name] for trial in of_method}) >= 2]
+        if not settings or len({target(trial) for trial in of_method}) < 2:
             continue
         part = study
         if method is not None:
             part = optuna.create_study(directions=study.directions)
-            part.add_trials(own)
+            part.add_trials(of_method)
         yield _Sample(method, part, settings)
 
 
@@ -150,14 +172,14 @@ def _importance_figures(sample: _Sample, objective: Objective) -> Iterator[tuple
 def _importance_of(sample: _Sample, objective: Objective) -> dict[str, dict[str, float]]:
     from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
 
-    found, target = {}, _target(objective)
+    by_measure, target = {}, _target(objective)
     evaluators = {"fanova": FanovaImportanceEvaluator(seed=0), "ped_anova": PedAnovaImportanceEvaluator()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few trials make importances uncertain
         for name, evaluator in evaluators.items():
             shares = get_param_importances(sample.study, evaluator=evaluator, params=sample.settings, target=target)
-            found[name] = dict(shares)
-    return found
+            by_measure[name] = dict(shares)
+    return by_measure
 
 
 def _bars_page(importance: Mapping[str, float], title: str) -> Any:
@@ -172,11 +194,12 @@ def _bars_page(importance: Mapping[str, float], title: str) -> Any:
 def _bars_picture(importance: Mapping[str, float], title: str) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 1.5 + 0.4 * len(importance)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.barh(list(importance), list(importance.values()))
-    axes.invert_yaxis()
-    axes.set_title(title)
+    with _drawing():
+        figure = Figure(figsize=(12, 1.5 + 0.4 * len(importance)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.barh(list(importance), list(importance.values()))
+        axes.invert_yaxis()
+        axes.set_title(title)
     return figure
 
 
@@ -228,17 +251,18 @@ def _rungs_page(points: Mapping[int, Sequence[tuple[int, float, bool]]], goal: s
 def _rungs_picture(points: Mapping[int, Sequence[tuple[int, float, bool]]], goal: str) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    axes = figure.add_subplot()
-    for rungs in points.values():
-        axes.plot([rung[0] for rung in rungs], [rung[1] for rung in rungs], color="0.7", linewidth=1, zorder=1)
-    for went_on, name in _WENT_ON.items():
-        chosen = [(step, value) for rungs in points.values() for step, value, on in rungs if on == went_on]
-        if chosen:
-            axes.scatter(*zip(*chosen, strict=True), color=_RUNG_COLORS[went_on], label=name, zorder=2)
-    axes.legend()
-    axes.set_xticks(sorted({rung[0] for rungs in points.values() for rung in rungs}))
-    axes.set_xlabel("training steps")
-    axes.set_ylabel(goal)
-    axes.set_title("Rungs")
+    with _drawing():
+        figure = Figure(figsize=(12, 6), layout="constrained")
+        axes = figure.add_subplot()
+        for rungs in points.values():
+            axes.plot([rung[0] for rung in rungs], [rung[1] for rung in rungs], color="0.7", linewidth=1, zorder=1)
+        for went_on, name in _WENT_ON.items():
+            chosen = [(step, value) for rungs in points.values() for step, value, on in rungs if on == went_on]
+            if chosen:
+                axes.scatter(*zip(*chosen, strict=True), color=_RUNG_COLORS[went_on], label=name, zorder=2)
+        axes.legend()
+        axes.set_xticks(sorted({rung[0] for rungs in points.values() for rung in rungs}))
+        axes.set_xlabel("training steps")
+        axes.set_ylabel(goal)
+        axes.set_title("Rungs")
     return figure

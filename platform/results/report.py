@@ -103,11 +103,11 @@ def advice(board: "Leaderboard", best: "Row | None", curves: Sequence[Curve]) ->
     """Return what may be done next, as a reason and a command."""
     if best is None:
         return [("No trial has left a result: the failures say why.", f"segadapt runs {board.search}")]
-    found = []
+    suggestions = []
     names = [curve.name for curve in curves]
     late = best.name in names and names.index(best.name) >= 0.75 * len(names) and len(names) >= 4
     if late:
-        found.append(
+        suggestions.append(
             (
                 f"The best trial is among the last quarter ({names.index(best.name) + 1} of {len(names)}): more trials "
                 "may find a better one.",
@@ -115,19 +115,19 @@ def advice(board: "Leaderboard", best: "Row | None", curves: Sequence[Curve]) ->
             )
         )
     if not board.reranked:
-        found.append(
+        suggestions.append(
             (
                 "Every trial ran on one seed: the best of many is in part the luckiest.",
                 f"segadapt search --resume {board.search} --rerank 3 --seeds 3",
             )
         )
-    found.append(("Turn the best trial into the final model.", f"segadapt finish best --search {board.search}"))
-    return found
+    suggestions.append(("Turn the best trial into the final model.", f"segadapt finish best --search {board.search}"))
+    return suggestions
 
 
 def _curve(client: Any, entry: Any, row: "Row", goal: str) -> Curve:
-    history = sorted(client.get_metric_history(entry.info.run_id, goal), key=lambda found: found.step)
-    return Curve(row.name, row.method, [found.step for found in history], [found.value for found in history])
+    history = sorted(client.get_metric_history(entry.info.run_id, goal), key=lambda point: point.step)
+    return Curve(row.name, row.method, [point.step for point in history], [point.value for point in history])
 
 
 def _color(curves: Sequence[Curve], method: str) -> str:
@@ -139,20 +139,20 @@ def _curves_figure(curves: Sequence[Curve], goal: str) -> Any:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    shown: set[str] = set()
+    in_legend: set[str] = set()
     for curve in curves:
         figure.add_scatter(
             x=curve.steps,
             y=curve.values,
             name=curve.method,
             legendgroup=curve.method,
-            showlegend=curve.method not in shown,
+            showlegend=curve.method not in in_legend,
             mode="lines+markers",
             line={"color": _color(curves, curve.method), "width": 1.5},
             marker={"size": 4},
             hovertemplate=f"{curve.name}: %{{y:.3f}} at step %{{x}}<extra></extra>",
         )
-        shown.add(curve.method)
+        in_legend.add(curve.method)
     return _styled(figure, "training steps", goal)
 
 
@@ -179,12 +179,12 @@ def _importance_figures(study: Any | None, objective: Objective) -> dict[str, An
     import plotly.graph_objects as go
 
     figures = {}
-    for found in importances(study, objective) if study is not None else ():
+    for importance in importances(study, objective) if study is not None else ():
         figure = go.Figure()
-        for name, shares in found.shares.items():
+        for name, shares in importance.shares.items():
             figure.add_bar(x=list(shares.values()), y=list(shares), name=MEASURES[name], orientation="h")
         figure.update_yaxes(autorange="reversed")
-        figures[found.method or ""] = _styled(figure, "share of the variance explained", "")
+        figures[importance.method or ""] = _styled(figure, "share of the variance explained", "")
     return figures
 
 
@@ -198,8 +198,8 @@ def _classes_figure(client: Any, parent: Any, best: Any) -> Any | None:
         return None
     figure = go.Figure()
     for name, table, color in (("source-only", start, "#8a8f98"), (best.info.run_name, end, _COLORS[0])):
-        known = {label: value for label, value in table["data"] if value is not None}
-        figure.add_bar(x=list(known), y=list(known.values()), name=name, marker={"color": color})
+        iou = {label: value for label, value in table["data"] if value is not None}
+        figure.add_bar(x=list(iou), y=list(iou.values()), name=name, marker={"color": color})
     return _styled(figure, "", "target IoU")
 
 
@@ -264,7 +264,7 @@ def _costs(client: Any, entries: Sequence[Any]) -> list[Cost]:
 
 
 def _last_step(client: Any, entry: Any) -> int:
-    return max((found.step for found in client.get_metric_history(entry.info.run_id, "time/evaluation")), default=0)
+    return max((point.step for point in client.get_metric_history(entry.info.run_id, "time/evaluation")), default=0)
 
 
 def _varied(row: "Row") -> dict[str, str]:

@@ -47,15 +47,15 @@ def rerank(runs: Mapping[str, Mapping[int, float]]) -> list[Reranked]:
     first = values[order[0]]
     ranking = []
     for name in order:
-        own = values[name]
-        lacks = [best - value for best, value in zip(first, own, strict=True)]
+        by_seed = values[name]
+        lacks = [best - value for best, value in zip(first, by_seed, strict=True)]
         is_first = name == order[0]
         ranking.append(
             Reranked(
                 name=name,
-                values=own,
-                mean=_mean(own),
-                half_width=_half_width(own),
+                values=by_seed,
+                mean=_mean(by_seed),
+                half_width=_half_width(by_seed),
                 behind=None if is_first else _mean(lacks),
                 behind_half_width=None if is_first else _half_width(lacks),
             )

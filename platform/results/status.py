@@ -84,8 +84,8 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
     running = [_running(client, entry, goal) for entry in trials if _is_open(states[entry.info.run_name])]
     values = {entry.info.run_name: entry.data.metrics.get(f"best/{goal}") for entry in trials}
     values |= {trial.name: trial.value for trial in running}
-    known = {name: value for name, value in values.items() if value is not None}
-    best = max(known, key=lambda name: known[name], default=None)
+    reached = {name: value for name, value in values.items() if value is not None}
+    best = max(reached, key=lambda name: reached[name], default=None)
     asked = int(parent.data.tags.get(TRIALS_TAG, len(trials)))
     counts = Counter(states.values())
     is_over = parent.info.status != "RUNNING"
@@ -95,7 +95,7 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
         objective=str(parent.data.params.get("objective", TARGET)),
         asked=asked,
         states={state: counts[state] for state in sorted(counts)},
-        best=known[best] if best is not None else None,
+        best=reached[best] if best is not None else None,
         best_name=best,
         running=[] if is_over else _judged(running),
         rungs=_rungs(study) if study is not None else (),
@@ -135,11 +135,11 @@ def _running(client: Any, run: Any, goal: str) -> RunningTrial:
 
 def _rungs(study: Any) -> list[RungStatus]:
     """Return what the scheduler decided at each rung, from the study's record."""
-    found: dict[int, list[bool]] = {}
+    decided: dict[int, list[bool]] = {}
     for trial in study.get_trials(deepcopy=False):
         for rung, decision in decisions(trial).items():
-            found.setdefault(rung, []).append(decision["continues"])
-    return [RungStatus(rung, len(went), sum(went)) for rung, went in sorted(found.items())]
+            decided.setdefault(rung, []).append(decision["continues"])
+    return [RungStatus(rung, len(went), sum(went)) for rung, went in sorted(decided.items())]
 
 
 def _left(trials: Sequence[Any], asked: int, at_a_time: int) -> float | None:

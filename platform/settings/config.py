@@ -83,10 +83,10 @@ class Key:
 @functools.cache
 def keys(method: str) -> dict[str, Key]:
     """Return all settings of a method's trials by dotted name."""
-    found = {"seed": Key("seed", "int", 0, "Decides initialisation, sample order and augmentation.")}
+    all_keys = {"seed": Key("seed", "int", 0, "Decides initialisation, sample order and augmentation.")}
     for section, cls in sections(method).items():
-        found.update({key.name: key for key in _keys_of(section, cls)})
-    return found
+        all_keys.update({key.name: key for key in _keys_of(section, cls)})
+    return all_keys
 
 
 def _keys_of(prefix: str, cls: type) -> Iterator[Key]:
@@ -165,15 +165,15 @@ def flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def anchored(values: Values) -> dict[str, Any]:
     """Return the settings with roots of datasets and files of weights made absolute: trials run in other folders."""
-    found = dict(values)
+    settings = dict(values)
     for key in ("data.source", "data.target"):
         kind, separator, root = str(values.get(key, "")).partition(":")
         if separator and root and "://" not in root:
-            found[key] = f"{kind}:{Path(root).expanduser().absolute()}"
+            settings[key] = f"{kind}:{Path(root).expanduser().absolute()}"
     weights = Path(str(values.get("network.weights", "")))
     if weights.suffix:  # published weights go by a name, without a dot
-        found["network.weights"] = str(weights.expanduser().absolute())
-    return found
+        settings["network.weights"] = str(weights.expanduser().absolute())
+    return settings
 
 
 def resolve(method: str, values: Values) -> TrialConfig:
@@ -194,13 +194,17 @@ def resolve(method: str, values: Values) -> TrialConfig:
     faults = [_unknown(key, known) for key in unknown]
     parts: dict[str, Any] = {}
     for section, cls in sections(method).items():
-        own = {key: value for key, value in values.items() if key.startswith(section + ".") and key not in unknown}
+        in_section = {
+            key: value for key, value in values.items() if key.startswith(section + ".") and key not in unknown
+        }
         try:
-            parts[section] = _adapter(cls).validate_json(json.dumps(_nest(own, section), allow_nan=True), strict=True)
+            parts[section] = _adapter(cls).validate_json(
+                json.dumps(_nest(in_section, section), allow_nan=True), strict=True
+            )
         except ValidationError as error:
             faults += [_ill_typed(section, fault, known) for fault in error.errors()]
         except TypeError:
-            faults += [f"Settings must be plain values, but {section} holds {own!r}."]
+            faults += [f"Settings must be plain values, but {section} holds {in_section!r}."]
     seed = values.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         faults.append(f"'seed' must be a non-negative integer, but got {seed!r}.")

@@ -84,7 +84,7 @@ class Objective:
             self._ranks([trial[goal] for trial in trials], mode)
             for goal, mode in zip(self.goals, self.modes, strict=True)
         ]
-        return [-sum(own) / len(own) for own in zip(*ranks, strict=True)]
+        return [-sum(ranks_of_trial) / len(ranks_of_trial) for ranks_of_trial in zip(*ranks, strict=True)]
 
     def front(self, trials: Sequence[Mapping[str, float]]) -> list[bool]:
         """Return which trials no other one surpasses: at least equal in all goals and better in one."""

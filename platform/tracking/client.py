@@ -25,6 +25,9 @@ _SETTINGS = {
 }
 """Variables of the environment that MLflow reads."""
 
+_LEFT_BY_MLFLOW = ("_MLFLOW_TELEMETRY_SESSION_ID",)
+"""Variables that MLflow sets or removes when it is imported."""
+
 
 def waiting_folder(place: Place) -> Path:
     """Return the folder of records that wait for a server, named after it without the password it may hold."""
@@ -77,7 +80,7 @@ class _Settings:
         with self._lock:
             if self._needed == 0:
                 unset = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
-                self._variables.enter_context(variables_set(unset))
+                self._variables.enter_context(variables_set(unset, _LEFT_BY_MLFLOW))
             self._needed += 1
 
     def __exit__(self, *error: object) -> None:

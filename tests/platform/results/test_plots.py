@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -106,3 +108,16 @@ def test_rungs_show_who_went_on(tmp_path: Path) -> None:
     page = (tmp_path / "rungs.html").read_text()
     assert "went on" in page
     assert "stopped or waits" in page
+
+
+def test_drawing_leaves_a_notebooks_backend_style_and_figures(tmp_path: Path) -> None:
+    before, figures = matplotlib.get_backend(), plt.get_fignums()
+    plt.switch_backend("svg")
+    try:
+        style = dict(matplotlib.rcParams)
+        draw(study_of(2), "target_val/miou", tmp_path)
+        assert matplotlib.get_backend() == "svg"
+        assert dict(matplotlib.rcParams) == style
+        assert plt.get_fignums() == figures
+    finally:
+        plt.switch_backend(before)
