@@ -141,8 +141,7 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
     trainer = WatchedTrainer(
         method, (stage,), world.data, world.evaluation, settings, write_checkpoint, folder, device=torch.device("cpu")
     )
-    pseudo = pseudo_label(world)
-    trainer.pseudo_labels = lambda _: pseudo
+    trainer.pseudo_label = pseudo_label(world)
     trainer.exchanges = exchanges
     trainer.take(1)
     found: dict[str, Any] = {"step_s": [], "images": arguments.batch_size * workers * len(stage.domains)}
