@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from subprocess import run as run_process
 from typing import Any
 
 import pytest
+from commands import COMMAND, run_command
 
 TINY = {
     "data.streets.height": 32,
@@ -64,7 +65,7 @@ def segadapt(tmp_path: Path) -> Callable[..., CompletedProcess[str]]:
     """Run the command line in a fresh folder; returns the completed process."""
 
     def call(*words: str, timeout: float = 300) -> CompletedProcess[str]:
-        return run_process(_command(words), cwd=tmp_path, capture_output=True, text=True, timeout=timeout, check=False)
+        return run_command(tmp_path, *words, timeout=timeout)
 
     return call
 
@@ -74,7 +75,7 @@ def start_segadapt(tmp_path: Path) -> Callable[..., "Popen[str]"]:
     """Start the command line in its own process group in a fresh folder."""
 
     def call(*words: str) -> "Popen[str]":
-        return Popen(_command(words), cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True, process_group=0)
+        return Popen([COMMAND, *words], cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True, process_group=0)
 
     return call
 
@@ -206,10 +207,6 @@ def page_status(url: str, host: str | None = None) -> int | None:
         return None
 
 
-def _command(words: Sequence[str]) -> list[str]:
-    return [str(Path(sys.executable).with_name("segadapt")), *words]
-
-
 def process_group_is_gone(group: int) -> bool:
     """Return whether no process of the group is left."""
     try:
@@ -223,7 +220,6 @@ def process_group_is_gone(group: int) -> bool:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny run named `tiny`; no test changes its files."""
     folder = tmp_path_factory.mktemp("trained")
-    words = _command(["train", "source_only", "--name", "tiny", *TINY_WORDS])
-    done = run_process(words, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+    done = run_command(folder, "train", "source_only", "--name", "tiny", *TINY_WORDS)
     assert done.returncode == 0, done.stderr
     return folder

@@ -1,20 +1,17 @@
 """Searches run by their command line, and what MLflow holds of them."""
 
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from commands import COMMAND, run_command
 from mlflow import MlflowClient
 
-COMMAND = str(Path(sys.executable).with_name("segadapt"))
+__all__ = ["COMMAND", "command"]
 
-
-def command(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([COMMAND, *words], cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+command = run_command
 
 
 def tracked(folder: Path, experiment: str) -> dict[str, Any]:
