@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from subprocess import run as run_process
@@ -13,8 +15,10 @@ from unittest.mock import patch
 
 COMMAND = str(Path(sys.executable).with_name("segadapt"))
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["segadapt.platform.api.training", "segadapt.platform.api.results", "mlflow"])
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(
+    ["segadapt.platform.api.training", "segadapt.platform.api.results", "mlflow.store.tracking.sqlalchemy_store"]
+)
 
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
 """What commands set before they import MLflow."""
@@ -30,17 +34,23 @@ def _read_early() -> dict[str, str]:
 _USUAL = _read_early()
 
 
+def forked(target: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start a function in a fork of a process that has imported what commands import, MLflow included."""
+    with patch.dict(os.environ, _QUIET):
+        forkserver.ensure_running()
+    process = _FORKED.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
 def run_command(folder: Path, *words: str, timeout: float = 600) -> "CompletedProcess[str]":
-    """Run a command in a folder: where the environment is the usual one, in a fork of a process that is ready."""
+    """Run a command in a folder: where the environment is the usual one, in a fork (`forked`), else by its script."""
     if _read_early() != _USUAL:
         command = [COMMAND, *words]
         return run_process(command, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False)
-    with patch.dict(os.environ, _QUIET):
-        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as name:
         printed, errors = Path(name) / "printed", Path(name) / "errors"
-        process = _SERVER.Process(target=_run, args=(words, folder, printed, errors, dict(os.environ)))
-        process.start()
+        process = forked(_run, words, folder, printed, errors, dict(os.environ))
         process.join(timeout)
         if process.is_alive():
             process.kill()

@@ -1,6 +1,8 @@
 """Shared settings: a streets world so small that a trial takes seconds."""
 
+import fcntl
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -20,6 +22,7 @@ from typing import Any
 
 import pytest
 from commands import COMMAND, run_command
+from searching import Watched, watched_search
 
 TINY = {
     "data.streets.height": 32,
@@ -216,10 +219,44 @@ def process_group_is_gone(group: int) -> bool:
     return False
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Any:
+    """Return what the first process of tests that needs it makes in a folder, for all processes of this run."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / "made.pkl"
+        if not made.exists():
+            place = folder / "place"
+            shutil.rmtree(place, ignore_errors=True)  # of a process that failed here
+            place.mkdir()
+            made.write_bytes(pickle.dumps(make(place)))
+        return pickle.loads(made.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """A search that was watched while it ran."""
+    found: Watched = made_once(tmp_path_factory, "watched", lambda folder: watched_search(folder, TINY_WORDS))
+    return found
+
+
+@pytest.fixture
+def warm(watched: Watched, tmp_path: Path) -> Path:
+    """The fresh folder of a test, in whose storage the shared stages of tiny trials of SDCA are computed already."""
+    shutil.copytree(watched.left / "stages", tmp_path / "runs" / "stages")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny run named `tiny`; no test changes its files."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run_command(folder, "train", "source_only", "--name", "tiny", *TINY_WORDS)
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(folder: Path) -> Path:
+        done = run_command(folder, "train", "source_only", "--name", "tiny", *TINY_WORDS)
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    found: Path = made_once(tmp_path_factory, "trained", make)
+    return found
