@@ -585,7 +585,7 @@ def test_a_warm_up_that_fails_ends_its_runs_as_failed_and_can_be_tried_again(tmp
 
 def test_a_time_budget_ends_a_search_with_what_it_has_and_resuming_gives_it_again(warm: Path) -> None:
     steps = [word for word in TINY_WORDS if not word.startswith("trainer.steps")]
-    done = command(warm, "search", "sdca", "--trials", "500", "--time-budget", "30", *steps, "trainer.steps=40")
+    done = command(warm, "search", "sdca", "--trials", "500", "--time-budget", "25", *steps, "trainer.steps=20")
     assert done.returncode == 0, done.stderr
     runs = tracked(warm, "sdca-streets")
     trials = {name for name in runs if re.fullmatch(r"sdca-\d+", name)}
