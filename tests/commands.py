@@ -23,8 +23,8 @@ _FORKED.set_forkserver_preload(
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
 """What commands set before they import MLflow."""
 
-_READ_LATE = ("MLFLOW_", "PYTEST_", "RAY_CLIENT_MODE", "SEGADAPT_")
-"""Beginnings of variables that are read when they are needed; others are, or may be, when a module is imported."""
+_READ_LATE = ("MLFLOW_", "_MLFLOW_", "PYTEST_", "RAY_CLIENT_MODE", "SEGADAPT_")
+"""Beginnings of variables that are read when needed, or set by imports; others may be read by imports."""
 
 
 def _read_early() -> dict[str, str]:

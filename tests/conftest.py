@@ -19,6 +19,7 @@ from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen
 from subprocess import run as run_process
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from commands import COMMAND, run_command
@@ -73,10 +74,12 @@ def _is_call(report: Any) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep a user's own settings out of the tests."""
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
+def _quiet_environment() -> Iterator[None]:
+    """Keep a user's own settings out of the tests, and what a test sets out of later ones."""
+    with patch.dict(os.environ):
+        for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+            os.environ.pop(name, None)
+        yield
 
 
 @pytest.fixture
