@@ -1,6 +1,8 @@
 """Shared settings: a streets world so small that a trial takes seconds."""
 
+import fcntl
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -10,15 +12,18 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess, Popen
 from subprocess import run as run_process
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from commands import COMMAND, run_command
+from searching import Watched, watched_search
 
 TINY = {
     "data.streets.height": 32,
@@ -38,6 +43,22 @@ RECOVERY = "recovery"
 """Property of a test: a fault that it inflicted, and the seconds until the next result."""
 
 
+LONGEST = (
+    "test_search.py",
+    "test_faults.py",
+    "test_on_a_cluster.py",
+    "test_estimate.py",
+    "test_export_and_prediction.py",
+)
+"""Files that take minutes and begin first, so that the processes of tests end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest files begin, in this order, and leave all else as it was."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print how long recoveries took, from whichever process measured them."""
     reports = [report for found in terminalreporter.stats.values() for report in found if _is_call(report)]
@@ -53,10 +74,12 @@ def _is_call(report: Any) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep a user's own settings out of the tests."""
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
+def _quiet_environment() -> Iterator[None]:
+    """Keep a user's own settings out of the tests, and what a test sets out of later ones."""
+    with patch.dict(os.environ):
+        for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+            os.environ.pop(name, None)
+        yield
 
 
 @pytest.fixture
@@ -64,7 +87,7 @@ def segadapt(tmp_path: Path) -> Callable[..., CompletedProcess[str]]:
     """Run the command line in a fresh folder; returns the completed process."""
 
     def call(*words: str, timeout: float = 300) -> CompletedProcess[str]:
-        return run_process(_command(words), cwd=tmp_path, capture_output=True, text=True, timeout=timeout, check=False)
+        return run_command(tmp_path, *words, timeout=timeout)
 
     return call
 
@@ -74,7 +97,7 @@ def start_segadapt(tmp_path: Path) -> Callable[..., "Popen[str]"]:
     """Start the command line in its own process group in a fresh folder."""
 
     def call(*words: str) -> "Popen[str]":
-        return Popen(_command(words), cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True, process_group=0)
+        return Popen([COMMAND, *words], cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True, process_group=0)
 
     return call
 
@@ -206,10 +229,6 @@ def page_status(url: str, host: str | None = None) -> int | None:
         return None
 
 
-def _command(words: Sequence[str]) -> list[str]:
-    return [str(Path(sys.executable).with_name("segadapt")), *words]
-
-
 def process_group_is_gone(group: int) -> bool:
     """Return whether no process of the group is left."""
     try:
@@ -219,11 +238,44 @@ def process_group_is_gone(group: int) -> bool:
     return False
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Any:
+    """Return what the first process of tests that needs it makes in a folder, for all processes of this run."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = folder / "made.pkl"
+        if not made.exists():
+            place = folder / "place"
+            shutil.rmtree(place, ignore_errors=True)  # of a process that failed here
+            place.mkdir()
+            made.write_bytes(pickle.dumps(make(place)))
+        return pickle.loads(made.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    """A search that was watched while it ran."""
+    found: Watched = made_once(tmp_path_factory, "watched", lambda folder: watched_search(folder, TINY_WORDS))
+    return found
+
+
+@pytest.fixture
+def warm(watched: Watched, tmp_path: Path) -> Path:
+    """The fresh folder of a test, in whose storage the shared stages of tiny trials of SDCA are computed already."""
+    shutil.copytree(watched.left / "stages", tmp_path / "runs" / "stages")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny run named `tiny`; no test changes its files."""
-    folder = tmp_path_factory.mktemp("trained")
-    words = _command(["train", "source_only", "--name", "tiny", *TINY_WORDS])
-    done = run_process(words, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(folder: Path) -> Path:
+        done = run_command(folder, "train", "source_only", "--name", "tiny", *TINY_WORDS)
+        assert done.returncode == 0, done.stderr
+        return folder
+
+    found: Path = made_once(tmp_path_factory, "trained", make)
+    return found

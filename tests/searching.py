@@ -1,20 +1,30 @@
-"""Searches run by their command line, and what MLflow holds of them."""
+"""Searches run by their command line, what MLflow holds of them, and one that many tests look at."""
 
+import json
+import os
+import shutil
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from subprocess import Popen
+from threading import Thread
+from typing import Any, ClassVar
+from unittest.mock import patch
 
+from commands import COMMAND, run_command
+from doors import Doors
 from mlflow import MlflowClient
 
-COMMAND = str(Path(sys.executable).with_name("segadapt"))
+import segadapt
+from segadapt.platform.doctor.findings import Finding
+from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.moved import point_artifacts_here
 
+__all__ = ["COMMAND", "command"]
 
-def command(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([COMMAND, *words], cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+command = run_command
 
 
 def tracked(folder: Path, experiment: str) -> dict[str, Any]:
@@ -48,3 +58,72 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A search of three trials of SDCA that has ended, and what others said about it while it ran."""
+
+    folder: Path
+    """Where it ran, with its storage in `runs`; one file of tests goes on with it, others take a copy."""
+    output: str
+    """What the search printed, its errors apart in `errors`."""
+    errors: str
+    statuses: list[dict[str, Any]]
+    """What `status --watch --json` printed until it ended by itself."""
+    findings: list[Finding]
+    """What `doctor --fix` said and did."""
+    opened: set[tuple[str, str]]
+    """Address and name of each process that listened on it."""
+    to_others: set[tuple[str, str]]
+    """Those of them that other machines could reach."""
+
+    NAME: ClassVar[str] = "sdca-streets"
+
+    @property
+    def left(self) -> Path:
+        """The storage as the search left it."""
+        return self.folder / "left"
+
+    def copy_storage(self, to: Path) -> None:
+        """Copy what the search left, as a user may."""
+        shutil.copytree(self.left, to)
+        point_artifacts_here(Place(to))
+
+
+def watched_search(folder: Path, words: Sequence[str]) -> Watched:
+    """Run a search, and look at it with `status`, `doctor` and `Doors` meanwhile."""
+    storage, shown = folder / "runs", []
+    with (
+        Doors() as doors,
+        (folder / "output.txt").open("w") as output,
+        (folder / "errors.txt").open("w") as errors,
+    ):
+        words = [COMMAND, "search", "sdca", "--trials", "3", *words]
+        search = Popen(words, cwd=folder, stdout=output, stderr=errors)
+
+        def watch() -> None:
+            while search.poll() is None and not (shown and shown[-1].returncode == 0):
+                if (storage / "mlflow.db").is_file():  # refused until the search has opened its run
+                    shown.append(run_command(folder, "status", Watched.NAME, "--watch", "--json"))
+                time.sleep(0.2)
+
+        watcher = Thread(target=watch)
+        watcher.start()
+        try:
+            wait_for(lambda: any((storage / "ray").glob("*.stages-*/experiment_state-*")), "its stages")
+            wait_for((storage / "mlflow.db").is_file, "its records")
+            with patch.dict(os.environ):
+                findings = list(segadapt.doctor(place=segadapt.Place(storage), fix=True))
+            assert search.poll() is None, "it was to be seen while it ran"
+            search.wait(timeout=600)
+        finally:
+            search.terminate()
+            search.wait()
+            watcher.join()
+    printed, complaints = ((folder / name).read_text() for name in ("output.txt", "errors.txt"))
+    assert search.returncode == 0, printed + complaints
+    assert shown[-1].returncode == 0, shown[-1].stderr
+    shutil.copytree(storage, folder / "left")
+    statuses = [json.loads(line) for line in shown[-1].stdout.splitlines()]
+    return Watched(folder, printed, complaints, statuses, findings, doors.opened, doors.to_others)

@@ -251,8 +251,8 @@ def test_a_file_trains_at_a_tiny_size(name: str, datasets: Path, tmp_path: Path)
 def test_a_paper_is_trained_from_packed_data_and_evaluated_from_the_command_line(
     segadapt: Callable[..., CompletedProcess[str]], datasets: Path
 ) -> None:
-    for kind in ("gta5", "cityscapes"):
-        packed = segadapt("data", "pack", kind, str(datasets / kind), f"packed-{kind}")
+    for kind, size in (("gta5", ()), ("cityscapes", ("--size", "16", "32"))):
+        packed = segadapt("data", "pack", kind, str(datasets / kind), f"packed-{kind}", *size)
         assert packed.returncode == 0, packed.stderr
     words = [f"{key}={json.dumps(value)}" for key, value in tiny("plca_gta5", datasets).items()]
     words = [word.replace('="', "=").removesuffix('"') for word in words]
@@ -261,7 +261,9 @@ def test_a_paper_is_trained_from_packed_data_and_evaluated_from_the_command_line
     file = str(PAPERS / "plca_gta5_cityscapes.yaml")
     done = segadapt("train", "plca", "--config", file, "--name", "plca-gta5", *words)
     assert done.returncode == 0, done.stderr
-    assert "19 classes are trained" in " ".join(done.stdout.split())
+    said = " ".join(done.stdout.split())
+    assert "19 classes are trained: road, sidewalk" in said
+    assert "packed from cityscapes, resized to 32x16" in said
     done = segadapt("evaluate", "best", "--search", "plca-gta5", "--protocol", "cityscapes-19", "--aggregation", "0.5")
     assert done.returncode == 0, done.stderr
     assert "target_val/miou_19" in done.stdout

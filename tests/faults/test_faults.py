@@ -190,6 +190,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def stages(undisturbed: Path) -> Path:
+    """A folder of shared stages that are computed already."""
+    return undisturbed / "runs" / "stages"
+
+
 def test_a_search_survives_kills_hangs_and_preemptions_of_its_trials(
     undisturbed: Path, recoveries: Recoveries, tmp_path: Path
 ) -> None:
@@ -348,13 +354,14 @@ sys.stdin.read()
 
 
 def test_a_trial_that_is_killed_because_its_node_has_no_memory_left_goes_on(
-    recoveries: Recoveries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recoveries: Recoveries, stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = psutil.virtual_memory()
     least = memory.available - 5 * 10**9  # the search takes some of it
     if least < 10**9:
         pytest.skip(f"needs 6 GB of memory, but {memory.available / 1e9:.1f} GB are free")
     monkeypatch.setenv("RAY_memory_usage_threshold", f"{1 - least / memory.total:.4f}")
+    shutil.copytree(stages, tmp_path / "runs" / "stages")
     words = ["search", "sdca", "--trials", "1", "--launcher", "inprocess", "--max-failures", "9", *tiny(150)]
     with driving(tmp_path, *words) as driver:
         driver.wait_for("sdca-001 step 15/")
@@ -425,7 +432,7 @@ def own_postgres(running: Path) -> Iterator[tuple[str, Callable[[], None], Calla
 
 
 def test_a_search_waits_for_its_database_and_its_disk(
-    recoveries: Recoveries, postgres_socket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recoveries: Recoveries, postgres_socket: Path, stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SEGADAPT_MIN_FREE_BYTES", "1000000")
     away_s = 6.0
@@ -433,6 +440,7 @@ def test_a_search_waits_for_its_database_and_its_disk(
     storage.mkdir()
     words = ["search", "sdca", "--trials", "1", "--launcher", "inprocess", *tiny(300)]
     with small_disk(storage), own_postgres(postgres_socket) as (url, kill, restart):
+        shutil.copytree(stages, storage / "stages")
 
         def lose_the_database() -> None:
             kill()

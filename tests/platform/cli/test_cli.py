@@ -10,6 +10,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+from commands import COMMAND
 from conftest import TINY_WORDS
 
 import segadapt as api
@@ -108,8 +109,8 @@ def test_wrong_usage_is_one_clear_error(
     assert not list(tmp_path.glob("runs/ray/*")), "nothing may be left behind"
 
 
-def test_the_installed_command_exits_with_status_2(segadapt: Call) -> None:
-    done = segadapt("search", "nonesuch")
+def test_the_installed_command_exits_with_status_2() -> None:
+    done = subprocess.run([COMMAND, "search", "nonesuch"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "A method must be one of" in done.stderr
     assert "Traceback" not in done.stderr

@@ -115,7 +115,7 @@ def test_a_run_says_what_it_trains_and_what_it_left_out(segadapt: Call, tmp_path
     assert any("16 classes are trained" in tag.get("segadapt.data_notes", "") for tag in tags)
 
 
-def test_a_packed_dataset_is_checked_and_trained_from(segadapt: Call, tmp_path: Path) -> None:
+def test_a_packed_dataset_is_checked(segadapt: Call, tmp_path: Path) -> None:
     api.data_make(str(tmp_path / "gta5"), SMALL, layout="gta5")
     api.data_make(str(tmp_path / "city"), SMALL, layout="cityscapes")
     done = segadapt("data", "pack", "gta5", "gta5", "packed/gta5")
@@ -135,14 +135,6 @@ def test_a_packed_dataset_is_checked_and_trained_from(segadapt: Call, tmp_path: 
     assert "sizes: 32x16 (6)" in done.stdout
     assert "note: packed from cityscapes, resized to 32x16 for training and images compressed as JPEG." in done.stdout
     assert "packed/city is sound." in done.stdout
-
-    words = ["data.source=shards:packed/gta5", "data.target=shards:packed/city", "augmentation.source_size=[32,64]"]
-    words += ["trainer.steps=2", "trainer.eval_every=2", "trainer.batch_size=2", "warmup.steps=2"]
-    done = segadapt("train", "source_only", *words)
-    assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
-    assert "19 classes are trained: road, sidewalk" in said
-    assert "packed from cityscapes, resized to 32x16" in said
 
     shard = tmp_path / "packed" / "city" / "train-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])

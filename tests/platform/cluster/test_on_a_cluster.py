@@ -200,7 +200,7 @@ def test_without_the_token_nobody_gets_in(
     assert segadapt("jobs", "--address", autoscaled.jobs).returncode == 2
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def loopback_cluster(secured: None) -> Iterator[Any]:
     """Two nodes that are alike."""
     from ray.cluster_utils import Cluster

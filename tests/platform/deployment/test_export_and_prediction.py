@@ -274,7 +274,8 @@ def settled(name: str, *, aggregation: float = 0.0) -> Segmenter:
     network = build_segmenter(name, 5)
     if "resnet" in name:  # the same operations again and again, each of which takes its time to export
         stages: Any = network.backbone.stages
-        stages.layer2, stages.layer3 = stages.layer2[:2], stages.layer3[:2]
+        for layer in ("layer1", "layer2", "layer3", "layer4"):
+            setattr(stages, layer, getattr(stages, layer)[:2])
     network.train()
     with torch.no_grad():
         for _ in range(5):

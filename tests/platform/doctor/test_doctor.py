@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sqlite3
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -15,9 +14,8 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import TINY_WORDS
 from mlflow import MlflowClient
-from searching import COMMAND, free_port, wait_for
+from searching import Watched, free_port
 from typer.testing import CliRunner
 
 import segadapt as api
@@ -30,11 +28,10 @@ from segadapt.platform.storage import leases
 from segadapt.platform.storage.checkpoints import delete, put_away
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.client import waiting_folder
-from segadapt.platform.tracking.moved import point_artifacts_here
 from segadapt.platform.tracking.outbox import Outbox
 from segadapt.platform.tracking.tags import NOT_KEPT
 
-NAME = "seen"
+NAME = Watched.NAME
 
 
 @dataclass
@@ -101,32 +98,6 @@ class Case:
         return self.root / self.run(name).data.tags["segadapt.checkpoint"]
 
 
-@dataclass(frozen=True)
-class Seen:
-    folder: Path
-    while_it_ran: list[Finding]
-    """What `doctor --fix` said and did during the search."""
-    output: str
-
-
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    folder = tmp_path_factory.mktemp("seen")
-    words = [COMMAND, "search", "sdca", "--trials", "3", "--name", NAME, *TINY_WORDS]
-    search = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        wait_for(lambda: any((folder / "runs" / "ray").glob("*.stages-*/experiment_state-*")), "its stages")
-        wait_for((folder / "runs" / "mlflow.db").is_file, "its records")
-        findings = doctor(folder / "runs", fix=True)
-        assert search.poll() is None, "it was to be seen while it runs"
-        output, _ = search.communicate(timeout=600)
-    finally:
-        search.terminate()
-        search.wait()
-    assert search.returncode == 0, output
-    return Seen(folder, findings, output)
-
-
 def doctor(root: Path, **options: Any) -> list[Finding]:
     return list(api.doctor(place=Place(str(root)), **options))
 
@@ -136,10 +107,9 @@ def faults(findings: list[Finding]) -> list[str]:
 
 
 @pytest.fixture
-def case(seen: Seen, tmp_path: Path) -> Case:
+def case(watched: Watched, tmp_path: Path) -> Case:
     root = tmp_path / "runs"
-    shutil.copytree(seen.folder / "runs", root)
-    point_artifacts_here(Place(root))
+    watched.copy_storage(root)
     with closing(sqlite3.connect(root / "mlflow.db")) as database:
         found = database.execute(
             "select name, value from runs join tags using (run_uuid) where key = 'segadapt.trial_id'"
@@ -147,11 +117,11 @@ def case(seen: Seen, tmp_path: Path) -> Case:
         return Case(root, dict(found.fetchall()))
 
 
-def test_a_search_that_runs_is_left_alone(seen: Seen) -> None:
-    about = [found for found in seen.while_it_ran if found.subject == NAME]
-    assert [found.text for found in about] == ["A command works on it now: it is left alone"]
-    assert not any(found.repaired for found in seen.while_it_ran)
-    assert "refused" not in seen.output
+def test_a_search_that_runs_is_left_alone(watched: Watched) -> None:
+    about = [finding for finding in watched.findings if finding.subject == NAME]
+    assert [finding.text for finding in about] == ["A command works on it now: it is left alone"]
+    assert not any(finding.repaired for finding in watched.findings)
+    assert "refused" not in watched.output + watched.errors
 
 
 @pytest.mark.parametrize("said", [True, False], ids=["works", "begins"])
@@ -543,8 +513,8 @@ def test_a_half_made_database_gives_way_to_a_new_one(tmp_path: Path) -> None:
 
 def test_what_does_not_answer_is_named(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
-    place = Place(tmp_path, f"http://{address}", f"postgresql+psycopg://me:secret@{address}/none")
-    findings = list(api.doctor(address=address, place=place))
+    study = f"postgresql+psycopg://me:secret@{address}/none"
+    findings = list(api.doctor(place=Place(tmp_path, f"http://{address}", study), address=address))
     assert {found.subject for found in findings if found.level == "fault"} == {"tracking", "study", "cluster"}
     assert not any("secret" in str(found) for found in findings)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import json
 import os
 import re
 import shutil
@@ -10,17 +9,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from conftest import TINY_WORDS
 from mlflow import MlflowClient
 from optuna.distributions import FloatDistribution
 from optuna.trial import create_trial
-from searching import command, free_port, gallery_steps, steps_of, tracked
+from searching import Watched, command, free_port, gallery_steps, steps_of, tracked
 
 import segadapt as api
 from segadapt.platform.results import status
@@ -28,52 +25,28 @@ from segadapt.platform.results.report import render
 from segadapt.platform.results.seeds import rerank, verdict
 from segadapt.platform.storage.folders import Place
 
-NAME = "told"
-
-
-@dataclass(frozen=True)
-class Told:
-    """A search of a few trials and what `status` said about it from other processes while it ran."""
-
-    folder: Path
-    watched: list[dict[str, Any]]
-    """What `status --watch --json` printed, which ended by itself."""
-
-    @property
-    def storage(self) -> str:
-        return str(self.folder / "runs")
+NAME, TRIALS = Watched.NAME, 3
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def told(watched: Watched, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a search of three trials."""
     folder = tmp_path_factory.mktemp("told")
-    program = str(Path(sys.executable).with_name("segadapt"))
-    words = [program, "search", "sdca", "--trials", "6", "--name", NAME, *TINY_WORDS]
-    search = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    database = folder / "runs" / "mlflow.db"
-    watched: subprocess.CompletedProcess[str] | None = None
-    while search.poll() is None and (watched is None or watched.returncode != 0):
-        if database.is_file():  # refused until the search has opened its run
-            watch = [program, "status", NAME, "--watch", "--json"]
-            watched = subprocess.run(watch, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    output, _ = search.communicate(timeout=120)
-    assert search.returncode == 0, output
-    assert watched is not None
-    assert watched.returncode == 0, watched.stderr
-    return Told(folder, [json.loads(line) for line in watched.stdout.splitlines()])
+    watched.copy_storage(folder / "runs")
+    return folder
 
 
-def test_status_follows_a_search_from_another_process_and_ends_with_it(told: Told) -> None:
-    first, last = told.watched[0], told.watched[-1]
+def test_status_follows_a_search_from_another_process_and_ends_with_it(watched: Watched) -> None:
+    first, last = watched.statuses[0], watched.statuses[-1]
     assert first["state"] == "running"
     assert (last["state"], last["running"], last["left_s"]) == ("finished", [], None)
-    assert [sum(found["states"].values()) for found in told.watched] == sorted(
-        sum(found["states"].values()) for found in told.watched
+    assert [sum(found["states"].values()) for found in watched.statuses] == sorted(
+        sum(found["states"].values()) for found in watched.statuses
     )
-    for found in told.watched:
-        assert (found["search"], found["asked"], found["objective"]) == (NAME, 6, "target_val/miou")
+    for found in watched.statuses:
+        assert (found["search"], found["asked"], found["objective"]) == (NAME, TRIALS, "target_val/miou")
         assert all(trial["state"] in ("running", "paused") and trial["step"] <= 8 for trial in found["running"])
-    assert any(found["running"] for found in told.watched), "it ran while it was watched"
+    assert any(found["running"] for found in watched.statuses), "it ran while it was watched"
 
 
 def test_a_trial_is_stalled_that_is_silent_for_longer_than_any_was() -> None:
@@ -86,35 +59,35 @@ def test_a_trial_is_stalled_that_is_silent_for_longer_than_any_was() -> None:
     assert judged(("running", 70, 1), ("running", 2, 600)) == [False, False]
 
 
-def test_status_of_an_ended_search_counts_its_trials_and_rungs(told: Told) -> None:
-    found = api.status(NAME, place=Place(told.storage))
-    board = api.runs(NAME, place=Place(told.storage))
+def test_status_of_an_ended_search_counts_its_trials_and_rungs(told: Path) -> None:
+    found = api.status(NAME, place=Place(str(told / "runs")))
+    board = api.runs(NAME, place=Place(str(told / "runs")))
     trials = [row for row in board.rows if row.kind == "trial"]
-    assert sum(found.states.values()) == len(trials) == 6
+    assert sum(found.states.values()) == len(trials) == TRIALS
     assert (found.best, found.best_name) == (trials[0].best, trials[0].name)
-    assert found.rungs[0].reached == 6
+    assert found.rungs[0].reached == TRIALS
     stopped = sum(rung.reached - rung.continued for rung in found.rungs)
     assert stopped == found.states.get("stopped early", 0)
-    shown = command(told.folder, "status", NAME)
+    shown = command(told, "status", NAME)
     assert shown.returncode == 0, shown.stderr
     assert trials[0].name in shown.stdout
     assert "finished" in shown.stdout
-    unknown = command(told.folder, "status", "nonesuch")
+    unknown = command(told, "status", "nonesuch")
     assert unknown.returncode == 2
     assert NAME in unknown.stderr
 
 
-def test_a_report_is_one_file_that_loads_nothing(told: Told, tmp_path: Path) -> None:
-    path = api.report(NAME, str(tmp_path / "told.html"), place=Place(told.storage))
+def test_a_report_is_one_file_that_loads_nothing(told: Path, tmp_path: Path) -> None:
+    path = api.report(NAME, str(tmp_path / "told.html"), place=Place(str(told / "runs")))
     page = path.read_text()
-    board = api.runs(NAME, place=Place(told.storage))
+    board = api.runs(NAME, place=Place(str(told / "runs")))
     for row in board.rows:
         assert row.name in page
     assert page.count("data:image/png;base64,") >= 2, "galleries of source-only and best"
     assert f"segadapt search --resume {NAME} --rerank" in page, "what to do next"
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?https?:", page)
     with pytest.raises(api.UsageError, match="must be writable"):
-        api.report(NAME, str(tmp_path / "none" / "told.html"), place=Place(told.storage))
+        api.report(NAME, str(tmp_path / "none" / "told.html"), place=Place(str(told / "runs")))
 
 
 @pytest.fixture
@@ -133,8 +106,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_report_opens_without_network(told: Told, browser: Any, tmp_path: Path, scheme: Any) -> None:
-    path = api.report(NAME, str(tmp_path / "told.html"), place=Place(told.storage))
+def test_a_report_opens_without_network(told: Path, browser: Any, tmp_path: Path, scheme: Any) -> None:
+    path = api.report(NAME, str(tmp_path / "told.html"), place=Place(str(told / "runs")))
     requests: list[str] = []
     errors: list[str] = []
     page = browser.new_page(color_scheme=scheme, viewport={"width": 1100, "height": 900})
@@ -154,11 +127,11 @@ def test_a_report_opens_without_network(told: Told, browser: Any, tmp_path: Path
 
 
 @pytest.fixture
-def served(told: Told) -> Iterator[str]:
+def served(told: Path) -> Iterator[str]:
     """The address of `segadapt ui` on the search."""
     port = free_port()
     program = str(Path(sys.executable).with_name("segadapt"))
-    words = [program, "ui", "--port", str(port), "--storage", told.storage]
+    words = [program, "ui", "--port", str(port), "--storage", str(told / "runs")]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, process_group=0)
     assert server.stdout is not None
     assert "MLflow shows" in server.stdout.readline()
@@ -169,9 +142,9 @@ def served(told: Told) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_the_ui_leads_from_a_search_to_the_gallery_of_its_best_trial(
-    told: Told, served: str, browser: Any, tmp_path: Path
+    told: Path, served: str, browser: Any, tmp_path: Path
 ) -> None:
-    best = api.runs(NAME, place=Place(told.storage)).rows[0].name
+    best = api.runs(NAME, place=Place(str(told / "runs"))).rows[0].name
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.set_default_timeout(60_000)
     page.goto(f"{served}/#/experiments")
@@ -191,32 +164,32 @@ def test_the_ui_leads_from_a_search_to_the_gallery_of_its_best_trial(
     page.screenshot(path=tmp_path / "gallery.png")
 
 
-def test_runs_say_in_words_what_they_are_and_keep_a_gallery_of_each_evaluation(told: Told) -> None:
-    runs = tracked(told.folder, NAME)
-    best = api.runs(NAME, place=Place(told.storage)).rows[0]
-    assert f"**{best.name}** is the best of 6 trials" in runs[NAME].data.tags["mlflow.note.content"]
+def test_runs_say_in_words_what_they_are_and_keep_a_gallery_of_each_evaluation(told: Path) -> None:
+    runs = tracked(told, NAME)
+    best = api.runs(NAME, place=Place(str(told / "runs"))).rows[0]
+    assert f"**{best.name}** is the best of {TRIALS} trials" in runs[NAME].data.tags["mlflow.note.content"]
     for name in (NAME, best.name):
         inputs = {entry.dataset.name: entry for entry in runs[name].inputs.dataset_inputs}
         assert set(inputs) == {"streets-source-train", "streets-target-train", "streets-target-val"}
         contexts = {found: entry.tags[0].value for found, entry in inputs.items()}
         assert contexts["streets-target-val"] == "evaluation"
         assert runs[best.name].data.tags["segadapt.data"].startswith(inputs["streets-target-val"].dataset.digest)
-    assert gallery_steps(told.folder, runs[best.name]) == steps_of(told.folder, runs[best.name])
+    assert gallery_steps(told, runs[best.name]) == steps_of(told, runs[best.name])
 
 
-def test_a_report_shows_importance_and_the_verdict_over_seeds(told: Told) -> None:
+def test_a_report_shows_importance_and_the_verdict_over_seeds(told: Path) -> None:
     study = optuna.create_study(direction="maximize")
     for number in range(6):
         distributions = {"optimizer.lr": FloatDistribution(0, 1)}
         params = {"optimizer.lr": number / 6}
         study.add_trial(create_trial(value=number / 10, params=params, distributions=distributions))
-    board = api.runs(NAME, selection=True, place=Place(told.storage))
+    board = api.runs(NAME, selection=True, place=Place(str(told / "runs")))
     first, second = (row.name for row in board.rows[:2])
     ranking = rerank({first: {1: 0.5, 2: 0.6}, second: {1: 0.4, 2: 0.41}})
     board = dataclasses.replace(board, reranked=ranking, verdict=verdict(ranking))
     assert board.verdict
-    client = MlflowClient(f"sqlite:///{told.folder}/runs/mlflow.db")
-    page = render(board, list(tracked(told.folder, NAME).values()), client, study)
+    client = MlflowClient(f"sqlite:///{told}/runs/mlflow.db")
+    page = render(board, list(tracked(told, NAME).values()), client, study)
     assert all(f'"name":"{name}"' in page for name in ("fANOVA", "PED-ANOVA"))
     assert board.verdict in html.unescape(page)
     assert f"segadapt search --resume {NAME} --rerank" not in page, "it is done"

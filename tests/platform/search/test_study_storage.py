@@ -14,6 +14,7 @@ from subprocess import CompletedProcess
 import optuna
 import pytest
 from conftest import TINY_WORDS, GuardedMlflow
+from searching import Watched
 
 import segadapt as api
 from segadapt.platform.errors import UsageError
@@ -77,10 +78,8 @@ def test_a_study_storage_that_does_not_answer_is_refused_without_its_password(dr
     assert "secret" not in str(refused.value)
 
 
-@pytest.mark.slow
-def test_optuna_dashboard_opens_the_study(segadapt: Call, tmp_path: Path) -> None:
-    done = segadapt("search", "sdca", "--trials", "1", "--launcher", "inprocess", *TINY_WORDS)
-    assert done.returncode == 0, done.stderr
+def test_optuna_dashboard_opens_the_study(watched: Watched, tmp_path: Path) -> None:
+    watched.copy_storage(tmp_path / "runs")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -99,4 +98,4 @@ def test_optuna_dashboard_opens_the_study(segadapt: Call, tmp_path: Path) -> Non
     finally:
         server.terminate()
         server.wait(timeout=30)
-    assert [study["study_name"] for study in studies] == ["sdca-streets"]
+    assert [study["study_name"] for study in studies] == [Watched.NAME]

@@ -1,6 +1,5 @@
 """The queue on disk: what is in it arrives once and in order, wherever its process is killed."""
 
-import multiprocessing
 import os
 import resource
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import forked
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -20,9 +20,6 @@ from segadapt.platform.tracking.client import mlflow_client
 from segadapt.platform.tracking.outbox import Outbox, left_over, taking
 from segadapt.platform.tracking.tags import KEY_TAG, STATE_TAG
 from segadapt.platform.tracking.tracker import RunInfo, Tracker
-
-PROCESSES = multiprocessing.get_context("forkserver")  # a child is forked from a process that has imported MLflow
-PROCESSES.set_forkserver_preload(["segadapt.platform.tracking.tracker", "mlflow.store.tracking.sqlalchemy_store"])
 
 
 def records(root: Path) -> list[Callable[[Tracker], None]]:
@@ -71,8 +68,7 @@ def session(root: Path, killed_at: int | None, in_step: bool) -> None:
 
 
 def run_session(root: Path, killed_at: int | None, in_step: bool) -> None:
-    process = PROCESSES.Process(target=session, args=(root, killed_at, in_step))
-    process.start()
+    process = forked(session, root, killed_at, in_step)
     process.join(60)
     assert process.exitcode in ((0,) if killed_at is None else (0, -signal.SIGKILL))
 
@@ -144,9 +140,7 @@ def search(root: Path, key: str) -> None:
 def test_four_searches_that_begin_a_storage_folder_at_once_lose_nothing(tmp_path: Path) -> None:
     (tmp_path / "gallery.png").write_text("picture")
     keys = [f"search-{number}" for number in range(4)]
-    searches = [PROCESSES.Process(target=search, args=(tmp_path, key)) for key in keys]
-    for process in searches:
-        process.start()
+    searches = [forked(search, tmp_path, key) for key in keys]
     for process in searches:
         process.join(120)
     found = arrived(tmp_path)
@@ -206,7 +200,6 @@ def append_on_a_full_disk(folder: Path) -> None:
 
 
 def test_a_record_that_the_disk_cannot_hold_is_sent_all_the_same(tmp_path: Path) -> None:
-    process = PROCESSES.Process(target=append_on_a_full_disk, args=(tmp_path,))
-    process.start()
+    process = forked(append_on_a_full_disk, tmp_path)
     process.join(60)
     assert process.exitcode == 0

@@ -539,12 +539,12 @@ def test_a_kill_while_mlflows_database_is_made_breaks_nothing(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_search_goes_on_while_its_server_is_away(server: Server, tmp_path: Path) -> None:
+def test_a_search_goes_on_while_its_server_is_away(server: Server, warm: Path) -> None:
     command = [str(Path(sys.executable).with_name("segadapt")), "search", "sdca", "--name", "away", "--trials", "2"]
     command += ["--scheduler", "none", "--tracking-uri", server.uri, *TINY_WORDS]
-    said = tmp_path / "said.txt"
+    said = warm / "said.txt"
     with said.open("w") as output:
-        search = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)
+        search = subprocess.Popen(command, cwd=warm, stdout=output, stderr=subprocess.STDOUT)
     try:
         wait_for(lambda: "search away" in said.read_text(), "the trials", timeout_s=180)
         with server.away():
@@ -559,4 +559,4 @@ def test_a_search_goes_on_while_its_server_is_away(server: Server, tmp_path: Pat
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     trials = [key for key, run in runs.items() if run.data.tags["segadapt.kind"] == "trial"]
     assert [arrived.steps(key, "target_val/miou") for key in trials] == [[2, 4, 6, 8]] * 2
-    assert waiting(tmp_path) == []
+    assert waiting(warm) == []
