@@ -136,11 +136,11 @@ def _running(client: Any, run: Any, goal: str) -> RunningTrial:
 
 def _rungs(study: Any) -> list[RungStatus]:
     """Return what the scheduler decided at each rung, from the study's record."""
-    found: dict[int, list[bool]] = {}
+    continued: dict[int, list[bool]] = {}
     for trial in study.get_trials(deepcopy=False):
         for rung, decision in decisions(trial).items():
-            found.setdefault(rung, []).append(decision["continues"])
-    return [RungStatus(rung, len(went), sum(went)) for rung, went in sorted(found.items())]
+            continued.setdefault(rung, []).append(decision["continues"])
+    return [RungStatus(rung, len(went), sum(went)) for rung, went in sorted(continued.items())]
 
 
 def _left(trials: Sequence[Any], asked: int, at_a_time: int) -> float | None:
