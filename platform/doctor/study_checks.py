@@ -40,16 +40,16 @@ def _note_duplicates(ledgers: Ledgers, others: Sequence[Any]) -> None:
 
 def study_ends(ledgers: Ledgers) -> Iterator[Finding]:
     """Compare how the study and Ray say that each trial ended."""
-    for found, *_ in proposals_by_trial(ledgers):
-        trial_id = found.user_attrs.get(TRIAL_ID)
+    for proposal, *_ in proposals_by_trial(ledgers):
+        trial_id = proposal.user_attrs.get(TRIAL_ID)
         trial = ledgers.trials.get(f"{ledgers.name}/{trial_id}")
-        name = f"Number {found.number} of the study ({trial_id or 'no trial'})"
-        if found.state.is_finished():
-            if trial is not None and trial.state is not None and not _agree(found.state.name, trial):
+        name = f"Number {proposal.number} of the study ({trial_id or 'no trial'})"
+        if proposal.state.is_finished():
+            if trial is not None and trial.state is not None and not _agree(proposal.state.name, trial):
                 yield Finding(
                     ledgers.name,
                     "warning",
-                    f"{name} is {found.state.name} there, but {trial.state} in Ray's state",
+                    f"{name} is {proposal.state.name} there, but {trial.state} in Ray's state",
                     "The sampler learns from the study's word, the leaderboard does not",
                     "Optuna lets no ended trial change; `search --fork` begins a study without it",
                 )
@@ -59,7 +59,7 @@ def study_ends(ledgers: Ledgers) -> Iterator[Finding]:
                 f"{name} is RUNNING there, but {'Ray does not know it' if ledgers.folders else 'Ray has no state'}",
                 "Its driver was killed before Ray had saved it; nobody runs it",
                 "--fix closes it as lost" + (" and proposes the same values again" if ledgers.resumable else ""),
-                partial(_give_up, ledgers, found, again=ledgers.resumable),
+                partial(_give_up, ledgers, proposal, again=ledgers.resumable),
             )
         elif trial.state is not None:
             yield ledger_fault(
@@ -67,7 +67,7 @@ def study_ends(ledgers: Ledgers) -> Iterator[Finding]:
                 f"{name} is RUNNING there, but {trial.state} in Ray's state",
                 "Its driver was killed before the study knew; it would count as running for ever",
                 "--fix tells the study how it ended",
-                partial(_tell, ledgers, found, trial),
+                partial(_tell, ledgers, proposal, trial),
             )
 
 
@@ -79,30 +79,30 @@ def _agree(state: str, trial: RayTrial) -> bool:
     return state == "PRUNED" or trial.state is TrialState.FINISHED
 
 
-def _give_up(ledgers: Ledgers, found: Any, *, again: bool) -> None:
+def _give_up(ledgers: Ledgers, proposal: Any, *, again: bool) -> None:
     """Close a proposal that nobody runs, as a resumed search does; `again` proposes its values once more."""
     from optuna.trial import TrialState
 
     study = ledgers.study
     assert study is not None
-    trial_handle(study, found).set_user_attr(LOST, True)
-    study.tell(found.number, state=TrialState.FAIL)
+    trial_handle(study, proposal).set_user_attr(LOST, True)
+    study.tell(proposal.number, state=TrialState.FAIL)
     if again:
-        study.enqueue_trial(found.params)
+        study.enqueue_trial(proposal.params)
 
 
-def _tell(ledgers: Ledgers, found: Any, trial: RayTrial) -> None:
+def _tell(ledgers: Ledgers, proposal: Any, trial: RayTrial) -> None:
     from optuna.trial import TrialState as OptunaState
 
     study, goals = ledgers.study, ledgers.objective(ledgers.name).goals
     assert study is not None
     values = [trial.metrics[goal] for goal in goals if goal in trial.metrics]
     if trial.state is TrialState.FINISHED and len(values) == len(goals):
-        study.tell(found.number, values)
-    elif trial.status != "ERROR" and values_by_step(found, goals):
-        study.tell(found.number, state=OptunaState.PRUNED)
+        study.tell(proposal.number, values)
+    elif trial.status != "ERROR" and values_by_step(proposal, goals):
+        study.tell(proposal.number, state=OptunaState.PRUNED)
     else:
-        study.tell(found.number, state=OptunaState.FAIL)
+        study.tell(proposal.number, state=OptunaState.FAIL)
 
 
 def missing_proposals(ledgers: Ledgers) -> Iterator[Finding]:

@@ -135,11 +135,11 @@ def _running(client: Any, run: Any, goal: str) -> RunningTrial:
 
 def _rungs(study: Any) -> list[RungStatus]:
     """Return what the scheduler decided at each rung, from the study's record."""
-    decided: dict[int, list[bool]] = {}
+    continued: dict[int, list[bool]] = {}
     for trial in study.get_trials(deepcopy=False):
         for rung, decision in decisions(trial).items():
-            decided.setdefault(rung, []).append(decision["continues"])
-    return [RungStatus(rung, len(went), sum(went)) for rung, went in sorted(decided.items())]
+            continued.setdefault(rung, []).append(decision["continues"])
+    return [RungStatus(rung, len(went), sum(went)) for rung, went in sorted(continued.items())]
 
 
 def _left(trials: Sequence[Any], asked: int, at_a_time: int) -> float | None:

@@ -50,12 +50,6 @@ class TrialConfig:
         del content["settings"]
         return content
 
-    def as_settings(self) -> dict[str, Any]:
-        """Return the settings by dotted key, as `resolve` takes them."""
-        content = self.as_dict()
-        content.pop("method_name")
-        return dict(flatten(content))
-
 
 def sections(method: str) -> dict[str, type]:
     """Return the configuration classes of a trial of `method` by the first part of their keys."""

@@ -18,7 +18,7 @@ from segadapt.trainables.core.training.gradients import SmallerMicroBatchError
 from segadapt.trainables.core.training.interruption import PreemptedError
 
 FOLDER = "logs"
-"""Of the log among what a trial's stages write, and among the artifacts of its run."""
+"""Folder of the log among what a trial's stages write, and among the artifacts of its run."""
 
 DRIVER = "driver"
 """Who writes what the processes of a trial cannot: that they died, that the trial was stopped or ended."""
@@ -49,7 +49,7 @@ def logged(artifacts: Path, writer: str, trial_id: str, rank: int | None = None)
         artifacts: Where the trial's stages write.
         writer: Names the file, such as `rank-0`.
         trial_id: The trial.
-        rank: Of this worker; None for a process that trains nothing.
+        rank: Rank of this worker; None for a process that trains nothing.
     """
     root, ours = logging.getLogger(), logging.getLogger(_PACKAGE)
     handlers: list[logging.Handler] = [_Handler(log_folder(artifacts) / f"{writer}.jsonl", trial_id, rank)]
@@ -181,29 +181,27 @@ def follow_entries(folder: Path) -> Iterator[dict[str, Any]]:
     shown: dict[Path, int] = {}
     running = True
     while running:
-        found = {path: _entries_of(path) for path in folder.glob("*.jsonl")}
-        yield from _by_time(entry for path, own in found.items() for entry in own[shown.get(path, 0) :])
-        shown = {path: len(own) for path, own in found.items()}
-        told = [
-            entry["event"] for entry in found.get(folder / f"{DRIVER}.jsonl", []) if entry["event"] in (STARTED, ENDED)
-        ]
-        running = not told or told[-1] != ENDED
+        logs = {path: _entries_of(path) for path in folder.glob("*.jsonl")}
+        yield from _by_time(entry for path, log in logs.items() for entry in log[shown.get(path, 0) :])
+        shown = {path: len(log) for path, log in logs.items()}
+        by_driver = [entry["event"] for entry in logs.get(folder / f"{DRIVER}.jsonl", [])]
+        running = next((event for event in reversed(by_driver) if event in (STARTED, ENDED)), STARTED) != ENDED
         if running:
             time.sleep(_POLL_S)
 
 
 def _entries_of(path: Path) -> list[dict[str, Any]]:
-    found = []
+    log = []
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
             if isinstance(entry, dict) and "time" in entry:
-                found.append(entry)
-    return found
+                log.append(entry)
+    return log
 
 
-def _by_time(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return sorted(found, key=lambda entry: str(entry["time"]))
+def _by_time(log: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(log, key=lambda entry: str(entry["time"]))
 
 
 def as_text(entry: Mapping[str, Any]) -> str:

@@ -41,20 +41,20 @@ class MachineUse:
         """Return what was used since the last call: shares in percent, 100 for one core; memory as it is now, in MB."""
         before, now = self._since, (time.monotonic(), self._cpu_s())
         self._since = now
-        found = {
+        used = {
             "process_cpu_percentage": 100 * (now[1] - before[1]) / max(now[0] - before[0], 1e-9),
             "process_memory_megabytes": self._process.memory_info().rss / _MEGABYTE,
         }
         if self._gpu:
-            found |= {
+            used |= {
                 "gpu_memory_allocated_megabytes": torch.cuda.memory_allocated() / _MEGABYTE,
                 "gpu_memory_reserved_megabytes": torch.cuda.memory_reserved() / _MEGABYTE,
                 "gpu_memory_peak_megabytes": torch.cuda.max_memory_allocated() / _MEGABYTE,
             }
         busy, self._busy = self._busy, []
         if busy:
-            found["gpu_utilization_percentage"] = sum(busy) / len(busy)
-        return {f"system/{name}": value for name, value in found.items()}
+            used["gpu_utilization_percentage"] = sum(busy) / len(busy)
+        return {f"system/{name}": value for name, value in used.items()}
 
     def _cpu_s(self) -> float:
         times = self._process.cpu_times()

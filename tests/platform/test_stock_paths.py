@@ -15,7 +15,7 @@ from searching import COMMAND
 import segadapt as api
 from segadapt.platform.storage.folders import Place
 
-BLOCK = '''
+BLOCK = """
 import builtins, os
 
 import_as_ever = builtins.__import__
@@ -31,7 +31,7 @@ def import_unless_blocked(name, globals=None, locals=None, fromlist=(), level=0)
 
 
 builtins.__import__ = import_unless_blocked
-'''
+"""
 """Runs at the start of every process: our modules cannot import what is blocked, their packages can."""
 
 Without = Callable[..., "CompletedProcess[str]"]
