@@ -37,14 +37,15 @@ class FinishResult:
     best: float | None
     """Leading goal of the search at the best checkpoint."""
     before: Mapping[str, float]
+    """Metrics of the trial's network, between 0 and 1."""
     after: Mapping[str, float]
-    """After the last step."""
+    """Metrics after the last step, between 0 and 1."""
     rounds: Sequence[Mapping[str, float]]
-    """Of each round that ended: `labelled_share`, of the target's pixels, and metrics at its end."""
+    """Numbers of each round that ended: `labelled_share` of the target's pixels, and the metrics at its end."""
     checkpoint: str | None
-    """The best by the search's objective."""
+    """Best checkpoint by the search's objective."""
     last: str | None
-    """That of the last step."""
+    """Checkpoint of the last step."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,10 @@ def finish_settings(method: str, trained: Values, values: Values, *, keep_losses
     """Return the settings of `self_training` that finish a trial.
 
     Args:
-        method: Of the trial.
+        method: Method of the trial.
         trained: All settings of the trial, by dotted key.
         values: Settings of the finish that are given; they win.
-        keep_losses: As in `finish`.
+        keep_losses: Whether the losses of the trial's method stay, with its state.
     """
     settings = {key: value for key, value in trained.items() if key.startswith(_INHERITED)}
     if (rule := method_class(method).aligns_corners) is not None:

@@ -54,9 +54,9 @@ class Leaderboard:
     selection: Sequence[Choice] = ()
     """What each label-free score would have chosen; empty unless asked for."""
     methods: Mapping[str, float] = field(default_factory=dict)
-    """Of a search of several methods: the best that each had reached when all had spent the same steps."""
+    """Best that each method of a joint search had reached when all had spent the same steps."""
     equal_steps: int | None = None
-    """Those steps."""
+    """Steps that all methods had spent then."""
     reranked: Sequence[Reranked] = ()
     """The best configurations over several seeds, if they were trained again."""
     verdict: str | None = None
