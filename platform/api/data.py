@@ -53,7 +53,7 @@ def data_check(
 
     Args:
         kind: gta5, synthia, cityscapes, folder or shards.
-        root: Its folder, or the URI of packed shards.
+        root: Folder of the dataset, or the URI of packed shards.
         progress: Called with the number of images just done and of all.
 
     Returns:
@@ -91,9 +91,9 @@ def data_pack(
 
     Args:
         kind: gta5, synthia, cityscapes or folder.
-        root: Its folder.
+        root: Folder of the dataset.
         out: A new or empty folder, or one in which the same was packed before.
-        splits: Those to pack; None packs all.
+        splits: Splits to pack, train or val; None packs all.
         size: (H, W) the training split is resized to. The validation split keeps its size, and scores their meaning.
         image_format: png, without loss, or jpeg.
         quality: Quality of JPEG, 1 to 100, by default 95.

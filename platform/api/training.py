@@ -157,7 +157,7 @@ def plan(
     """Check a new search and return what it would do; touches nothing.
 
     Args:
-        methods: As in `search`, like all that follows.
+        methods: Names of the methods, or `all`.
         settings: Settings that no trial changes, by dotted key, or ranges to search instead.
         trials: Trials to run, by default 20.
         objective: What to maximise, by default target validation mIoU.

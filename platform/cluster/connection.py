@@ -56,7 +56,7 @@ def connect(address: str | None, *, verbose: bool = False, resources: Resources 
     RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token. RAY_AUTH_MODE overrides both.
 
     Args:
-        address: Of a running cluster, as seen from one of its machines: `auto` or HOST:PORT. None takes RAY_ADDRESS,
+        address: Running cluster, as seen from one of its machines: `auto` or HOST:PORT. None takes RAY_ADDRESS,
             which Ray sets in its jobs, or else starts a local one that ends with this command.
         verbose: Show what the workers print.
         resources: What a trial is to take; None if no trial will run.

@@ -21,15 +21,15 @@ from segadapt.platform.storage.folders import check_name
 from segadapt.platform.storage.retries import retry
 
 _COMMANDS = ("search", "train", "finish")
-"""Those that train."""
+"""Commands that train."""
 
 _ENDED = ("succeeded", "failed", "stopped")
 
 _POLL_S = 1.0
-"""Between two looks at a job's log."""
+"""Seconds between two looks at a job's log."""
 
 _READY_S = 120.0
-"""For a head that was just started to take jobs."""
+"""Seconds that a head which was just started may need until it takes jobs."""
 
 
 class _NotReadyError(RuntimeError):
@@ -45,7 +45,7 @@ class Job:
     """pending, running, succeeded, failed or stopped."""
     command: str
     started: str | None
-    """In UTC."""
+    """Time of its start in UTC."""
     message: str
 
 
@@ -61,8 +61,8 @@ def submit(words: Sequence[str], *, address: str, name: str | None = None) -> st
 
     Args:
         words: The command, such as `search sdca --storage /mnt/segadapt/runs`.
-        address: Of the cluster's Ray Jobs, http://HOST:PORT.
-        name: Of the job; None makes one.
+        address: Address of the cluster's Ray Jobs, http://HOST:PORT.
+        name: Name of the job; None makes one.
 
     Raises:
         UsageError: If the command cannot run there, or the cluster does not answer.

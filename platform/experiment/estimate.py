@@ -37,7 +37,7 @@ class MethodCost:
     trial_s: float
     """A full trial, without the shared stages."""
     first_rung_s: float
-    """From its start to the first comparison with other trials."""
+    """A trial from its start to the first comparison with other trials."""
     early_stopped_s: float
     """A trial on average, if half of the trials end at each rung."""
     shared_s: float
@@ -57,18 +57,18 @@ class Estimate:
     concurrent: int
     """Trials at a time."""
     device: str
-    """What the memory is of: `GPU` or `process`."""
+    """Whose memory is meant: that of a `GPU` or of a `process`."""
     memory_limit: int | None
     """Bytes that a worker may take; None for a cluster that was not asked."""
     free_bytes: int
-    """On the disk of the storage folder."""
+    """Free bytes on the disk of the storage folder."""
     shared_s: float
     search_s: float
     """Shared stages, all trials without early stopping, equally many of each method, and those of `--rerank`."""
     early_stopped_s: float
-    """The same if half of the trials end at each rung."""
+    """The search if half of the trials end at each rung."""
     gpu_hours: float
-    """Of `search_s`."""
+    """GPU hours that are spent in `search_s`."""
     storage_bytes: int
     notes: Sequence[str]
     problems: Sequence[str]

@@ -43,8 +43,9 @@ class FinishResult:
     best: float | None
     """Leading goal of the search at the best checkpoint."""
     before: Mapping[str, float]
+    """Metrics of the trial's network, between 0 and 1."""
     after: Mapping[str, float]
-    """After the last step."""
+    """Metrics after the last step, between 0 and 1."""
     rounds: Sequence[Mapping[str, float]]
     """What each round that ended gave: `labelled_share`, of the target's pixels, and metrics at its end."""
     checkpoint: str | None
@@ -141,7 +142,7 @@ def finish_settings(method: str, trained: Values, values: Values, *, keep_losses
         method: Method of the trial.
         trained: All settings of the trial, by dotted key.
         values: Settings of the finish that are given; they win.
-        keep_losses: As in `finish`.
+        keep_losses: Whether the losses of the trial's method stay, with its state.
     """
     settings = {key: value for key, value in trained.items() if key.startswith(_INHERITED)}
     if (rule := method_class(method).aligns_corners) is not None:

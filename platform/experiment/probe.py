@@ -55,7 +55,7 @@ class Probe:
     start_s: float
     """Loading the data and building the networks."""
     stages: Mapping[str, StageProbe]
-    """By name; stages of one kind are measured once."""
+    """Stages by name; those of one kind are measured once."""
     evaluation_s: float
     """An evaluation of all validation images with the writing of its checkpoint."""
     memory_bytes: int
@@ -76,10 +76,10 @@ def run_probe(method: str, config: TrialConfig, threads: float, shared_threads: 
     """Measure a method in a fresh process.
 
     Args:
-        method: Its name.
-        config: Of one worker.
-        threads: Of a trial's worker.
-        shared_threads: Of the trial that computes the shared stages.
+        method: Name of the method.
+        config: Configuration of one worker.
+        threads: Threads of a trial's worker.
+        shared_threads: Threads of the trial that computes the shared stages.
 
     Raises:
         UsageError: If it fails; says why.
@@ -172,7 +172,7 @@ class _First:
 
 
 class _FirstLabelled(_First):
-    """The same with labels."""
+    """The first images of a labelled set; counts the reads."""
 
     def __init__(self, images: LabelledImages) -> None:
         super().__init__(images)
@@ -186,10 +186,10 @@ def measure(config: TrialConfig, folder: Path, threads: float, shared_threads: f
     """Run a few steps of each kind of stage of a method in this process.
 
     Args:
-        config: Of one worker.
-        folder: For what stages write, and for checkpoints.
-        threads: Of a trial's worker.
-        shared_threads: Of the trial that computes the shared stages.
+        config: Configuration of one worker.
+        folder: Folder for what stages write, and for checkpoints.
+        threads: Threads of a trial's worker.
+        shared_threads: Threads of the trial that computes the shared stages.
     """
     torch.set_num_threads(max(1, int(threads)))
     started = time.perf_counter()

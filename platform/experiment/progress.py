@@ -64,20 +64,20 @@ class Progress:
             self.console.print(f"{self.title}: {self._count()}, {self.steps} steps each")
 
     def ended_before(self, trials: int) -> None:
-        """So many of the trials ended in earlier sessions."""
+        """Count trials that ended in earlier sessions."""
         self._ended += trials
         self._missing -= trials * self.steps
         if self._live is None:
             self.console.print(f"{self.title}: going on, {self._count()}")
 
     def started(self, key: str, name: str, step: int = 0) -> None:
-        """A trial was handed to a process, for the first time or again; `step` steps were done earlier."""
+        """Show a trial that was handed to a process, for the first time or again; `step` steps were done earlier."""
         if key not in self._views:
             self._views[key] = TrialView(name, step=step)
             self._missing -= step
 
     def result(self, key: str, step: int, value: float | None) -> None:
-        """A trial was evaluated."""
+        """Show the evaluation of a trial."""
         view = self._views[key]
         self._taken += step - view.step
         self._change(view, TrialState.RUNNING, step)
@@ -89,12 +89,12 @@ class Progress:
         self._say(f"{view.name} step {step}/{self.steps} {self.objective} {number_text(value)}")
 
     def paused(self, key: str) -> None:
-        """A trial waits at a rung."""
+        """Show that a trial waits at a rung."""
         self._change(self._views[key], TrialState.PAUSED)
         self._say(f"{self._views[key].name} paused")
 
     def ended(self, key: str, state: TrialState) -> None:
-        """A trial ended; `state` says how."""
+        """Show that a trial ended; `state` says how."""
         view = self._views[key]
         self._change(view, state)
         self._say(f"{view.name} {state}")

@@ -15,7 +15,7 @@ class Choice:
     """What a label-free score makes of a search's trials."""
 
     score: str
-    """Its metric."""
+    """Metric of the score."""
     trials: int
     """Trials that have it and target mIoU."""
     correlation: float | None
@@ -23,7 +23,7 @@ class Choice:
     chosen: str
     """Trial with the highest score; of equals, the first by name."""
     target_miou: float
-    """Of the chosen trial."""
+    """Target mIoU of the chosen trial."""
     regret: float
     """Best target mIoU of these trials, minus that."""
 

@@ -66,9 +66,9 @@ class Leaderboard:
     selection: Sequence[Choice] = ()
     """What each label-free score would have chosen; empty unless asked for."""
     methods: Mapping[str, float] = field(default_factory=dict)
-    """Best that each method of a search of several had reached when all had spent the same steps."""
+    """Best that each method of a joint search had reached when all had spent the same steps."""
     equal_steps: int | None = None
-    """Those steps."""
+    """Steps that all methods had spent then."""
     reranked: Sequence[Reranked] = ()
     """The best configurations over several seeds, if they were trained again."""
     verdict: str | None = None

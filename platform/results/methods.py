@@ -16,21 +16,21 @@ class MethodResult:
     method: str
     trials: int
     steps: int
-    """Spent by its trials."""
+    """Steps that its trials have spent."""
     best: float
     """Leading goal of its best evaluation."""
     budget: int
     """Steps that every method has spent."""
     best_at_budget: float
-    """Of the evaluations within that budget, trials taken in the order of their proposal."""
+    """Best of the evaluations within that budget, trials taken in the order of their proposal."""
 
 
 def compare_methods(trials: Sequence[Any], objective: Objective) -> list[MethodResult]:
     """Return the methods of a study, best at equal budget first; empty for a study of one method.
 
     Args:
-        trials: Of the study.
-        objective: Its leading goal is compared.
+        trials: Trials of the study.
+        objective: Objective of the search; its leading goal is compared.
     """
     histories: dict[str, list[dict[int, float]]] = {}
     for trial in trials:

@@ -14,7 +14,7 @@ from segadapt.platform.settings.config import METHOD
 from segadapt.platform.settings.objective import Objective
 
 MEASURES = {"fanova": "fANOVA", "ped_anova": "PED-ANOVA"}
-"""Of importance, by the name that files have."""
+"""Measures of importance, by the name that files have."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Importance:
     """Which settings explain the differences between the completed trials of a search, or of one of its methods."""
 
     method: str | None
-    """None for the search of a single method."""
+    """Name of the method; None for the search of a single method."""
     shares: Mapping[str, Mapping[str, float]]
-    """Of the variance, by measure (fANOVA over the whole space, PED-ANOVA among the better trials) and setting."""
+    """Shares of variance, by measure (fANOVA over the whole space, PED-ANOVA among the better trials) and setting."""
 
 
 def importances(study: Any, objective: Objective) -> Iterator[Importance]:
@@ -41,10 +41,10 @@ class _Sample:
     """Completed trials that all have the same settings."""
 
     method: str | None
-    """Of a joint search, whose methods have plots of their own."""
+    """Name of the method in a joint search, whose methods have plots of their own; None in any other."""
     study: Any
     settings: list[str]
-    """That at least two trials differ in."""
+    """Settings that at least two trials differ in."""
 
 
 def study_figures(study: Any, objective: Objective) -> Iterator[tuple[str, Callable[[], Any]]]:

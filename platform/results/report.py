@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from segadapt.platform.results.leaderboard import Leaderboard, Row
 
 _COLORS = ("#3b7dd8", "#d9822b", "#2f9e63", "#b84fb0", "#c0392b", "#7f8c3a", "#5f6caf")
-"""Of the methods, readable on light and dark ground."""
+"""Colours of the methods, readable on light and dark ground."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
     """Return the page of a search as HTML that loads nothing from anywhere.
 
     Args:
-        board: Its leaderboard, with the judgement of label-free scores.
-        entries: Its MLflow runs.
-        client: Of MLflow, for histories and artifacts.
-        study: Its Optuna study, for parameter importance; None leaves that out.
+        board: Leaderboard of the search, with the judgement of label-free scores.
+        entries: MLflow runs of the search.
+        client: MLflow client, for histories and artifacts.
+        study: Optuna study of the search, for parameter importance; None leaves that out.
     """
     import jinja2
 

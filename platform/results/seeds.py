@@ -12,16 +12,16 @@ class Reranked:
     """A configuration over several seeds, none of which the search had seen."""
 
     name: str
-    """Of the search's trial whose configuration it is."""
+    """Name of the search's trial whose configuration it is."""
     values: Sequence[float]
     """The objective at each seed."""
     mean: float
     half_width: float | None
-    """Of the 95 % confidence interval of the mean (Student's t); None for one seed."""
+    """Half the width of the 95 % confidence interval of the mean (Student's t); None for one seed."""
     behind: float | None
-    """What the mean lacks of the first; None for the first."""
+    """How far the mean lies below the first one's; None for the first."""
     behind_half_width: float | None
-    """Of the 95 % confidence interval of that difference, paired by seed."""
+    """Half the width of the 95 % confidence interval of that difference, paired by seed."""
 
     @property
     def within_noise(self) -> bool:

@@ -14,10 +14,10 @@ from segadapt.platform.settings.states import TrialState
 from segadapt.platform.tracking.tags import FAILURE_TAG, KIND_TAG, STATE_TAG, TRIALS_TAG
 
 _STALLED = 5
-"""A trial is stalled that is silent for so many times the longest silence between two reports of any running one."""
+"""A trial is stalled if it is silent so many times longer than any running one was between two reports."""
 
 _STALLED_S = 60.0
-"""At least, in seconds."""
+"""Seconds of silence below which no trial is stalled."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class RunningTrial:
     state: TrialState
     step: int
     value: float | None
-    """The leading goal, when last evaluated."""
+    """Best value of the leading goal so far."""
     heard_s: float
     """Seconds since it last reported, or since it began."""
     longest_s: float
     """The longest that it was silent between two reports."""
     stalled: bool = False
-    """Silent for much longer than any trial was between two reports."""
+    """Whether it is silent for much longer than any trial was between two reports."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
     """Return how a search stands.
 
     Args:
-        search: Its name.
-        entries: Its MLflow runs.
-        client: Of MLflow.
-        study: Its Optuna study, for the rungs; None leaves them out.
+        search: Name of the search.
+        entries: MLflow runs of the search.
+        client: MLflow client.
+        study: Optuna study of the search, for the rungs; None leaves them out.
     """
     parent = next(entry for entry in entries if entry.data.tags.get(KIND_TAG) == "search")
     trials = [entry for entry in entries if entry.data.tags.get(KIND_TAG) == "trial"]
