@@ -25,6 +25,10 @@ import pytest
 from commands import COMMAND, run_command
 from searching import Watched, watched_search
 
+# Before PyTorch is imported. Each process of tests has about one core, on which threads wait for each other: tensors as
+# small as those of tests take several times as long with two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 TINY = {
     "data.streets.height": 32,
     "data.streets.width": 64,

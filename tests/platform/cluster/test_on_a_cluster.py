@@ -173,6 +173,7 @@ def test_a_cluster_grows_for_a_job_and_shrinks_after_it(
     assert "the cluster has a job 'first'" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_running_job_is_stopped(autoscaled: Autoscaled, tmp_path: Path) -> None:
     words = ["train", "source_only", "--storage", str(tmp_path / "runs"), *TINY_WORDS, "warmup.steps=100000"]
     job = api.submit(words, address=autoscaled.jobs, name="stopped")
@@ -223,6 +224,7 @@ def test_a_cluster_is_shown_the_token_that_there_is(loopback_cluster: Any, monke
     assert "RAY_AUTH_MODE" not in os.environ
 
 
+@pytest.mark.slow
 def test_a_node_that_differs_is_named_before_any_trial(loopback_cluster: Any, tmp_path: Path) -> None:
     """One node has other versions, one sees another folder under the storage's path."""
     data, storage, other = tmp_path / "data", tmp_path / "runs", tmp_path / "packages"

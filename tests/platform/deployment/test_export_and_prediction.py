@@ -293,9 +293,9 @@ def a_card(**changes: Any) -> Card:
     ("name", "aggregation", "size"),
     [
         ("compact", 0.5, None),
-        ("deeplabv2_resnet101_caffe", 0.0, None),
-        ("deeplabv3_resnet50", 0.0, None),
-        ("lraspp_mobilenet_v3_large", 0.0, (64, 128)),
+        pytest.param("deeplabv2_resnet101_caffe", 0.0, None, marks=pytest.mark.slow),
+        pytest.param("deeplabv3_resnet50", 0.0, None, marks=pytest.mark.slow),
+        pytest.param("lraspp_mobilenet_v3_large", 0.0, (64, 128), marks=pytest.mark.slow),
     ],
 )
 def test_networks_export(name: str, aggregation: float, size: tuple[int, int] | None, tmp_path: Path) -> None:

@@ -216,6 +216,7 @@ def short(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder, *search(folder, cluster, 0.25, {}, trials=2, name="short")
 
 
+@pytest.mark.slow
 def test_a_trial_that_never_fits_fails_as_infeasible_everywhere(short: tuple[Path, Any, dict[str, Any]]) -> None:
     folder, outcome, runs = short
     assert outcome.failed == 1
@@ -234,6 +235,7 @@ def test_a_trial_that_never_fits_fails_as_infeasible_everywhere(short: tuple[Pat
     assert parent["cost/gpu_hours"] == pytest.approx(0.25 * sum(hours), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_search_ends_when_its_gpu_hours_are_spent(cluster: str, short: tuple[Path, Any, dict[str, Any]]) -> None:
     settings = {"method.temperature": 100.0, "trainer.steps": 100_000, "trainer.eval_every": 100}
     outcome, runs = search(short[0], cluster, 1.0, settings, trials=5, name="spent", max_gpu_hours=5 / 3600)

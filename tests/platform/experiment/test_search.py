@@ -138,6 +138,7 @@ def test_tunes_state_keeps_few_numbers_of_a_trial(searched: Searched) -> None:
         assert not any(name.startswith(("loss/", "config")) for name in kept["last_result"])
 
 
+@pytest.mark.slow
 def test_a_second_search_takes_another_name_and_loads_the_warm_up(searched: Searched) -> None:
     folder, _ = searched
     done = command(folder, "search", "sdca", "--trials", "1", *TINY_WORDS)
@@ -183,6 +184,7 @@ def test_finish_self_trains_the_best_trial_and_links_to_it(searched: Searched) -
     assert "sdca-001" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_a_finish_on_several_seeds_shows_their_spread_and_may_keep_the_losses_of_its_trial(searched: Searched) -> None:
     folder, _ = searched
     words = ("--seeds", "2", "trainer.steps=2", "method.restart=true", "method.rule=fixed", "seed=3")
@@ -260,6 +262,7 @@ def test_a_finish_whose_driver_was_killed_leaves_the_bytes_of_an_undisturbed_one
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_an_extended_search_knows_its_trials_and_ranks_the_best_over_seeds(searched: Searched) -> None:
     import optuna
 
@@ -298,6 +301,7 @@ def test_an_extended_search_knows_its_trials_and_ranks_the_best_over_seeds(searc
     assert runs["sdca-streets"].data.tags["segadapt.best_trial"] == winner.data.tags["segadapt.trial_id"]
 
 
+@pytest.mark.slow
 def test_a_fork_counts_the_trials_that_fit_its_ranges(searched: Searched) -> None:
     import optuna
 
@@ -571,6 +575,7 @@ def test_several_methods_are_one_study_in_which_each_is_tried(tmp_path: Path) ->
     assert finished.returncode == 0, finished.stderr
 
 
+@pytest.mark.slow
 def test_a_warm_up_that_fails_ends_its_runs_as_failed_and_can_be_tried_again(tmp_path: Path) -> None:
     done = command(tmp_path, "search", "sdca", "--trials", "1", *TINY_WORDS, "warmup.lr_factor=1e12")
     assert done.returncode == 1
@@ -583,6 +588,7 @@ def test_a_warm_up_that_fails_ends_its_runs_as_failed_and_can_be_tried_again(tmp
     assert "NonFiniteLossError" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_time_budget_ends_a_search_with_what_it_has_and_resuming_gives_it_again(warm: Path) -> None:
     steps = [word for word in TINY_WORDS if not word.startswith("trainer.steps")]
     done = command(warm, "search", "sdca", "--trials", "500", "--time-budget", "25", *steps, "trainer.steps=20")
@@ -605,6 +611,7 @@ def test_a_time_budget_ends_a_search_with_what_it_has_and_resuming_gives_it_agai
     assert later & {"finished", "stopped early"}, "an evaluation takes longer than what was left of the first budget"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_search_says_so_and_goes_on_when_asked(interrupt: signal.Signals, warm: Path) -> None:
     words = [word for word in TINY_WORDS if not word.startswith("trainer.steps")]

@@ -242,6 +242,7 @@ def forget_the_end(folder: Path, trial: str) -> None:
     callbacks.write_bytes(pickle.dumps(known))
 
 
+@pytest.mark.slow
 def test_a_search_keeps_its_best_trial_alone(
     segadapt: Callable[..., CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,6 +244,7 @@ SEARCH_THAT_IS_KILLED = """
     """
 
 
+@pytest.mark.slow
 def test_what_a_killed_driver_could_not_send_is_sent_by_the_next_command(server: Server, tmp_path: Path) -> None:
     checkpoint(tmp_path / "checkpoint")
     arrived = Arrived(server.uri, "killed")
