@@ -18,9 +18,8 @@ from segadapt.platform.deployment.card import Card
 from segadapt.platform.deployment.export import Predict
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage.files import write_whole
-from segadapt.trainables.core.data import sampling
-from segadapt.trainables.core.data.dataset import in_threads
 from segadapt.trainables.core.data.decoding import UnreadableError, decode_image
+from segadapt.trainables.core.data.threads import decoding_threads, in_threads
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -175,7 +174,7 @@ def predict(
     unreadable: list[Unreadable] = []
     batches = list(_batches(missing, labeller, batch_size, unreadable))
     progress(len(unreadable), len(items))
-    for batch, read in zip(batches, sampling.in_threads(_read, batches, 2, ahead=2), strict=True):
+    for batch, read in zip(batches, in_threads(_read, batches, 2, ahead=2), strict=True):
         unreadable += [found for found in read if isinstance(found, Unreadable)]
         whole = [(item, found) for item, found in zip(batch, read, strict=True) if not isinstance(found, Unreadable)]
         if whole:
@@ -245,7 +244,7 @@ def _batches(
 ) -> Iterator[list[_Item]]:
     """Bring images of equal size together, by their headers; those that have none go to `unreadable`."""
     sizes: dict[_Item, tuple[int, int]] = {}
-    for item, size in zip(items, in_threads(_size, items), strict=True):
+    for item, size in zip(items, in_threads(_size, items, decoding_threads()), strict=True):
         if isinstance(size, Unreadable):
             unreadable.append(size)
         else:

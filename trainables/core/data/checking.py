@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from segadapt.trainables.core.data.dataset import Dataset, Fault, Split, in_threads, size_text, unknown_text
+from segadapt.trainables.core.data.dataset import Dataset, Fault, Split, size_text, unknown_text
 from segadapt.trainables.core.data.datasets import open_dataset
 from segadapt.trainables.core.data.decoding import LabelFormatError, UnreadableError, decode_image
 from segadapt.trainables.core.data.readers.shards import ShardDataset
+from segadapt.trainables.core.data.threads import decoding_threads, in_threads
 
 IGNORED = "ignored"
 """Stands beside the classes in a histogram: pixels of no class."""
@@ -79,7 +80,10 @@ def check_dataset(
     reports, faults, notes = {}, [], list(dataset.notes)
     for name, split in dataset.splits.items():
         pairs = list(zip(split.images, split.labels, strict=True))
-        samples = in_threads(partial(_inspect, dataset), pairs, lambda done: progress(done, total))
+        samples = []
+        for sample in in_threads(partial(_inspect, dataset), pairs, decoding_threads()):
+            samples.append(sample)
+            progress(1, total)
         faults += _pairing_faults(name, split, dataset)
         faults += [fault for sample in samples for fault in sample.faults]
         resized = sum(

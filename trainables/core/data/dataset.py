@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +25,7 @@ from segadapt.trainables.core.data.decoding import (
     not_whole_text,
     read_image,
 )
+from segadapt.trainables.core.data.threads import decoding_threads, in_threads
 
 _TAIL_BYTES = 4096
 
@@ -164,7 +164,7 @@ class Dataset:
                 return hashlib.sha256(f"{path.relative_to(root)}\0{size}\0".encode() + file.read()).digest()
 
         files = [*split.images, *(label for label in split.labels if labels and label is not None)]
-        return hashlib.sha256(b"".join(in_threads(content, files))).digest()
+        return hashlib.sha256(b"".join(in_threads(content, files, decoding_threads()))).digest()
 
 
 class FileTargetImages:
@@ -264,26 +264,3 @@ def resize_nearest(label: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[n
     """Resize (H, W) as the papers' codes do: PIL's nearest, the input pixel under the centre of the output's."""
     height, width = size
     return np.array(Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST))
-
-
-def in_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], progress: Callable[[int], None] | None = None
-) -> list[Result]:
-    """Apply `function` to all items, in order, in as many threads as decoding gains from.
-
-    Args:
-        function: Called once per item.
-        items: What to work on.
-        progress: Called with the number of items just done.
-    """
-    results = []
-    with ThreadPoolExecutor(max_workers=min(32, (os.cpu_count() or 1) + 2)) as pool:
-        try:
-            for result in pool.map(function, items):
-                results.append(result)
-                if progress is not None:
-                    progress(1)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return results

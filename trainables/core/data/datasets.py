@@ -9,7 +9,7 @@ from typing import Literal
 
 from segadapt.trainables.core.data.batch import DomainData, EvaluationData, LabelledDomains
 from segadapt.trainables.core.data.class_lists import SUBSETS, match
-from segadapt.trainables.core.data.dataset import Dataset, Fault, Split, in_threads
+from segadapt.trainables.core.data.dataset import Dataset, Fault, Split
 from segadapt.trainables.core.data.decoding import LabelFormatError, UnreadableError
 from segadapt.trainables.core.data.readers.cityscapes import open_cityscapes, write_cityscapes
 from segadapt.trainables.core.data.readers.folder import open_folder, write_both_folders
@@ -18,6 +18,7 @@ from segadapt.trainables.core.data.readers.shard_format import is_uri
 from segadapt.trainables.core.data.readers.shards import SHARDS, open_shards
 from segadapt.trainables.core.data.readers.synthia import open_synthia, write_synthia
 from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
+from segadapt.trainables.core.data.threads import decoding_threads, in_threads
 from segadapt.trainables.core.validation import check
 
 
@@ -229,7 +230,7 @@ def _without_bad(split: Split, dataset: Dataset, name: str, notes: list[str], *,
             return str(error)
         return None
 
-    faults = in_threads(fault_of, range(len(split)))
+    faults = list(in_threads(fault_of, range(len(split)), decoding_threads()))
     kept = [index for index, fault in enumerate(faults) if fault is None]
     if not kept:
         raise ValueError(f"{name} must hold a file that can be decoded, but none of {len(split)} can: {faults[0]}")

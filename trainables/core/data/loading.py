@@ -14,11 +14,11 @@ from segadapt.trainables.core.data.sampling import (
     ClassBalancedOrder,
     class_counts,
     generator,
-    in_threads,
     label_counts,
     rare_shown,
     sample_at,
 )
+from segadapt.trainables.core.data.threads import in_threads
 from segadapt.trainables.core.data.transforms import (
     AugmentationConfig,
     Domain,

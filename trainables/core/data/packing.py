@@ -32,7 +32,7 @@ from segadapt.trainables.core.data.readers.shard_format import (
     Shard,
     read_manifest,
 )
-from segadapt.trainables.core.data.sampling import in_threads
+from segadapt.trainables.core.data.threads import in_threads
 from segadapt.trainables.core.data.transforms import Size, resized, resized_label
 from segadapt.trainables.core.validation import check
 

@@ -5,16 +5,16 @@ import hashlib
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import LabelledImages
+from segadapt.trainables.core.data.threads import in_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -109,32 +109,6 @@ class ClassBalancedOrder:
 def _reshuffled(images: Tensor, draw: torch.Generator) -> Iterator[int]:
     while True:
         yield from images[torch.randperm(len(images), generator=draw)].tolist()
-
-
-def in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int, *, ahead: int | None = None
-) -> Iterator[Result]:
-    """Yield `function` of each item in order, computed by threads at most `ahead` items in advance.
-
-    Args:
-        function: Called from several threads at once.
-        items: Read from the caller's thread, no further than needed.
-        threads: 0 computes each result when it is asked for.
-        ahead: Results that wait or are under way at most; default: twice the threads.
-    """
-    if threads == 0:
-        yield from map(function, items)
-        return
-    iterator = iter(items)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="segadapt-data")
-    try:
-        waiting = [pool.submit(function, item) for item in islice(iterator, ahead or 2 * threads)]
-        while waiting:
-            result = waiting.pop(0).result()
-            waiting += [pool.submit(function, item) for item in islice(iterator, 1)]
-            yield result
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 _counted: "weakref.WeakKeyDictionary[LabelledImages, dict[int, Tensor]]" = weakref.WeakKeyDictionary()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from segadapt.trainables.core.data.batch import ClassList, EvaluationData, LabelledImages
 from segadapt.trainables.core.data.loading import one_pass, worker_share
-from segadapt.trainables.core.data.sampling import in_threads
+from segadapt.trainables.core.data.threads import in_threads
 from segadapt.trainables.core.evaluation.inference import ONCE, Inference, decide, views
 from segadapt.trainables.core.evaluation.metrics import ConfusionMatrix, intersection_over_union
 from segadapt.trainables.core.labelling.quality import LabelQuality, LabelQualityCounter, LabelRule
