@@ -84,7 +84,7 @@ def segadapt(surrogate: Surrogate, seed: int, workers: int, *, sampler: str, sch
     import optuna
 
     from segadapt.platform.search.samplers import make_sampler
-    from segadapt.platform.search.schedulers import scheduler as make_scheduler
+    from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
     from segadapt.platform.search.searcher import StudySearch
     from segadapt.platform.settings.objective import Objective
 
@@ -99,15 +99,8 @@ def segadapt(surrogate: Surrogate, seed: int, workers: int, *, sampler: str, sch
         study_name="search",
         storage=optuna.storages.InMemoryStorage(),
     )
-    made = make_scheduler(
-        scheduler,
-        searcher.study,
-        objective,
-        grace_steps=surrogate.steps[0],
-        steps=surrogate.steps[-1],
-        concurrent=workers,
-    )
-    return searcher, made
+    horizon = Horizon(surrogate.steps[0], surrogate.steps[-1], workers)
+    return searcher, SCHEDULERS[scheduler].of(searcher.study, objective, horizon)
 
 
 def published(surrogate: Surrogate) -> dict[str, Any]:

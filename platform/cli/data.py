@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from segadapt.platform.cli.options import AsJson, Assignments, assignments
+from segadapt.platform.cli.options import AsJson, Assignments, LateHelp, assignments
 from segadapt.platform.cli.tables import console, progress_bar, show_dataset
 from segadapt.platform.settings.text import size_text
 
@@ -16,12 +16,12 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=LateHelp)
 def make(
     folder: Annotated[str, typer.Argument(help="A new or empty folder.")],
     settings: Assignments = None,
     layout: Annotated[
-        str, typer.Option("--format", help="folder (both domains), gta5, synthia (the source) or cityscapes (target).")
+        str, typer.Option("--format", help="Layout, and what of the images it holds: {written}.")
     ] = "folder",
 ) -> None:
     """Write the streets benchmark as files, in the layout for own data or exactly as a known dataset is stored.
@@ -33,9 +33,9 @@ def make(
     print(f"Wrote {data.data_make(folder, assignments(settings), layout=layout)}")
 
 
-@app.command()
+@app.command(cls=LateHelp)
 def check(
-    kind: Annotated[str, typer.Argument(help="gta5, synthia, cityscapes, folder or shards.")],
+    kind: Annotated[str, typer.Argument(help="{readable}.")],
     root: Annotated[str, typer.Argument(help="Its folder; of shards also a URI such as s3://bucket/path.")],
     as_json: AsJson = False,
 ) -> None:
@@ -56,9 +56,9 @@ def check(
     sys.exit(1 if report.faults else 0)
 
 
-@app.command()
+@app.command(cls=LateHelp)
 def pack(
-    kind: Annotated[str, typer.Argument(help="gta5, synthia, cityscapes or folder.")],
+    kind: Annotated[str, typer.Argument(help="{kinds}.")],
     root: Annotated[str, typer.Argument(help="Its folder.")],
     out: Annotated[str, typer.Argument(help="A new folder, or one in which this was interrupted.")],
     split: Annotated[list[str] | None, typer.Option(help="train or val; may be repeated. Default: all.")] = None,

@@ -6,6 +6,7 @@ import traceback
 import typer
 
 from segadapt.platform.cli import cache, data, doctor, jobs, models, runs, search
+from segadapt.platform.cli.options import LateHelp
 
 app = typer.Typer(
     name="segadapt",
@@ -19,7 +20,7 @@ app.add_typer(data.app)
 app.add_typer(cache.app)
 app.command("list")(runs.list_methods)
 app.command()(runs.describe)
-app.command()(search.search)
+app.command(cls=LateHelp)(search.search)
 app.command()(search.train)
 app.command()(runs.runs)
 app.command()(runs.status)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperArgument, TyperCommand, TyperOption
 
 if TYPE_CHECKING:
     from segadapt.platform.api.training import Running
@@ -60,6 +61,37 @@ Search = Annotated[str, typer.Option("--search", help="The search that holds the
 TrialOrFinish = Annotated[
     str, typer.Argument(help="`best`, or the name or id of a trial or finish in the search.", metavar="RUN")
 ]
+
+
+class LateHelp(TyperCommand):
+    """A command whose help names what the code knows, which takes seconds to import: when help is asked for.
+
+    `{kinds}` in the help of a parameter stands for the kinds of datasets, and so on, as `_known` says.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Fill in the names, then show the help."""
+        names = _known()
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument | TyperOption) and parameter.help:
+                parameter.help = parameter.help.format_map(names)
+        super().format_help(ctx, formatter)
+
+
+def _known() -> dict[str, str]:
+    """Return the names that help texts list."""
+    from segadapt.platform.search.samplers import SAMPLERS
+    from segadapt.platform.search.schedulers import SCHEDULERS
+    from segadapt.platform.settings.objective import COSTS, LABEL_FREE
+    from segadapt.trainables.core.data.datasets import KINDS
+
+    lists = {"kinds": list(KINDS), "readable": [*KINDS, "shards"], "samplers": list(SAMPLERS)}
+    lists |= {"schedulers": list(SCHEDULERS), "label_free": list(LABEL_FREE), "costs": list(COSTS)}
+    texts = {
+        name: ", ".join(items[:-1]) + f" or {items[-1]}" if items[1:] else items[0] for name, items in lists.items()
+    }
+    return texts | {"written": ", ".join(f"{name} ({kind.written})" for name, kind in KINDS.items())}
+
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

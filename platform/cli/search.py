@@ -45,20 +45,19 @@ _Concurrent = Annotated[int | None, typer.Option(help="Trials at a time; default
 _Objective = Annotated[
     str | None,
     typer.Option(
-        help="What to maximise: target_val/miou (default), or without target labels source_val/miou, "
-        "score/entropy, score/information_maximization, score/soft_neighborhood_density, "
-        "score/batch_nuclear_norm or score/flip_agreement; or time/step to minimise beside one of them. "
+        help="What to maximise: target_val/miou (default), or without target labels {label_free}; or {costs} to "
+        "minimise beside one of them. "
         "A,B searches the Pareto front of several, A+B the best mean rank."
     ),
 ]
 _Sampler = Annotated[
-    str | None, typer.Option(help="What proposes: auto (tpe), tpe, gp, cmaes, random or qmc, all Optuna's.")
+    str | None, typer.Option(help="What proposes, all Optuna's: {samplers}; default: auto, which is tpe.")
 ]
 _Scheduler = Annotated[
     str | None,
     typer.Option(
-        help="What stops trials: asha (default), asha-promote (pauses them, and goes on with those that later "
-        "trials show to be good), median, hyperband or none."
+        help="What stops trials: {schedulers}; default: asha. asha-promote pauses them, and goes on with those that "
+        "later trials show to be good."
     ),
 ]
 _Seed = Annotated[

@@ -16,6 +16,7 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.probe import PROBE_STEPS, Probe, run_probe
 from segadapt.platform.experiment.record import Options, Record
 from segadapt.platform.experiment.session import check_gpu_hours
+from segadapt.platform.search.schedulers import SCHEDULERS, levels
 from segadapt.platform.settings.config import TrialConfig
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Allocation
@@ -138,7 +139,7 @@ def _probes(record: Record, options: Options, resources: Allocation) -> dict[str
 def _method_costs(record: Record, storage: Storage, probes: Mapping[str, Probe]) -> dict[str, MethodCost]:
     """Return what the trials of each method take; shared stages count for the first method that needs them."""
     configs = record.configs
-    rungs = _rungs(configs) if record.scheduler != "none" else []
+    rungs = _rungs(configs) if SCHEDULERS[record.scheduler].compares else []
     computed: set[str] = set()
     costs = {}
     for method, probe in probes.items():
@@ -204,7 +205,7 @@ def _removed(record: Record, concurrent: int) -> int:
     """
     if (
         record.keep_top is None
-        or record.scheduler == "asha-promote"
+        or SCHEDULERS[record.scheduler].keeps_paused
         or len(Objective.parse(record.objective).goals) > 1
     ):
         return 0
@@ -224,8 +225,6 @@ def _warm_ups(configs: Mapping[str, TrialConfig], probes: Mapping[str, Probe]) -
 
 def _rungs(configs: Mapping[str, TrialConfig]) -> list[int]:
     """Return the steps at which the search compares trials, as `session` plans them."""
-    from segadapt.platform.search.schedulers import levels
-
     steps = max(own_steps(config) for config in configs.values())
     return levels(min(steps, *(config.trainer.eval_every for config in configs.values())), steps)
 

@@ -283,9 +283,9 @@ def _new_search(request: SearchRequest, place: Place) -> Record:
         concurrent=request.concurrent,
         time_budget_s=request.time_budget_s,
         max_gpu_hours=request.max_gpu_hours,
-        # `check_plan` looks at both
+        # `check_plan` looks at the sampler
         sampler=base.sampler if request.sampler is None else request.sampler,  # type: ignore[arg-type]
-        scheduler=scheduler if request.scheduler is None else request.scheduler,  # type: ignore[arg-type]
+        scheduler=scheduler if request.scheduler is None else request.scheduler,
         forked_from=request.fork,
         warm_start=list(earlier_searches),
         rerank=0 if request.rerank is None else request.rerank,
@@ -309,15 +309,15 @@ def check_plan(record: Record, objective: Objective) -> None:
     check_sampler(record.sampler, spaces, objective)
     if record.scheduler not in SCHEDULERS:
         raise UsageError(f"--scheduler must be one of {', '.join(SCHEDULERS)}, but got {record.scheduler!r}.")
-    if objective.is_front and record.scheduler != "none":
+    scheduler = SCHEDULERS[record.scheduler]
+    if objective.is_front and scheduler.compares:
         raise UsageError(
             f"--scheduler must be none for a Pareto front, since trials are compared at their end, but got "
             f"{record.scheduler!r}. Leave it out, or join the goals by '+' to rank trials."
         )
-    if len(objective.goals) > 1 and record.scheduler in ("median", "hyperband"):
-        raise UsageError(
-            f"--scheduler {record.scheduler} must have one goal, but got {objective}. Use asha or asha-promote."
-        )
+    if len(objective.goals) > 1 and scheduler.one_goal:
+        fitting = " or ".join(name for name, each in SCHEDULERS.items() if each.compares and not each.one_goal)
+        raise UsageError(f"--scheduler {record.scheduler} must have one goal, but got {objective}. Use {fitting}.")
     if record.rerank < 0 or (record.rerank > 0 and record.seeds < 2):
         raise UsageError(
             "--rerank must not be negative and --seeds at least 2, since one seed tells nothing of their noise, but "

@@ -12,7 +12,6 @@ from pydantic import TypeAdapter
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.search.samplers import SamplerName
-from segadapt.platform.search.schedulers import SchedulerName
 from segadapt.platform.search.warm_start import SearchSettings
 from segadapt.platform.settings.config import TrialConfig, Values, override, resolve
 from segadapt.platform.settings.resources import Resources, Tolerance
@@ -86,7 +85,8 @@ class Record:
     max_gpu_hours: float | None = None
     """Of all trials and shared stages, over all sessions."""
     sampler: SamplerName = "auto"
-    scheduler: SchedulerName = "asha"
+    scheduler: str = "asha"
+    """One of `SCHEDULERS`."""
     forked_from: str | None = None
     """Search whose settings this one began with."""
     warm_start: Sequence[str] = ()

@@ -14,7 +14,7 @@ from segadapt.platform.experiment.trial_runs import Receivers
 from segadapt.platform.experiment.tune_state import TUNER, StateArchive
 from segadapt.platform.ray_internals.tune import set_tune_config, trials_of
 from segadapt.platform.search.samplers import SamplerName, make_sampler
-from segadapt.platform.search.schedulers import SchedulerName, scheduler
+from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
 from segadapt.platform.search.searcher import ListedTrials, Proposals, StudySearch
 from segadapt.platform.search.study import LOST, TRIAL_ID, Spaces, values_by_step
 from segadapt.platform.search.study_storage import open_study_storage, trial_handle
@@ -46,7 +46,8 @@ class SearchPlan:
     study_url: str
     """Optuna's storage."""
     sampler: SamplerName = "auto"
-    scheduler: SchedulerName = "asha"
+    scheduler: str = "asha"
+    """One of `SCHEDULERS`."""
     inherited: Sequence[Inheritance] = ()
     """What is known from earlier searches, if the study is new."""
     time_budget_s: float | None = None
@@ -235,14 +236,8 @@ def _tune_config(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", searcher
         case SearchPlan():
             assert searcher is not None
             config.search_alg = Proposals(searcher, plan.trials, spec.storage.experiments)
-            config.scheduler = scheduler(
-                plan.scheduler,
-                searcher.study,
-                spec.objective,
-                grace_steps=plan.grace_steps,
-                steps=plan.steps,
-                concurrent=plan.concurrent,
-            )
+            horizon = Horizon(plan.grace_steps, plan.steps, plan.concurrent)
+            config.scheduler = SCHEDULERS[plan.scheduler].of(searcher.study, spec.objective, horizon)
             config.num_samples = plan.trials
         case ListPlan():
             listed = ListedTrials(plan.values, plan.concurrent)

@@ -3,7 +3,8 @@
 import math
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from optuna.trial import FrozenTrial
 from ray.tune.experiment import Trial
@@ -14,10 +15,6 @@ from segadapt.platform.search.study import RUNG, TRIAL_ID, decisions, record_val
 from segadapt.platform.search.study_storage import read_trial, trial_handle
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.reported import End, Reported
-
-SchedulerName = Literal["asha", "asha-promote", "median", "hyperband", "none"]
-
-SCHEDULERS: tuple[SchedulerName, ...] = get_args(SchedulerName)
 
 REDUCTION_FACTOR = 2
 """The better 1/REDUCTION_FACTOR of the trials that reached a rung go on."""
@@ -31,33 +28,21 @@ def levels(grace_steps: int, steps: int) -> list[int]:
     return [level for level in found if level < steps]
 
 
-def scheduler(
-    name: SchedulerName, study: Any, objective: Objective, *, grace_steps: int, steps: int, concurrent: int
-) -> "StudyScheduler":
-    """Return the scheduler of this name.
+@dataclass(frozen=True)
+class Horizon:
+    """How long trials run, and how many at a time."""
 
-    Args:
-        name: One of `SCHEDULERS`.
-        study: The search's Optuna study.
-        objective: What trials are compared by.
-        grace_steps: Steps before a trial may be stopped.
-        steps: Steps of the longest trial.
-        concurrent: Trials at a time.
-    """
-    from optuna.pruners import HyperbandPruner, MedianPruner
+    grace_steps: int
+    """Steps before a trial may be stopped."""
+    steps: int
+    """Steps of the longest trial."""
+    concurrent: int
+    """Trials at a time."""
 
-    rungs = levels(grace_steps, steps)
-    match name:
-        case "none":
-            return StudyScheduler(study, objective)
-        case "asha":
-            return StudyRungs(study, objective, rungs)
-        case "asha-promote":
-            return PromotingRungs(study, objective, rungs, concurrent)
-        case "median":
-            return StudyPruner(study, objective, MedianPruner(n_warmup_steps=grace_steps - 1))
-        case "hyperband":
-            return StudyPruner(study, objective, HyperbandPruner(grace_steps, steps, REDUCTION_FACTOR))
+    @property
+    def rungs(self) -> list[int]:
+        """Training steps at which trials are compared, rising."""
+        return levels(self.grace_steps, self.steps)
 
 
 class StudyScheduler(FIFOScheduler):
@@ -67,6 +52,18 @@ class StudyScheduler(FIFOScheduler):
         study: The search's Optuna study.
         objective: What trials are compared by.
     """
+
+    compares: ClassVar[bool] = False
+    """Whether trials are compared, and stopped or paused, before they have ended."""
+    one_goal: ClassVar[bool] = False
+    """Whether the search must have one goal."""
+    keeps_paused: ClassVar[bool] = False
+    """Whether trials that wait keep their checkpoints until the search ends."""
+
+    @classmethod
+    def of(cls, study: Any, objective: Objective, horizon: Horizon) -> Self:
+        """Return the scheduler of a search."""
+        return cls(study, objective)
 
     def __init__(self, study: Any, objective: Objective) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -117,6 +114,9 @@ class StudyPruner(StudyScheduler):
         pruner: Decides from the study's intermediate values.
     """
 
+    compares = True
+    one_goal = True
+
     def __init__(self, study: Any, objective: Objective, pruner: Any) -> None:
         super().__init__(study, objective)
         self._pruner = pruner
@@ -128,6 +128,28 @@ class StudyPruner(StudyScheduler):
             decision = {"values": values, "continues": not self._pruner.prune(self._study, recorded)}
             trial_handle(self._study, recorded).set_user_attr(f"{RUNG}{step}", decision)
         return str(self.CONTINUE if decision["continues"] else self.STOP)
+
+
+class MedianRule(StudyPruner):
+    """Stop a trial that is worse than the median of the others at its step."""
+
+    @classmethod
+    def of(cls, study: Any, objective: Objective, horizon: Horizon) -> Self:
+        """Return the scheduler of a search."""
+        from optuna.pruners import MedianPruner
+
+        return cls(study, objective, MedianPruner(n_warmup_steps=horizon.grace_steps - 1))
+
+
+class Hyperband(StudyPruner):
+    """Stop trials by successive halving, in brackets that begin to stop at different steps."""
+
+    @classmethod
+    def of(cls, study: Any, objective: Objective, horizon: Horizon) -> Self:
+        """Return the scheduler of a search."""
+        from optuna.pruners import HyperbandPruner
+
+        return cls(study, objective, HyperbandPruner(horizon.grace_steps, horizon.steps, REDUCTION_FACTOR))
 
 
 class StudyRungs(StudyScheduler):
@@ -143,6 +165,13 @@ class StudyRungs(StudyScheduler):
         objective: What trials are compared by.
         rungs: Training steps at which trials are compared, rising.
     """
+
+    compares = True
+
+    @classmethod
+    def of(cls, study: Any, objective: Objective, horizon: Horizon) -> Self:
+        """Return the scheduler of a search."""
+        return cls(study, objective, horizon.rungs)
 
     def __init__(self, study: Any, objective: Objective, rungs: Sequence[int]) -> None:
         super().__init__(study, objective)
@@ -202,6 +231,13 @@ class PromotingRungs(StudyRungs):
         rungs: Training steps at which trials are compared, rising.
         concurrent: Trials at a time; paused ones do not count.
     """
+
+    keeps_paused = True
+
+    @classmethod
+    def of(cls, study: Any, objective: Objective, horizon: Horizon) -> Self:
+        """Return the scheduler of a search."""
+        return cls(study, objective, horizon.rungs, horizon.concurrent)
 
     def __init__(self, study: Any, objective: Objective, rungs: Sequence[int], concurrent: int) -> None:
         super().__init__(study, objective, rungs)
@@ -270,3 +306,13 @@ class PromotingRungs(StudyRungs):
         for trial in paused.values():
             tune_controller.stop_trial(trial)
         return None
+
+
+SCHEDULERS: Mapping[str, type[StudyScheduler]] = {
+    "asha": StudyRungs,
+    "asha-promote": PromotingRungs,
+    "median": MedianRule,
+    "hyperband": Hyperband,
+    "none": StudyScheduler,
+}
+"""All schedulers by name, the default first."""

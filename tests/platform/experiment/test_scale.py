@@ -18,7 +18,7 @@ from segadapt.platform.experiment.ledger import LEDGER, Ledger
 from segadapt.platform.experiment.progress import Progress
 from segadapt.platform.ray_internals.tune import pace
 from segadapt.platform.search.samplers import make_sampler
-from segadapt.platform.search.schedulers import scheduler
+from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
 from segadapt.platform.search.searcher import StudySearch
 from segadapt.platform.search.study import RUNG, TRIAL_ID
 from segadapt.platform.search.study_storage import open_study_storage
@@ -48,9 +48,7 @@ class Study:
             study_name="scale",
             storage=storage,
         )
-        self.scheduler: Any = scheduler(
-            "asha", self.searcher.study, Objective(), grace_steps=2, steps=8, concurrent=running + 1
-        )
+        self.scheduler: Any = SCHEDULERS["asha"].of(self.searcher.study, Objective(), Horizon(2, 8, running + 1))
         for number in range(running):
             self.searcher.suggest(f"running-{number}")
         self.run_trial("first")  # reads what there is

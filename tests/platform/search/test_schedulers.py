@@ -11,7 +11,7 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from segadapt.platform.search.schedulers import PromotingRungs, StudyRungs, StudyScheduler, levels, scheduler
+from segadapt.platform.search.schedulers import SCHEDULERS, Horizon, PromotingRungs, StudyRungs, StudyScheduler, levels
 from segadapt.platform.search.study import TRIAL_ID
 from segadapt.platform.settings.objective import Objective
 
@@ -79,7 +79,7 @@ def test_rungs_decide_as_rays_asha(study: Any) -> None:
 @pytest.mark.parametrize("name", ["asha", "median", "hyperband"])
 def test_decisions_repeat_themselves_after_a_restart(name: Any, study: Any) -> None:
     def make() -> StudyScheduler:
-        return scheduler(name, again(study), Objective(), grace_steps=2, steps=16, concurrent=1)
+        return SCHEDULERS[name].of(again(study), Objective(), Horizon(2, 16, 1))
 
     waiting = curves(14, 16)
     begin(study, list(waiting))
