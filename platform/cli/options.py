@@ -85,12 +85,20 @@ def _known() -> dict[str, str]:
     from segadapt.platform.settings.objective import COSTS, LABEL_FREE
     from segadapt.trainables.core.data.datasets import KINDS
 
-    lists = {"kinds": list(KINDS), "readable": [*KINDS, "shards"], "samplers": list(SAMPLERS)}
-    lists |= {"schedulers": list(SCHEDULERS), "label_free": list(LABEL_FREE), "costs": list(COSTS)}
-    texts = {
-        name: ", ".join(items[:-1]) + f" or {items[-1]}" if items[1:] else items[0] for name, items in lists.items()
+    return {
+        "kinds": _alternatives(KINDS),
+        "readable": _alternatives([*KINDS, "shards"]),
+        "written": ", ".join(f"{name} ({kind.written})" for name, kind in KINDS.items()),
+        "samplers": _alternatives(SAMPLERS),
+        "schedulers": _alternatives(SCHEDULERS),
+        "label_free": _alternatives(LABEL_FREE),
+        "costs": _alternatives(COSTS),
     }
-    return texts | {"written": ", ".join(f"{name} ({kind.written})" for name, kind in KINDS.items())}
+
+
+def _alternatives(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 Command = TypeVar("Command", bound=Callable[..., None])
