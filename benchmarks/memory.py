@@ -24,9 +24,9 @@ import json, sys, tempfile
 from pathlib import Path
 import ray.tune
 import torch
+from segadapt.platform.experiment.probe import peak_memory
 from segadapt.platform.settings.config import resolve
-from segadapt.platform.cost import peak_memory
-from segadapt.platform.trial import build_method
+from segadapt.platform.trial.training import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.training.config import TrainerSettings

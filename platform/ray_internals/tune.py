@@ -21,6 +21,11 @@ PRIVATE = (
     ),
     ("ray.tune.execution.tune_controller", "TuneController._checkpoint_manager", "pace how often Tune saves its state"),
     ("ray.tune.execution.tune_controller", "TuneController._storage", "pace how often Tune saves its state"),
+    (
+        "ray.train._internal.storage",
+        "StorageContext.storage_fs_path",
+        "begin trials where the folder of a search is now",
+    ),
     ("ray.tune.execution.class_cache", "ENV_VARS_TO_PROPAGATE", "send trials no secrets"),
     ("ray.tune.execution.class_cache", "DEFAULT_ENV_VARS", "have processes that are ready take trials"),
     ("ray.air.execution._internal.actor_manager", "RayActorManager", "start trials again that had too little memory"),
