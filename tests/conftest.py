@@ -1,5 +1,6 @@
 """Shared settings: a streets world so small that a trial takes seconds."""
 
+import contextlib
 import fcntl
 import os
 import pickle
@@ -24,6 +25,8 @@ from unittest.mock import patch
 import pytest
 from commands import COMMAND, run_command
 from searching import Watched, watched_search
+
+from segadapt.platform.ray_internals.start import authenticated
 
 # Before PyTorch is imported. Each process of tests has about one core, on which threads wait for each other: tensors as
 # small as those of tests take several times as long with two.
@@ -75,6 +78,23 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def _is_call(report: Any) -> bool:
     return getattr(report, "when", None) == "call"
+
+
+@contextlib.contextmanager
+def cluster_without_token(**head: Any) -> Iterator[Any]:
+    """A Ray cluster that asks for no token, with these arguments of its head.
+
+    Ray keeps in a process how to authenticate: without reading it again, a process that was in a cluster with a token
+    ends at once when it begins one without.
+    """
+    from ray.cluster_utils import Cluster
+
+    with patch.dict(os.environ, RAY_AUTH_MODE="disabled"), authenticated(local=False):
+        cluster = Cluster(initialize_head=True, head_node_args=head)  # type: ignore[no-untyped-call]
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(autouse=True)

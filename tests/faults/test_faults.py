@@ -23,7 +23,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
-from conftest import RECOVERY, TINY, _postgres
+from conftest import RECOVERY, TINY, _postgres, cluster_without_token
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
@@ -264,16 +264,11 @@ def descendants(parent: int, title: str) -> list[int]:
 def test_workers_and_nodes_that_die_are_replaced(
     recoveries: Recoveries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
-    cluster = Cluster(initialize_head=True, head_node_args=head)  # type: ignore[no-untyped-call]
-    try:
+    with cluster_without_token(num_cpus=0, include_dashboard=True, dashboard_port=port) as cluster:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
 
         def workers() -> dict[int, Any]:
@@ -293,7 +288,7 @@ def test_workers_and_nodes_that_die_are_replaced(
             node = next(iter(workers().values()))
             os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
             nodes.remove(node)
-            cluster.remove_node(node, allow_graceful=False)  # type: ignore[no-untyped-call]
+            cluster.remove_node(node, allow_graceful=False)
 
         def started() -> list[str]:
             """What the trial's processes are, by the class of their actor."""
@@ -313,8 +308,6 @@ def test_workers_and_nodes_that_die_are_replaced(
             recoveries.measure("worker asked to end", driver, "source_only", inflict_on_a_worker(signal.SIGTERM))
             recoveries.measure("node killed", driver, "source_only", lose_a_node)
             assert driver.ends() == 0, driver.said()
-    finally:
-        cluster.shutdown()  # type: ignore[no-untyped-call]
     run = runs_of(tmp_path, "train-source_only-streets")["source_only"]
     assert run.info.status == "FINISHED"
     assert run.data.tags["segadapt.preemptions"] == "1", "and the two that died are no more than may"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from conftest import cluster_without_token
 
 from segadapt.platform.cluster.capacity import Capacity, Node, resources_of
 from segadapt.platform.cluster.connection import connect, worker_environment
@@ -13,17 +14,12 @@ from segadapt.platform.settings.resources import Resources
 @pytest.fixture(scope="module")
 def capacity() -> Iterator[Capacity]:
     """Two nodes of one GPU each, and one of CPUs alone; this process is connected to them."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 0, "include_dashboard": False})  # type: ignore[no-untyped-call]
-    try:
+    with cluster_without_token(num_cpus=2, num_gpus=0, include_dashboard=False) as cluster:
         for _ in range(2):
             cluster.add_node(num_cpus=4, num_gpus=1)
         cluster.wait_for_nodes()
-        with connect(cluster.address) as found:
-            yield found
-    finally:
-        cluster.shutdown()
+        with connect(cluster.address) as joined:
+            yield joined
 
 
 def test_the_nodes_of_a_cluster_are_known(capacity: Capacity) -> None:

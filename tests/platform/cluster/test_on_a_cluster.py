@@ -117,8 +117,8 @@ class Autoscaled:
 
 @pytest.fixture(scope="module")
 def secured() -> Iterator[None]:
-    """Give this process and those that it starts the token."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Give this process and those that it starts the token; Ray forgets it afterwards."""
+    with authenticated(local=False), pytest.MonkeyPatch.context() as patch:
         for name, value in (worker_environment() | SECURED).items():
             patch.setenv(name, value)
         patch.delenv("RAY_ADDRESS", raising=False)

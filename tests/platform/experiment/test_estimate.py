@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
-from conftest import TINY, TINY_WORDS
+from conftest import TINY, TINY_WORDS, cluster_without_token
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
@@ -184,18 +184,12 @@ def test_gpu_hours_without_gpus_are_refused(segadapt: Any) -> None:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a cluster with a GPU that Ray only counts, and where memory is short for most trials of SDCA."""
-    from ray.cluster_utils import Cluster
-
     folder = tmp_path_factory.mktemp("patched")
     (folder / "sitecustomize.py").write_text(OUT_OF_MEMORY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, "include_dashboard": False})
-        try:
-            yield found.address
-        finally:
-            found.shutdown()
+        with cluster_without_token(num_cpus=2, num_gpus=1, include_dashboard=False) as started:
+            yield started.address
 
 
 def search(folder: Path, address: str, gpus: float, values: dict[str, Any], **plan: Any) -> tuple[Any, dict[str, Any]]:
