@@ -34,15 +34,15 @@ class NodeReport:
 
 def data_paths(configs: Iterable[TrialConfig]) -> list[str]:
     """Return the folders and files that trials read, besides the storage."""
-    found: dict[str, None] = {}
+    paths: dict[str, None] = {}
     for config in configs:
         for location in (config.data.source, config.data.target):
             if location is not None and not is_uri(root := split_location(location, "")[1]):
-                found[root] = None
+                paths[root] = None
         weights = config.network.weights
         if weights is not None and ("/" in weights or Path(weights).suffix):
-            found[weights] = None
-    return list(found)
+            paths[weights] = None
+    return list(paths)
 
 
 def check_nodes(storage: Path, paths: Sequence[str], timeout_s: float = _TIMEOUT_S) -> None:
@@ -79,7 +79,7 @@ def node_problems(storage: Path, paths: Sequence[str] = (), timeout_s: float = _
         probe = Path(folder)
         probe.chmod(0o777)  # nodes may run as other users
         (probe / _MARK).write_text(_MARK)
-        own = NodeReport(**look(folder, "own", list(paths)))
+        here = NodeReport(**look(folder, "own", list(paths)))
         nodes = {node["NodeID"]: _name(node) for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
         remote = ray.remote(num_cpus=0, max_retries=0)(look)
         asked = {
@@ -92,7 +92,7 @@ def node_problems(storage: Path, paths: Sequence[str] = (), timeout_s: float = _
         problems = [f"{nodes[asked[answer]]} did not answer within {timeout_s:.0f} s" for answer in late]
         for answer in ready:
             node = asked[answer]
-            problems += [f"{nodes[node]} {problem}" for problem in _problems(own, answer, probe / node)]
+            problems += [f"{nodes[node]} {problem}" for problem in _problems(here, answer, probe / node)]
     return sorted(problems)
 
 
@@ -100,25 +100,25 @@ def _name(node: Mapping[str, Any]) -> str:
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, node {node['NodeID'][:8]})"
 
 
-def _problems(own: NodeReport, answer: Any, written: Path) -> list[str]:
-    """Return in what a node's answer differs from what this process found."""
+def _problems(here: NodeReport, answer: Any, written: Path) -> list[str]:
+    """Return in what a node's answer differs from what this process sees."""
     import ray
 
     try:
-        found = NodeReport(**ray.get(answer))
+        there = NodeReport(**ray.get(answer))
     except ray.exceptions.RayError as error:
         return [f"could not look: {str(error).strip().splitlines()[-1]}"]
     problems = [
-        f"has {name} {found.versions[name]}, not {version}"
-        for name, version in own.versions.items()
-        if found.versions[name] != version
+        f"has {name} {there.versions[name]}, not {version}"
+        for name, version in here.versions.items()
+        if there.versions[name] != version
     ]
-    problems += [f"does not see {path}" for path in found.missing]
+    problems += [f"does not see {path}" for path in there.missing]
     storage = written.parent.parent
-    if not found.sees_mark:
+    if not there.sees_mark:
         problems.append(f"does not see this machine's {storage}")
-    elif found.refused is not None:
-        problems.append(f"cannot write to {storage}: {found.refused}")
+    elif there.refused is not None:
+        problems.append(f"cannot write to {storage}: {there.refused}")
     elif not written.is_file():
         problems.append(f"writes to another {storage} than this machine's")
     return problems
@@ -152,8 +152,8 @@ def _make_report() -> Callable[[str, str, list[str]], dict[str, Any]]:
 
         versions = {package: version(package) for package in ("ray", "torch")}
         versions["Python"] = ".".join(platform.python_version_tuple()[:2])
-        own = version("segadapt")
-        versions["segadapt"] = own if own == "(none)" else f"{own} (files {code()})"
+        segadapt = version("segadapt")
+        versions["segadapt"] = segadapt if segadapt == "(none)" else f"{segadapt} (files {code()})"
         refused = None
         try:
             sees_mark = (Path(folder) / mark).read_text() == mark

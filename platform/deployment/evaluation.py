@@ -204,7 +204,9 @@ def protocol_of(name: str, names: Sequence[str], labelled: Sequence[str]) -> Pro
                 f"{len(having)} classes, {', '.join(having)}. Use --protocol auto to average over those."
             )
     averaged = frozenset(names[place] for place in places.values() if place is not None)
-    counted = averaged if size != "13" else frozenset(own for own in names if _index_of(own, SUBSETS["16"]) is not None)
+    counted = averaged
+    if size == "13":
+        counted = frozenset(category for category in names if _index_of(category, SUBSETS["16"]) is not None)
     return Protocol(f"miou_{size}", counted, averaged)
 
 

@@ -108,13 +108,13 @@ class Labeller:
         side = math.isqrt(self.card.whole_pixels) // 64 * 64
         for seen_rows, rows in spans(height, side):
             for seen_columns, columns in spans(width, side):
-                found = self._whole(images[:, seen_rows, seen_columns])
+                labelled = self._whole(images[:, seen_rows, seen_columns])
                 inner = (
                     slice(None),
                     slice(rows.start - seen_rows.start, rows.stop - seen_rows.start),
                     slice(columns.start - seen_columns.start, columns.stop - seen_columns.start),
                 )
-                labels[:, rows, columns], confidence[:, rows, columns] = (part[inner] for part in found)
+                labels[:, rows, columns], confidence[:, rows, columns] = (part[inner] for part in labelled)
         return labels, confidence
 
 
@@ -175,8 +175,8 @@ def predict(
     batches = list(_batches(missing, labeller, batch_size, unreadable))
     progress(len(unreadable), len(items))
     for batch, read in zip(batches, in_threads(_read, batches, 2, ahead=2), strict=True):
-        unreadable += [found for found in read if isinstance(found, Unreadable)]
-        whole = [(item, found) for item, found in zip(batch, read, strict=True) if not isinstance(found, Unreadable)]
+        unreadable += [image for image in read if isinstance(image, Unreadable)]
+        whole = [(item, image) for item, image in zip(batch, read, strict=True) if not isinstance(image, Unreadable)]
         if whole:
             labels, sure = labeller(np.stack([image for _, image in whole]))
             for row, (item, image) in enumerate(whole):
@@ -197,7 +197,7 @@ def _items(images: Path, out: Path) -> list[_Item]:
     if not images.is_dir():
         raise UsageError(f"IMAGES must be an image or a folder of images, but there is none at {images}.")
     written = out.absolute() if (out / RECORD).is_file() else None  # may lie among the images
-    found = sorted(
+    paths = sorted(
         path
         for path in images.rglob("*")
         if path.suffix.lower() in SUFFIXES
@@ -205,10 +205,10 @@ def _items(images: Path, out: Path) -> list[_Item]:
         and not (written and path.absolute().is_relative_to(written))
         and path.is_file()
     )
-    if not found:
+    if not paths:
         raise UsageError(f"IMAGES must hold images ({', '.join(SUFFIXES)}), but {images} has none.")
     first: dict[str, Path] = {}
-    for path in found:
+    for path in paths:
         name = path.relative_to(images).with_suffix("").as_posix()
         if first.setdefault(name, path) != path:
             raise UsageError(

@@ -27,9 +27,9 @@ class Drivers:
         for server in storage.tracking.glob("*"):
             for box in outbox.box_contents(server):
                 if box.alive:
-                    told = [content["arguments"] for content in box.contents]
-                    starting = starting or not told
-                    for key in (part.get(name) for part in told for name in ("key", "experiment", "prefix")):
+                    announced = [content["arguments"] for content in box.contents]
+                    starting = starting or not announced
+                    for key in (part.get(name) for part in announced for name in ("key", "experiment", "prefix")):
                         names.add((key or "").split("/")[0])
         return cls(frozenset(names | {experiment_of(storage, name) for name in names}), starting)
 

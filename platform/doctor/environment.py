@@ -30,11 +30,11 @@ def environment_findings(what: Examination) -> Iterator[Finding]:
     yield Finding("environment", "ok", text)
     bounds = [Requirement(text) for text in importlib.metadata.requires("segadapt") or () if "extra ==" not in text]
     for bound in bounds:
-        found = _version(bound.name)
-        if found is None or not bound.specifier.contains(found, prereleases=True):
+        installed = _version(bound.name)
+        if installed is None or not bound.specifier.contains(installed, prereleases=True):
             yield fault(
                 "environment",
-                f"{bound.name} {found or 'is missing'}",
+                f"{bound.name} {installed or 'is missing'}",
                 f"segadapt {importlib.metadata.version('segadapt')} is made for {bound.name}{bound.specifier}",
                 f"`pip install '{bound.name}{bound.specifier}'`, or `uv sync`",
             )
@@ -64,8 +64,8 @@ def _devices() -> Iterator[Finding]:
             yield Finding("environment", "ok", f"No GPU; {os.cpu_count()} CPUs")
         return
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
-        name = f"GPU {index}: {found.name}, {found.total_memory / 2**30:.0f} GiB"
+        properties = torch.cuda.get_device_properties(index)
+        name = f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         try:
             torch.ones(8, device=f"cuda:{index}").sum().item()
             free = torch.cuda.mem_get_info(index)[0] / 2**30

@@ -88,14 +88,14 @@ def _experiment(what: Examination, name: str, client: Any, studies: Any | None) 
             return  # what trials there are, nobody knows
     known, faults = books(), 0
     for check in LEDGER_CHECKS:
-        found = list(check(known))
-        for finding in found:
+        findings = list(check(known))
+        for finding in findings:
             faults += finding.level == "fault"
             if what.fix and finding.repair is not None and Drivers.of(what.storage).drive(name):
                 yield _driven(name)  # it was begun meanwhile
                 return
             yield finding.mended() if what.fix else finding
-        if what.fix and any(finding.repair is not None for finding in found):
+        if what.fix and any(finding.repair is not None for finding in findings):
             known = books()
     if not faults and (known.runs or known.trials):
         yield Finding(name, "ok", f"Ray, Optuna and MLflow agree on {len(known.trials)} trials")

@@ -179,7 +179,7 @@ def experiments_to_compare(storage: Storage, client: Any, *, is_local: bool) -> 
     """
     names = {experiment_of(storage, path.name) for path in storage.experiments.glob("*") if path.is_dir()}
     if is_local:
-        names |= {found.name for found in _pages(client.search_experiments)}
+        names |= {experiment.name for experiment in _pages(client.search_experiments)}
     return sorted(name for name in names if _is_name(storage, name))
 
 

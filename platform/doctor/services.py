@@ -96,13 +96,13 @@ def _database_problems(path: Path) -> Iterator[Finding]:
     try:
         with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
             tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
-            found = database.execute("select version_num from alembic_version").fetchone() if tables else None
+            revision = database.execute("select version_num from alembic_version").fetchone() if tables else None
             runs = database.execute("select count(*) from runs").fetchone()[0] if "runs" in tables else 0
     except sqlite3.OperationalError as error:
         if "no such table" not in str(error):
             yield fault("tracking", f"{path} cannot be read: {error}", "No run can be seen or tracked", NEW_DATABASE)
             return
-        found, runs = None, 0
+        revision, runs = None, 0
     except sqlite3.DatabaseError as error:
         yield fault("tracking", f"{path} is damaged: {error}", "No run can be seen or tracked", NEW_DATABASE)
         return
@@ -112,7 +112,7 @@ def _database_problems(path: Path) -> Iterator[Finding]:
         meaning = "It may have been written by another version of MLflow, or be half made"
         yield Finding("tracking", "warning", text, meaning, "Install the MLflow that segadapt is made for")
         return
-    version = found[0] if found else None
+    version = revision[0] if revision else None
     if version == schema.revision and schema.tables <= tables:
         return
     if not runs:

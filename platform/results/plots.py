@@ -155,13 +155,13 @@ def _samples(study: Any, completed: Sequence[Any], objective: Objective) -> Iter
 def _importance_figures(sample: _Sample, objective: Objective) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield importances by two measures, and the contour of the two settings that matter most."""
     suffix, prefix = ("", "") if sample.method is None else (f"_{sample.method}", f"{sample.method}: ")
-    found = _importance_of(sample, objective)
-    for name, importance in found.items():
+    importances = _importance_of(sample, objective)
+    for name, importance in importances.items():
         title = f"{prefix}importance for {objective.leading} ({MEASURES[name]})"
         yield f"plots/importance_{name}{suffix}.html", partial(_bars_page, importance, title)
         yield f"plots/importance_{name}{suffix}.png", partial(_bars_picture, importance, title)
     if len(sample.settings) >= 2:
-        most = sorted(sample.settings, key=lambda setting: -found["fanova"].get(setting, 0.0))[:2]
+        most = sorted(sample.settings, key=lambda setting: -importances["fanova"].get(setting, 0.0))[:2]
         yield (
             f"plots/contour{suffix}.html",
             partial(_interactive, "contour", sample.study, objective, params=most),

@@ -39,10 +39,10 @@ def rerank(runs: Mapping[str, Mapping[int, float]]) -> list[Reranked]:
     """
     if not runs:
         return []
-    seeds = sorted(set.intersection(*(set(found) for found in runs.values())))
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in runs.values())))
     if not seeds:
         return []
-    values = {name: [found[seed] for seed in seeds] for name, found in runs.items()}
+    values = {name: [by_seed[seed] for seed in seeds] for name, by_seed in runs.items()}
     order = sorted(values, key=lambda name: (-_mean(values[name]), name))
     first = values[order[0]]
     ranking = []

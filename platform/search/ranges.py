@@ -28,14 +28,14 @@ def split_ranges(method: str, values: Values) -> tuple[dict[str, Any], dict[str,
         UsageError: If a range is not well formed, or its setting is none that trials may differ in.
     """
     texts = {
-        key: found for key, value in values.items() if isinstance(value, str) and (found := _RANGE.fullmatch(value))
+        key: match for key, value in values.items() if isinstance(value, str) and (match := _RANGE.fullmatch(value))
     }
-    ranges = {key: _distribution(method, key, found[1], found[2]) for key, found in texts.items()}
+    ranges = {key: _distribution(method, key, match[1], match[2]) for key, match in texts.items()}
     fixed = {key: value for key, value in values.items() if key not in ranges}
     for key, distribution in ranges.items():
         ends = _ends(distribution)
         configs = [resolve(method, {**fixed, key: end}) for end in ends]
-        hashes = {tuple(found.hash for found in stage_keys(config, "")) for config in configs}
+        hashes = {tuple(stage.hash for stage in stage_keys(config, "")) for config in configs}
         if key.startswith(_UNSEARCHED) or len(hashes) > 1:
             raise UsageError(
                 f"A searched setting must act on the trials alone, but {key} changes what they all start from, their "
@@ -51,8 +51,8 @@ def start(distribution: BaseDistribution, value: Any) -> Any:
             return value if value in choices else choices[0]
         case FloatDistribution(low=low, high=high, log=log) | IntDistribution(low=low, high=high, log=log):
             middle = math.sqrt(low * high) if log else (low + high) / 2
-            found = min(max(value, low), high) if isinstance(value, int | float) else middle
-            return round(found) if isinstance(distribution, IntDistribution) else float(found)
+            point = min(max(value, low), high) if isinstance(value, int | float) else middle
+            return round(point) if isinstance(distribution, IntDistribution) else float(point)
     raise TypeError(f"A search space must hold Optuna's distributions, but got {distribution!r}.")
 
 

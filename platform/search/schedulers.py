@@ -22,10 +22,10 @@ REDUCTION_FACTOR = 2
 
 def levels(grace_steps: int, steps: int) -> list[int]:
     """Return the steps at which ASHA compares trials: the first evaluation, then REDUCTION_FACTOR times as many."""
-    found = [grace_steps]
-    while found[-1] * REDUCTION_FACTOR < steps:
-        found.append(found[-1] * REDUCTION_FACTOR)
-    return [level for level in found if level < steps]
+    rungs = [grace_steps]
+    while rungs[-1] * REDUCTION_FACTOR < steps:
+        rungs.append(rungs[-1] * REDUCTION_FACTOR)
+    return [level for level in rungs if level < steps]
 
 
 @dataclass(frozen=True)

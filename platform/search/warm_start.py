@@ -56,7 +56,7 @@ def inherit(name: str, earlier: SearchSettings, new: SearchSettings, trials: Col
         new: Those of the new search.
         trials: Of the earlier search's study.
     """
-    found = Inheritance(name)
+    inheritance = Inheritance(name)
     objective = Objective.parse(earlier.objective)
     leading = objective.goals.index(objective.leading)
     best: dict[str, tuple[float, Values]] = {}
@@ -65,19 +65,19 @@ def inherit(name: str, earlier: SearchSettings, new: SearchSettings, trials: Col
             continue
         method, values = _values(earlier, trial)
         if method not in new.spaces:
-            found.mismatches[f"{method} is not searched"] += 1
+            inheritance.mismatches[f"{method} is not searched"] += 1
             continue
         if trial.state == TrialState.COMPLETE and (method not in best or trial.values[leading] > best[method][0]):
             best[method] = (trial.values[leading], values)
         reason = next(_mismatches(method, values, earlier, new), None)
         if reason is not None:
-            found.mismatches[reason] += 1
+            inheritance.mismatches[reason] += 1
             continue
         whole = {key: _setting(method, key, values, earlier) for key in new.spaces[method]}
-        found.trials.append(_copy(name, trial, method, whole, new.spaces))
-    if not found.trials:
-        found.points = [_point(method, values, new) for method, (_, values) in best.items()]
-    return found
+        inheritance.trials.append(_copy(name, trial, method, whole, new.spaces))
+    if not inheritance.trials:
+        inheritance.points = [_point(method, values, new) for method, (_, values) in best.items()]
+    return inheritance
 
 
 def _values(search: SearchSettings, trial: FrozenTrial) -> tuple[str, dict[str, Any]]:
