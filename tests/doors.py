@@ -18,8 +18,9 @@ class Doors:
         self._ended = threading.Event()
 
     def __enter__(self) -> "Doors":
-        self._before = set(_processes())
-        self._family = {os.getpid()}
+        running = _processes()
+        self._before = set(running)
+        self._family = _descendants({os.getpid()}, {pid: parent for (pid, _), parent in running.items()})
         self._watch = threading.Thread(target=self._look_until_ended)
         self._watch.start()
         return self
@@ -39,8 +40,7 @@ class Doors:
 
     def _look(self) -> None:
         started = {pid: parent for (pid, since), parent in _processes().items() if (pid, since) not in self._before}
-        while found := {pid for pid, parent in started.items() if parent in self._family} - self._family:
-            self._family |= found  # for good: whose parent ended has another one
+        self._family = _descendants(self._family, started)  # for good: whose parent ended has another one
         listening = _listening()
         for pid in started.keys() & self._family:
             for socket in _open_files(pid) & listening.keys():
@@ -56,6 +56,13 @@ def _processes() -> dict[tuple[int, int], int]:
             words = (process / "stat").read_text().rpartition(")")[2].split()
             found[int(process.name), int(words[19])] = int(words[1])
     return found
+
+
+def _descendants(family: set[int], parents: dict[int, int]) -> set[int]:
+    """Processes with those they started, and what those started."""
+    while children := {pid for pid, parent in parents.items() if parent in family} - family:
+        family = family | children
+    return family
 
 
 def _open_files(pid: int) -> set[str]:

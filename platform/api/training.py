@@ -49,8 +49,7 @@ class Result:
         >>> import segadapt
         >>> result = segadapt.search(resume="demo")  # which has ended: nothing runs again
         sdca: stages computed earlier are loaded: source_only, statistics.
-        search demo (sdca, 1 at a time): 0/1 trials done, 8 steps each
-        ...
+        search demo (sdca, 1 at a time): 0/1 trials done, 8 steps each...
         >>> result.failed, result.interrupted, list(result.seconds)
         (0, False, ['start', 'shared stages', 'trials', 'tracking'])
         >>> [row.name for row in result.leaderboard().rows if row.kind == "trial"]

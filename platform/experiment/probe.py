@@ -5,7 +5,6 @@ Started as `python -m segadapt.platform.experiment.probe REQUEST ANSWER`, it is 
 
 import dataclasses
 import json
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import torch
 
 from segadapt.platform.cluster.connection import worker_environment
 from segadapt.platform.errors import UsageError
-from segadapt.platform.settings.config import TrialConfig
+from segadapt.platform.settings.config import TrialConfig, flatten, resolve
 from segadapt.platform.storage.files import folder_size
 from segadapt.platform.storage.stage_keys import split_plan
 from segadapt.platform.trial.training import build_method
@@ -85,8 +84,10 @@ def run_probe(method: str, config: TrialConfig, threads: float, shared_threads: 
         UsageError: If it fails; says why.
     """
     with tempfile.TemporaryDirectory(prefix="segadapt-probe-") as name:
-        request, answer = Path(name) / "request.pkl", Path(name) / "answer.json"
-        request.write_bytes(pickle.dumps((config, threads, shared_threads)))
+        request, answer = Path(name) / "request.json", Path(name) / "answer.json"
+        values = dict(flatten(config.as_dict()))
+        asked = {"method": values.pop("method_name"), "values": values, "threads": threads}
+        request.write_text(json.dumps(asked | {"shared_threads": shared_threads}))
         done = subprocess.run(
             [sys.executable, "-m", "segadapt.platform.experiment.probe", str(request), str(answer)],
             cwd=name,
@@ -268,8 +269,9 @@ def main(request: str, answer: str) -> None:
     """Measure what the file `request` asks for and write the result to the file `answer`."""
     import ray.tune  # noqa: F401  # a trial's process holds it as well
 
-    config, threads, shared_threads = pickle.loads(Path(request).read_bytes())
-    probe = measure(config, Path(request).parent, threads, shared_threads)
+    asked = json.loads(Path(request).read_text())
+    config = resolve(asked["method"], asked["values"])
+    probe = measure(config, Path(request).parent, asked["threads"], asked["shared_threads"])
     Path(answer).write_text(json.dumps(dataclasses.asdict(probe)))
 
 

@@ -61,8 +61,8 @@ def run(record: Record, options: Options) -> Outcome:
     if record.kind == "search":
         open_study_storage(options.place.study_url)  # answers, or nothing is begun
     with (
-        contextlib.ExitStack() as ending,
         signal_handlers_kept(),
+        contextlib.ExitStack() as ending,
         connect(options.address, verbose=options.debug, resources=options.resources) as capacity,
     ):
         tracker = Tracker(options.place)  # not before: what it imports would slow Ray's start down

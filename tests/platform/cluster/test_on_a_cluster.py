@@ -232,7 +232,8 @@ def test_a_node_that_differs_is_named_before_any_trial(loopback_cluster: Any, tm
     (other / "torch-9.9.dist-info").mkdir(parents=True)
     (other / "torch-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9\n")
     (other / "segadapt" / "platform").mkdir(parents=True)
-    (other / "segadapt" / "platform" / "edited.py").touch()
+    for name in ("__init__.py", "platform/__init__.py", "platform/edited.py"):
+        (other / "segadapt" / name).touch()
     storage.mkdir()
     with connect(loopback_cluster.address) as capacity:
         assert capacity.joined

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -160,9 +160,8 @@ def test_a_run_and_its_files_label_a_folder_alike(
     found = {}
     for source, search in (("best", "tiny"), (f"{exported.folder}/{ONNX}", None), (f"{exported.folder}/{PT2}", None)):
         out = tmp_path / source.rsplit(".", 1)[-1]
-        result = api.predict(
-            source, str(photos), str(out), search=search, batch_size=2, place=Place(str(trained / "runs"))
-        )
+        where = {"search": search, "place": Place(str(trained / "runs"))} if search else {}
+        result = api.predict(source, str(photos), str(out), batch_size=2, **where)
         assert (result.images, result.written, result.skipped) == (6, 4, 0)
         found[source] = labels_in(out)
     run, *files = found.values()
@@ -273,9 +272,10 @@ def settled(name: str, *, aggregation: float = 0.0) -> Segmenter:
     torch.manual_seed(0)
     network = build_segmenter(name, 5)
     if "resnet" in name:  # the same operations again and again, each of which takes its time to export
-        stages: Any = network.backbone.stages
-        for layer in ("layer1", "layer2", "layer3", "layer4"):
-            setattr(stages, layer, getattr(stages, layer)[:2])
+        for part in network.backbone.children():
+            for name, stage in list(part.named_children()):
+                if name.startswith("layer"):
+                    setattr(part, name, cast("nn.Sequential", stage)[:2])
     network.train()
     with torch.no_grad():
         for _ in range(5):

@@ -10,7 +10,8 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.storages._rdb import storage as rdb
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState as OptunaState
+from optuna.trial import create_trial
 from ray.tune.execution.tune_controller import TrialRunnerWrapper
 from rich.console import Console
 
@@ -24,6 +25,7 @@ from segadapt.platform.search.study import RUNG, TRIAL_ID
 from segadapt.platform.search.study_storage import open_study_storage
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Allocation
+from segadapt.platform.settings.states import TrialState
 
 MIOU = "target_val/miou"
 SPACE = {"sdca": {"optimizer.lr_factor": FloatDistribution(0.2, 8.0, log=True)}}
@@ -89,7 +91,7 @@ def fill(storage: Any, ended: int) -> None:
         decision = {"values": {MIOU: value}, "continues": False}
         study.add_trial(
             create_trial(
-                state=TrialState.PRUNED,
+                state=OptunaState.PRUNED,
                 params={"optimizer.lr_factor": 1.0 + value},
                 distributions=distributions,
                 intermediate_values={2: value},
@@ -144,7 +146,7 @@ def test_a_report_is_shown_without_going_through_all_trials() -> None:
         progress.started(f"t{number}", f"sdca-{number}", step=2 if number == 2 else 0)
         progress.result(f"t{number}", 4, value)
     progress.paused("t0")
-    progress.ended("t1", "finished")
+    progress.ended("t1", TrialState.FINISHED)
     assert written.getvalue().splitlines()[-1].startswith("sdca-1 finished · best 0.700 (sdca-1) · 1/4 trials done")
     assert (progress._taken, progress._missing) == (10, 8 + 4), "of a trial not begun and one that runs"
 
@@ -156,7 +158,7 @@ def test_a_search_that_goes_on_counts_what_ended_before() -> None:
     assert written.getvalue().splitlines()[-1] == "search: going on, 3/5 trials done"
     progress.started("t3", "sdca-003")
     progress.result("t3", 8, 0.5)
-    progress.ended("t3", "finished")
+    progress.ended("t3", TrialState.FINISHED)
     assert "4/5 trials done" in written.getvalue().splitlines()[-1]
     assert progress._missing == 8
 

@@ -23,6 +23,7 @@ import segadapt as api
 from segadapt.platform.results import status
 from segadapt.platform.results.report import render
 from segadapt.platform.results.seeds import rerank, verdict
+from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.folders import Place
 
 NAME, TRIALS = Watched.NAME, 3
@@ -50,13 +51,14 @@ def test_status_follows_a_search_from_another_process_and_ends_with_it(watched: 
 
 
 def test_a_trial_is_stalled_that_is_silent_for_longer_than_any_was() -> None:
-    def judged(*trials: tuple[str, float, float]) -> list[bool]:
-        running = [status.RunningTrial("name", state, 4, 0.5, heard, longest) for state, heard, longest in trials]
-        return [trial.stalled for trial in status._judged(running)]
+    def judged(*trials: tuple[TrialState, float, float]) -> list[bool]:
+        active = [status.RunningTrial("name", state, 4, 0.5, heard, longest) for state, heard, longest in trials]
+        return [trial.stalled for trial in status._judged(active)]
 
-    assert judged(("running", 3600, 0)) == [False], "nobody knows how long it takes"
-    assert judged(("running", 50, 1), ("running", 70, 1), ("paused", 70, 1)) == [False, True, False]
-    assert judged(("running", 70, 1), ("running", 2, 600)) == [False, False]
+    running, paused = TrialState.RUNNING, TrialState.PAUSED
+    assert judged((running, 3600, 0)) == [False], "nobody knows how long it takes"
+    assert judged((running, 50, 1), (running, 70, 1), (paused, 70, 1)) == [False, True, False]
+    assert judged((running, 70, 1), (running, 2, 600)) == [False, False]
 
 
 def test_status_of_an_ended_search_counts_its_trials_and_rungs(told: Path) -> None:
