@@ -175,7 +175,8 @@ def test_a_cluster_grows_for_a_job_and_shrinks_after_it(
 
 @pytest.mark.slow
 def test_a_running_job_is_stopped(autoscaled: Autoscaled, tmp_path: Path) -> None:
-    words = ["train", "source_only", "--storage", str(tmp_path / "runs"), *TINY_WORDS, "warmup.steps=100000"]
+    endless = [word.replace("warmup.steps=4", "warmup.steps=100000") for word in TINY_WORDS]
+    words = ["train", "source_only", "--storage", str(tmp_path / "runs"), *endless]
     job = api.submit(words, address=autoscaled.jobs, name="stopped")
     deadline = time.monotonic() + 120
     while "source_only step" not in "".join(api.logs(job, address=autoscaled.jobs)):
