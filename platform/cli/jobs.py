@@ -102,6 +102,21 @@ def stop(job: _JobName, address: JobsAddress = JOBS) -> None:
     print(f"{job} is told to stop" if operation.stop(job, address=address) else f"{job} had ended")
 
 
+def hand_over(address: str | None) -> None:
+    """Submit this command line to the cluster whose Ray Jobs `address` names, follow it and exit; else do nothing."""
+    if address is None:
+        return
+    from segadapt.platform.cluster.jobs import is_jobs_address, without_option
+
+    if not is_jobs_address(address):
+        return
+    from segadapt.platform.api.operation import submit
+
+    job = submit(without_option(sys.argv[1:], "--address"), address=address)
+    print(f"{job} runs on {address}; Ctrl-C leaves it running, `segadapt stop {job}` ends it", flush=True)
+    follow(job, address)
+
+
 def follow(job: str, address: str) -> None:
     """Show what a job prints until it ends, and exit with 1 unless it succeeded."""
     from segadapt.platform.api import operation

@@ -5,7 +5,6 @@
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -201,22 +200,6 @@ def refuse_idle(context: typer.Context, *options: str, why: str) -> None:
     ]
     if typed:
         raise UsageError(f"{', '.join(options)} {why}, but got {' '.join(typed)}. Leave it out.")
-
-
-def hand_over(address: str | None) -> None:
-    """Submit this command line to the cluster whose Ray Jobs `address` names, follow it and exit; else do nothing."""
-    if address is None:
-        return
-    from segadapt.platform.cluster.jobs import is_jobs_address, without_option
-
-    if not is_jobs_address(address):
-        return
-    from segadapt.platform.api.operation import submit
-    from segadapt.platform.cli.jobs import follow
-
-    job = submit(without_option(sys.argv[1:], "--address"), address=address)
-    print(f"{job} runs on {address}; Ctrl-C leaves it running, `segadapt stop {job}` ends it", flush=True)
-    follow(job, address)
 
 
 def scales(options: list[str] | None, words: list[str]) -> list[float]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segadapt.platform.cli.jobs import hand_over
 from segadapt.platform.cli.options import (
     Assignments,
     ConfigFile,
@@ -14,7 +15,6 @@ from segadapt.platform.cli.options import (
     Search,
     SkipBad,
     assignments,
-    hand_over,
     place,
     running,
     shared,
