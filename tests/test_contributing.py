@@ -54,6 +54,7 @@ def run(folder: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_method_is_listed_described_and_searched(contributed: Path) -> None:
     assert "entropy_minimization" in run(contributed, "list")
     assert "0.0001 to 1 (log)" in run(contributed, "describe", "entropy_minimization")
@@ -63,11 +64,13 @@ def test_a_method_is_listed_described_and_searched(contributed: Path) -> None:
     assert "score/margin" in chosen, "the score that was added is judged with the others"
 
 
+@pytest.mark.slow
 def test_a_search_may_go_by_the_new_score(contributed: Path) -> None:
     words = ("--objective", "score/margin", "--trials", "1", "--name", "by-margin")
     assert "score/margin" in run(contributed, "search", "source_only", *words, *TINY_WORDS)
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_new_kind_is_written_checked_and_trained_on(contributed: Path) -> None:
     small = [word for word in TINY_WORDS if word.startswith("data.streets")]
     run(contributed, "data", "make", "cars", *small, "--format", "beside")

@@ -41,6 +41,7 @@ def test_every_public_name_tells_what_it_takes_returns_and_raises(name: str) -> 
         assert all(f"    {parameter}: " in text for parameter in parameters), "every argument is explained"
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_public_functions_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)

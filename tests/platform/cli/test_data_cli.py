@@ -95,6 +95,7 @@ def test_a_broken_class_list_is_wrong_usage(tmp_path: Path) -> None:
         api.data_check("folder", str(root / "source"))
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_trains_and_what_it_left_out(segadapt: Call, tmp_path: Path) -> None:
     import mlflow
 

@@ -154,6 +154,7 @@ def finish_name(folder: Path, trial: str) -> str:
     return f"finish-{trial}" + (f"-{number}" if number > 1 else "")
 
 
+@pytest.mark.slow
 def test_finish_self_trains_the_best_trial_and_links_to_it(searched: Searched) -> None:
     folder, _ = searched
     done = command(folder, "finish", "best", "--search", "sdca-streets", "--rounds", "2", "trainer.steps=4")

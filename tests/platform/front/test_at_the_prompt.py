@@ -86,6 +86,7 @@ def prompt(tmp_path: Path) -> Iterator[Prompt]:
     opened.process.wait(timeout=120)
 
 
+@pytest.mark.slow
 def test_a_search_is_interrupted_goes_on_and_leaves_nothing_behind(prompt: Prompt, tmp_path: Path) -> None:
     begin = len(prompt.said())
     prompt.type(f"result = segadapt.search('sdca', {SETTINGS}, trials=1, name='s')")
@@ -115,6 +116,7 @@ def test_a_search_is_interrupted_goes_on_and_leaves_nothing_behind(prompt: Promp
         assert "left behind: []" in prompt.ask("print('left behind:', changed())"), f"{call}\n{prompt.said()}"
 
 
+@pytest.mark.slow
 def test_the_prompt_lives_on_when_a_call_is_refused_or_interrupted_at_its_start(prompt: Prompt) -> None:
     refused = prompt.ask("segadapt.search('sdca', seeds=3)")
     assert "UsageError: --seeds must come with --rerank K" in refused

@@ -137,6 +137,7 @@ def search(root: Path, key: str) -> None:
     tracker.close()
 
 
+@pytest.mark.slow
 def test_four_searches_that_begin_a_storage_folder_at_once_lose_nothing(tmp_path: Path) -> None:
     (tmp_path / "gallery.png").write_text("picture")
     keys = [f"search-{number}" for number in range(4)]

@@ -174,6 +174,7 @@ def test_a_record_takes_one_request_and_pictures_are_looked_for_once_per_run(
     assert telemetry == {"true"}, "MLflow is told not to tell its makers which functions are called"
 
 
+@pytest.mark.slow
 def test_records_of_an_outage_arrive_once_and_in_order(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -528,6 +529,7 @@ tracker.close()
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_mlflows_database_is_made_breaks_nothing(tmp_path: Path) -> None:
     killed = python(KILLED_IN_A_MIGRATION + TRACKS, str(tmp_path), "killed")
     assert killed.wait(timeout=120) == -signal.SIGKILL
