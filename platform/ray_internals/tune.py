@@ -12,7 +12,6 @@ from segadapt.platform.ray_internals.start import attributes_changed
 PRIVATE = (
     ("ray.tune", "Tuner._local_tuner", "give a search that goes on its searcher and scheduler"),
     ("ray.tune.impl.tuner_internal", "TunerInternal._tune_config", "give a search that goes on its searcher"),
-    ("ray.tune.impl.tuner_internal", "TunerInternal.get_run_config", "find our callbacks in a restored search"),
     ("ray.tune", "ResultGrid._experiment_analysis", "list the trials of a search"),
     (
         "ray.tune.execution.tune_controller",
@@ -41,12 +40,6 @@ PRIVATE = (
 def set_tune_config(tuner: Any, config: Any) -> None:
     """Have a restored search go on with this searcher and scheduler rather than those that were pickled."""
     tuner._local_tuner._tune_config = config
-
-
-def callbacks_of(tuner: Any) -> Sequence[Any]:
-    """Return the callbacks of a search, which are those that were pickled if it was restored."""
-    callbacks: Sequence[Any] = tuner._local_tuner.get_run_config().callbacks
-    return callbacks
 
 
 def trials_of(results: Any) -> Sequence[Any]:
