@@ -101,7 +101,7 @@ def main() -> None:
         def finish(key: str) -> None:
             watch.time("summary", lambda: tracker.log_summary(key, {"best/miou": 0.5}, arguments.evaluations))
             watch.time("pictures", lambda: tracker.log_evaluation(key, best))
-            watch.time("end", lambda: tracker.end(key, "FINISHED"))
+            watch.time("end", lambda: tracker.end(key, "FINISHED", {}))
 
         ends = spent(begin)
         rounds = [spent(lambda key, step=step: evaluate(key, step)) for step in range(1, arguments.evaluations + 1)]

@@ -212,8 +212,7 @@ def _record_run(ledgers: Ledgers, key: str, trial: RayTrial) -> None:
             tracker.log_summary(key, reached, best.metrics["step"])
             if best.kept:
                 tracker.log_evaluation(key, best.path)
-        tracker.set_tags(key, _tags_of_end(ledgers, key, trial, trial.state))
-        tracker.end(key, trial.state.mlflow)
+        tracker.end(key, trial.state.mlflow, _tags_of_end(ledgers, key, trial, trial.state))
     tracker.close()  # closes as interrupted what can go on
 
 

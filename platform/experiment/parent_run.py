@@ -139,5 +139,4 @@ class ParentRun:
         unit = "gpu" if self.spec.resources.gpus > 0 else "cpu"
         hours = spent_hours(self.spec.storage, self.record.name, unit)
         self.tracker.log_summary(self.record.name, {f"cost/{unit}_hours": hours}, 0)
-        self.tracker.set_tags(self.record.name, {STATE_TAG: str(state)})
-        self.tracker.end(self.record.name, state.mlflow)
+        self.tracker.end(self.record.name, state.mlflow, {STATE_TAG: str(state)})

@@ -205,9 +205,8 @@ class TrialRuns:
             self._tracker.log_summary(key, reached, best.metrics["step"])
             if best.kept:
                 self._tracker.log_evaluation(key, best.path)
-        self._tracker.set_tags(key, tags)
         self._note_end(trial_id, state, failure, best.metrics["step"] if best is not None else None)
-        self._tracker.end(key, state.mlflow)
+        self._tracker.end(key, state.mlflow, tags)
         self._receivers.progress.ended(trial_id, state)
         self.remove_checkpoints()
 

@@ -188,7 +188,9 @@ class RunWriter:
         self._client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps(logged))
         self._client.log_artifact(run_id, str(files / GALLERY))
 
-    def _end(self, *, key: str, status: MlflowStatus, timestamp: int) -> None:
+    def _end(self, *, key: str, status: MlflowStatus, timestamp: int, tags: Mapping[str, str] | None = None) -> None:
+        if tags:  # records that an earlier version left have none
+            self._set_tags(key=key, tags=tags)
         self._client.set_terminated(self._run_id(key), status, timestamp)
 
     def _end_lost(self, *, experiment: str, prefix: str, known: Collection[str]) -> None:

@@ -100,8 +100,9 @@ class Sender:
     def _send_left(self, box: Outbox) -> None:
         unfinished = _left_open(box.entries())
         for key, timestamp in unfinished.items():
-            box.append("set_tags", {"key": key, "tags": {STATE_TAG: str(TrialState.INTERRUPTED)}})
-            box.append("end", {"key": key, "status": TrialState.INTERRUPTED.mlflow, "timestamp": timestamp})
+            tags = {STATE_TAG: str(TrialState.INTERRUPTED)}
+            status = TrialState.INTERRUPTED.mlflow
+            box.append("end", {"key": key, "status": status, "tags": tags, "timestamp": timestamp})
         box.finish_input()
         waiting = box.waiting
         self._send(box)

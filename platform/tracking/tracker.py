@@ -148,10 +148,16 @@ class Tracker:
 
         self._record("log_file", keep, key=key, path=file, folder=folder or None)
 
-    def end(self, key: str, status: MlflowStatus) -> None:
-        """Close a run."""
+    def end(self, key: str, status: MlflowStatus, tags: Mapping[str, str]) -> None:
+        """Close a run.
+
+        Args:
+            key: Key of the run.
+            status: How MLflow shows it.
+            tags: What says how it ended. They are one record with the status, so that a kill leaves both or none.
+        """
         self._open.pop(key, None)
-        self._record("end", key=key, status=status, timestamp=_now())
+        self._record("end", key=key, status=status, tags=dict(tags), timestamp=_now())
 
     def end_lost(self, experiment: str, prefix: str, known: Collection[str]) -> None:
         """Mark unfinished runs whose key has `prefix` and is not `known` as lost: nobody will go on with them."""
@@ -163,8 +169,7 @@ class Tracker:
         What is left is sent by the next process that tracks there.
         """
         for key in list(self._open):
-            self.set_tags(key, {STATE_TAG: str(TrialState.INTERRUPTED)})
-            self.end(key, TrialState.INTERRUPTED.mlflow)
+            self.end(key, TrialState.INTERRUPTED.mlflow, {STATE_TAG: str(TrialState.INTERRUPTED)})
         self._outbox.finish_input()
         self._thread.join(timeout_s)
         self._sender.given_up.set()

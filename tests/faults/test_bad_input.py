@@ -309,5 +309,5 @@ def test_what_is_tracked(key: str, name: str, content: Any, step: int, tracker: 
     tracker.log_metrics(key, {name: content, "number": math.nan}, step)
     tracker.set_tags(key, {name: str(content)})
     tracker.log_json(key, content, name)
-    tracker.end(key, "FINISHED")
+    tracker.end(key, "FINISHED", {})
     assert tracker._outbox.waiting == before + 5, "nothing is lost on the way to the server"

@@ -131,7 +131,7 @@ def test_a_checkpoint_that_mlflow_names_outside_the_storage_folder_is_never_open
     tracker = Tracker(place)
     tags = {"segadapt.kind": "trial", "segadapt.method": "sdca", "segadapt.checkpoint": noted}
     tracker.start(RunInfo("town/1", "town", "sdca-001", tags, {}))
-    tracker.end("town/1", "FINISHED")
+    tracker.end("town/1", "FINISHED", {})
     tracker.close()
     (row,) = api.runs("town", place=place).rows
     assert row.checkpoint is None, "the leaderboard is shown all the same"
@@ -186,7 +186,7 @@ def test_a_shared_mlflow_asks_for_a_login_and_for_its_own_name(
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", guarded_mlflow.password)
     tracker = Tracker(Place(tmp_path, guarded))
     tracker.start(RunInfo("mine", "mine", "mine", {}, {"lr": 1}))
-    tracker.end("mine", "FINISHED")
+    tracker.end("mine", "FINISHED", {})
     tracker.close(timeout_s=120)
     client = mlflow_client(guarded)
     runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])

@@ -36,10 +36,8 @@ def records(root: Path) -> list[Callable[[Tracker], None]]:
         *evaluations,
         lambda tracker: tracker.log_file("town/1", root / "gallery.png"),
         lambda tracker: tracker.log_summary("town/1", {"best/miou": 0.6}, 6),
-        lambda tracker: tracker.set_tags("town/1", {STATE_TAG: "finished"}),
-        lambda tracker: tracker.end("town/1", "FINISHED"),
-        lambda tracker: tracker.set_tags("town", {STATE_TAG: "finished"}),
-        lambda tracker: tracker.end("town", "FINISHED"),
+        lambda tracker: tracker.end("town/1", "FINISHED", {STATE_TAG: "finished"}),
+        lambda tracker: tracker.end("town", "FINISHED", {STATE_TAG: "finished"}),
     ]
 
 
@@ -112,6 +110,7 @@ def undisturbed(fresh: Path) -> dict[str, Any]:
 
 @settings(max_examples=4, deadline=None, database=None)
 @example(kills=[60, 1, 90], in_step=False)
+@example(kills=[232], in_step=True)  # while the end of a run is sent
 @given(kills=st.lists(st.integers(1, 250), min_size=1, max_size=3), in_step=st.booleans())
 def test_sessions_killed_anywhere_leave_what_an_undisturbed_one_does(
     fresh: Path, undisturbed: dict[str, Any], kills: list[int], in_step: bool
@@ -133,7 +132,7 @@ def search(root: Path, key: str) -> None:
         tracker.log_metrics(key, {"miou": step / 100, "loss": 1 / step}, step)
     tracker.set_tags(key, {STATE_TAG: "finished"})
     tracker.log_file(key, root / "gallery.png")
-    tracker.end(key, "FINISHED")
+    tracker.end(key, "FINISHED", {})
     tracker.close()
 
 

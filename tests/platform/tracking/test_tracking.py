@@ -166,7 +166,7 @@ def test_a_record_takes_one_request_and_pictures_are_looked_for_once_per_run(
         for step in (1, 2, 3):
             tracker.log_gallery("counted/1", tmp_path, step)
         tracker.set_tags("counted/1", {f"tag {number}": "value" for number in range(9)})
-        tracker.end("counted/1", "FINISHED")
+        tracker.end("counted/1", "FINISHED", {})
         tracker.close()
         assert calls == {"search_runs": 1, "log_batch": 2, "list_artifacts": 1}
     pictures = [path.name for path in storage.mlflow_artifacts.rglob("gallery*.png")]
@@ -195,8 +195,8 @@ def test_records_of_an_outage_arrive_once_and_in_order(
         tracker.set_tags("outage/1", {"state": "finished"})
         tracker.log_file("outage/1", tmp_path / "gallery.png", "pictures")
         tracker.log_json("outage/1", {"best": 110}, "best.json")
-        tracker.end("outage/1", "FINISHED")
-        tracker.end("outage", "KILLED")
+        tracker.end("outage/1", "FINISHED", {})
+        tracker.end("outage", "KILLED", {})
         assert time.monotonic() - began < 1, "logging must not wait for the server"
         wait_for(lambda: "trying again" in caplog.text, "an attempt at the absent server")
     tracker.close(timeout_s=60)
@@ -336,7 +336,7 @@ def test_a_record_whose_first_try_failed_arrives_once(
     for step in (2, 4, 6):
         tracker.log_metrics(f"{name}/1", {"miou": 0.5, "loss": 1.0}, step)
     tracker.log_json(f"{name}/1", {"seed": 0}, "config.yaml")
-    tracker.end(f"{name}/1", "FAILED")
+    tracker.end(f"{name}/1", "FAILED", {})
     tracker.close(timeout_s=60)
     proxy.shutdown()
     proxy.server_close()
@@ -367,7 +367,7 @@ def test_what_the_server_refuses_is_left_out_and_the_rest_arrives(
     tracker.log_file("refusal", tmp_path / "gone.png")
     tracker.log_metrics("refusal", {"miou": 0.3}, 3)
     tracker.log_metrics("refusal", {"miou": 0.3}, 3)  # a repeat, nothing to complain about
-    tracker.end("refusal", "FINISHED")
+    tracker.end("refusal", "FINISHED", {})
     tracker.close(timeout_s=60)
 
     kept = [json.loads(line) for path in tmp_path.rglob("refused.jsonl") for line in path.read_text().splitlines()]
@@ -394,7 +394,7 @@ def test_close_says_what_waits_when_the_server_never_comes(
         tracker.start(run_of("lost"))
         for step in range(10):
             tracker.log_metrics("lost", {"miou": 0.1}, step)
-        tracker.end("lost", "FINISHED")
+        tracker.end("lost", "FINISHED", {})
         began = time.monotonic()
         tracker.close(timeout_s=3)
         assert time.monotonic() - began < 4
@@ -429,7 +429,7 @@ def test_a_lost_server_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     )
     closed, said = process.communicate(timeout=60)
     assert time.time() - float(closed) < 5
-    assert "did not take 3 records" in said, "its start and, as nobody ended it, its end"
+    assert "did not take 2 records" in said, "its start and, as nobody ended it, its end"
 
 
 def checkpoint(folder: Path) -> Path:
@@ -456,7 +456,7 @@ def test_a_second_session_continues_a_run_by_its_key(tmp_path: Path, caplog: pyt
             tracker.log_metrics("continued/1", {"miou": step / 10, "time/evaluation": 1.0}, step)
         tracker.log_evaluation("continued/1", best)
         tracker.set_tags("continued/1", {"state": state})
-        tracker.end("continued/1", status)
+        tracker.end("continued/1", status, {})
         tracker.close()
         return arrived.runs()
 
@@ -524,7 +524,7 @@ from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.tracker import RunInfo, Tracker
 tracker = Tracker(Place(Path(sys.argv[1])))
 tracker.start(RunInfo(sys.argv[2], "kills", sys.argv[2], {}, {}))
-tracker.end(sys.argv[2], "FINISHED")
+tracker.end(sys.argv[2], "FINISHED", {})
 tracker.close()
 """
 
