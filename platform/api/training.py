@@ -262,6 +262,7 @@ def train(
     config: str | None = None,
     skip_bad: bool = False,
     preset: str | None = None,
+    objective: str | None = None,
     name: str | None = None,
     resume: str | None = None,
     place: Place = HERE,
@@ -275,6 +276,7 @@ def train(
         config: Experiment file with more settings; `settings` override it.
         skip_bad: Leave out files that cannot be decoded.
         preset: Preset of the method to start from, by default `paper`.
+        objective: What the kept checkpoint is the best by, by default target validation mIoU.
         name: Name of the run, by default made from method and data.
         resume: Run to go on with.
         place: Where it is kept and tracked.
@@ -300,6 +302,7 @@ def train(
         config=config,
         skip_bad=skip_bad,
         preset=preset,
+        objective=objective,
         name=name,
         resume=resume,
     )

@@ -50,6 +50,13 @@ _Objective = Annotated[
         "A,B searches the Pareto front of several, A+B the best mean rank."
     ),
 ]
+_TrainObjective = Annotated[
+    str | None,
+    typer.Option(
+        help="What the kept checkpoint is the best by: target_val/miou (default), or without target labels "
+        "{label_free}."
+    ),
+]
 _Sampler = Annotated[
     str | None, typer.Option(help="What proposes, all Optuna's: {samplers}; default: auto, which is tpe.")
 ]
@@ -154,6 +161,7 @@ def train(
     method: _Method = None,
     settings: Assignments = None,
     preset: Preset = None,
+    objective: _TrainObjective = None,
     name: _RunName = None,
     resume: _ResumeRun = None,
     skip_bad: SkipBad = False,
@@ -172,6 +180,7 @@ def train(
         config=config,
         skip_bad=skip_bad,
         preset=preset,
+        objective=objective,
         name=name,
         resume=resume,
         place=place,

@@ -383,4 +383,10 @@ def show_dataset(report: "DatasetReport") -> None:
         screen.print(f"\n{problem} ({len(alike)}):", markup=False)
         for fault in alike:
             screen.print(f"  {fault.path}  {fault.detail}".rstrip(), markup=False, soft_wrap=True)
-    screen.print(f"\n{len(report.faults)} faults in {report.root}" if report.faults else f"{report.root} is sound.")
+    for warning in report.warnings:
+        screen.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    if report.faults or report.warnings:
+        found = [f"{len(report.faults)} faults"] + [f"{len(report.warnings)} warnings"] * bool(report.warnings)
+        screen.print(f"\n{', '.join(found)} in {report.root}", markup=False, soft_wrap=True)
+    else:
+        screen.print(f"{report.root} is sound.", markup=False, soft_wrap=True)

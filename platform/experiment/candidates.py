@@ -11,7 +11,11 @@ from segadapt.platform.experiment.record import Candidate, Record
 from segadapt.platform.search.ranges import split_ranges, start
 from segadapt.platform.settings.config import Values, anchored, keys, resolve
 from segadapt.trainables import METHODS
+from segadapt.trainables.core.data.datasets import packed_size
 from segadapt.trainables.source_only import SourceOnly
+
+_SIZES = {"data.source": "augmentation.source_size", "data.target": "augmentation.target_size"}
+"""Settings of the size of a domain's images, by the setting that names the domain's data."""
 
 
 def new_candidates(methods: Sequence[str], values: Values, preset: str) -> dict[str, Candidate]:
@@ -27,9 +31,10 @@ def forked_candidates(parent: Record, values: Values) -> dict[str, Candidate]:
     for method, before in parent.candidates.items():
         fixed, ranges = split_ranges(method, expanded[method])
         space = {key: ranges.get(key, range_) for key, range_ in {**before.space, **ranges}.items() if key not in fixed}
-        settings = {**before.fixed, **before.first, **fixed}
+        inherited = _without_packed_sizes(before.fixed, fixed)
+        settings = {**inherited, **before.first, **fixed}
         first = {key: start(space[key], settings.get(key, keys(method)[key].default)) for key in space}
-        fixed = {key: value for key, value in {**before.fixed, **fixed}.items() if key not in space}
+        fixed = {key: value for key, value in {**inherited, **fixed}.items() if key not in space}
         forked[method] = Candidate(fixed, space, first)
     return forked
 
@@ -62,7 +67,31 @@ def _expanded(methods: Sequence[str], values: Values) -> dict[str, dict[str, Any
         if key.partition(".")[0] not in expanded:
             for settings in expanded.values():
                 settings.setdefault(key, value)
-    return {method: anchored(settings) for method, settings in expanded.items()}
+    return {method: with_packed_sizes(anchored(settings)) for method, settings in expanded.items()}
+
+
+def with_packed_sizes(values: Values) -> dict[str, Any]:
+    """Return the settings with the size of packed training images, where no other is given for the domain.
+
+    Without it, training would see images of the packed size, and evaluation and label-free scores those of the
+    validation split, which is packed at its full size.
+    """
+    sizes = {key: packed_size(values.get(data)) for data, key in _SIZES.items() if key not in values}
+    return {**values, **{key: list(size) for key, size in sizes.items() if size is not None}}
+
+
+def _without_packed_sizes(fixed: Values, values: Values) -> dict[str, Any]:
+    """Return the settings of an earlier search without sizes that followed from packed data which `values` replace."""
+    followed = {
+        key
+        for data, key in _SIZES.items()
+        if data in values and fixed.get(key) == _as_list(packed_size(fixed.get(data)))
+    }
+    return {key: value for key, value in fixed.items() if key not in followed}
+
+
+def _as_list(size: Sequence[int] | None) -> list[int] | None:
+    return None if size is None else list(size)
 
 
 def _candidate(method: str, values: Values, preset: str) -> Candidate:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segadapt.platform.errors import UsageError
-from segadapt.platform.experiment.planning import checked_config
+from segadapt.platform.experiment.planning import check_labels, checked_config
 from segadapt.platform.experiment.record import RECORD, Candidate, Options, Outcome, Record
 from segadapt.platform.experiment.session import run
 from segadapt.platform.results.leaderboard import Row, leaderboard, open_client, pick_run, run_tags
@@ -125,6 +125,7 @@ def plan_finish(request: FinishRequest, place: Place) -> tuple[Record, Row]:
         from_key=run_tags(row, place)[KEY_TAG],
         from_name=row.name,
     )
+    check_labels(record)
     return record, row
 
 
@@ -188,7 +189,7 @@ def _finish_results(record: Record, row: Row, options: Options) -> list[FinishRe
 def _finish_result(record: Record, row: Row, run: Any, client: Any, options: Options) -> FinishResult:
     before, after = {}, {}
     for name in run.data.metrics:
-        if name.startswith(("target_val/", "source_val/")):
+        if name.startswith(("target_val/", "source_val/", "score/")):
             history = sorted(client.get_metric_history(run.info.run_id, name), key=lambda entry: entry.step)
             before[name], after[name] = history[0].value, history[-1].value
     if _restarts(next(iter(record.configs.values()))):  # what was evaluated first is not the trial's network

@@ -9,13 +9,19 @@ from typing import Any, TypedDict
 
 from segadapt import search_spaces
 from segadapt.platform.errors import UsageError, redacted
-from segadapt.platform.experiment.candidates import forked_candidates, new_candidates, preset_settings, space_of
+from segadapt.platform.experiment.candidates import (
+    forked_candidates,
+    new_candidates,
+    preset_settings,
+    space_of,
+    with_packed_sizes,
+)
 from segadapt.platform.experiment.record import Candidate, Record
 from segadapt.platform.results.leaderboard import open_client
 from segadapt.platform.search.samplers import check_sampler
 from segadapt.platform.search.schedulers import SCHEDULERS
 from segadapt.platform.settings.config import TrialConfig, Values, anchored, read_experiment, resolve
-from segadapt.platform.settings.objective import TARGET, Objective
+from segadapt.platform.settings.objective import LABEL_FREE, TARGET, Objective
 from segadapt.platform.storage.folders import Place
 from segadapt.trainables.core.networks import build_segmenter
 
@@ -108,6 +114,8 @@ class TrainRequest:
     """Leave out files that cannot be decoded."""
     preset: str | None = None
     """Preset of the method to start from, by default `paper`."""
+    objective: str | None = None
+    """What the kept checkpoint is the best by, as a search's; by default target mIoU."""
     name: str | None = None
     """Name of the run, by default made from method and data."""
     resume: str | None = None
@@ -151,6 +159,7 @@ def plan_search(request: SearchRequest, place: Place) -> Record:
         record = _new_search(request, place)
     if record.kind == "search":
         check_plan(record, Objective.parse(record.objective))
+    check_labels(record)
     return record
 
 
@@ -162,20 +171,24 @@ def plan_training(request: TrainRequest, place: Place) -> Record:
     """
     _refuse_idle(request)
     if request.resume is not None:
-        return Record.load(place.folders, request.resume)
+        record = Record.load(place.folders, request.resume)
+        check_labels(record)
+        return record
     if request.method is None:
         raise UsageError("METHOD must be given, or --resume NAME. `segadapt list` shows the methods.")
     resolve(request.method, {})
     preset = search_spaces.DEFAULT_PRESET if request.preset is None else request.preset
     base = preset_settings(request.method, preset) if preset != search_spaces.DEFAULT_PRESET else {}
-    settings = anchored({**base, **_settings(request)})
+    settings = with_packed_sizes(anchored({**base, **_settings(request)}))
     config = checked_config(request.method, settings)
-    return Record(
+    record = Record(
         kind="train",
         name=free_name(place, request.name, f"train-{request.method}-{config.data.name}"),
         candidates={request.method: Candidate(settings)},
-        objective=TARGET,
+        objective=str(Objective.parse(TARGET if request.objective is None else request.objective)),
     )
+    check_labels(record)
+    return record
 
 
 def _settings(request: SearchRequest | TrainRequest) -> dict[str, Any]:
@@ -351,6 +364,48 @@ def checked_config(method: str, values: Values) -> TrialConfig:
     except ValueError as error:
         raise UsageError(str(error)) from error
     return config
+
+
+def check_labels(record: Record) -> None:
+    """Make sure that the data have the labels that training and the objective need, some pixel of a trained class.
+
+    Raises:
+        UsageError: If they have not, or cannot be read.
+    """
+    from segadapt.trainables.core.data.datasets import load_data
+    from segadapt.trainables.core.data.label_statistics import shows_a_class
+
+    for config in dict.fromkeys(config.data for config in record.configs.values() if config.data.source is not None):
+        try:
+            data, evaluation = load_data(config)
+            labelled = config.target if config.oracle else config.source
+            needed = {"train": (data.source, labelled), "validation": (evaluation.source, config.source)}
+            count = len(data.classes)
+            blank = [(name, *each) for name, each in needed.items() if not shows_a_class(each[0], count)]
+            knows_target = TARGET not in record.objective or shows_a_class(evaluation.target, count)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        for name, images, location in blank:
+            raise UsageError(
+                f"Labels of the source must show a trained class ({', '.join(data.classes.names)}), but every pixel of "
+                f"the {len(images)} {name} labels in {location} is of another or none. `segadapt data check` shows "
+                "what they hold."
+            )
+        if not knows_target:
+            raise UsageError(
+                _no_target_label(record.objective, config.target, len(evaluation.scored), evaluation.target)
+            )
+
+
+def _no_target_label(objective: str, location: str | None, images: int, labelled: Sized) -> str:
+    """Say that an objective asks for target labels where there are none, and which objectives do not."""
+    lack = f"none of the {images} target validation images in {location} has one"
+    if len(labelled):
+        lack = f"no pixel of the {len(labelled)} target validation labels in {location} is of a trained class"
+    return (
+        f"The objective {objective} must find labels of the target, but {lack}. Choose without them: "
+        f"--objective {' or '.join(LABEL_FREE)}."
+    )
 
 
 def free_name(place: Place, name: str | None, default: str) -> str:

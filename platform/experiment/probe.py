@@ -160,7 +160,7 @@ class _First:
 
     def __init__(self, images: TargetImages) -> None:
         self.ids = images.ids[:PROBE_IMAGES]
-        self.factor = len(images) / len(self.ids)
+        self.factor = len(images) / max(1, len(self.ids))  # a target may have no validation label
         self.reads = 0
         self._images = images
 
@@ -198,7 +198,7 @@ def measure(config: TrialConfig, folder: Path, threads: float, shared_threads: f
     method = build_method(config, len(data.classes))
     start_s = time.perf_counter() - started
     source, target = _FirstLabelled(data.source), _First(data.target)
-    validation = _FirstLabelled(evaluation.source), _FirstLabelled(evaluation.target)
+    validation = _FirstLabelled(evaluation.source), _First(evaluation.scored)
     plan = [stage for part in split_plan(config) for stage in part]
     representative = {stage.name: next(s for s in plan if _kind(s) == _kind(stage)) for stage in plan}
     sizes: list[int] = []
@@ -212,7 +212,9 @@ def measure(config: TrialConfig, folder: Path, threads: float, shared_threads: f
         method,
         tuple(stage for stage in plan if representative[stage.name] is stage),
         dataclasses.replace(data, source=source, target=target),
-        dataclasses.replace(evaluation, source=validation[0], target=validation[1]),
+        dataclasses.replace(
+            evaluation, source=validation[0], target=_FirstLabelled(evaluation.target), scored=validation[1]
+        ),
         TrainerSettings(
             trainer=dataclasses.replace(config.trainer, eval_every=2**31, evaluate_start=False),
             optimizer=config.optimizer,

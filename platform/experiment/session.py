@@ -28,6 +28,7 @@ from segadapt.platform.storage.stage_keys import code_versions, own_steps
 from segadapt.platform.storage.stages import need_no_more
 from segadapt.platform.tracking.tags import FROM_TAG, VERDICT_TAG
 from segadapt.platform.trial.spec import TrialSpec
+from segadapt.trainables.core.data.datasets import DataConfig
 
 if TYPE_CHECKING:
     from segadapt.platform.experiment.tuning import SearchPlan, TrialResult
@@ -123,6 +124,8 @@ class _Session:
         notes = self._data_notes()
         for note in notes:
             self.options.say(note)
+        for warning in self._label_warnings():
+            self.options.say(f"warning: {warning}")
         self._mend(self.spec.folder)
         if self.record.kind == "finish":  # hangs under the trial that it continues, and starts from its checkpoint
             results = self._run_trials()
@@ -255,12 +258,23 @@ class _Session:
             self.options.say(str(inherited[-1]))
         return inherited
 
+    @property
+    def _data(self) -> list[DataConfig]:
+        """The data in files that trials read."""
+        return list(dict.fromkeys(config.data for config in self.record.configs.values() if config.data.source))
+
     def _data_notes(self) -> list[str]:
         """Return what was decided about the data, such as the classes that are trained."""
         from segadapt.trainables.core.data.datasets import load_data
 
-        configs = {config.data: None for config in self.record.configs.values() if config.data.source is not None}
-        return [note for config in configs for note in load_data(config)[0].notes]
+        return [note for config in self._data for note in load_data(config)[0].notes]
+
+    def _label_warnings(self) -> list[str]:
+        """Return what looks wrong about the labels, of which a part is looked at."""
+        from segadapt.trainables.core.data.datasets import load_data
+        from segadapt.trainables.core.data.label_statistics import label_warnings
+
+        return [warning for config in self._data for warning in label_warnings(*load_data(config))]
 
     def _ordered(self, results: "Sequence[TrialResult]") -> "dict[TrialResult, TrialCheckpoint]":
         """Return the trials that left a checkpoint with their best one, by the objective there, best first."""

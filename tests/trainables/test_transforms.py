@@ -590,11 +590,13 @@ def test_unlike_sizes_in_a_batch_say_what_to_set(domain: str) -> None:
 
 
 def test_evaluation_sees_images_of_training_size_and_labels_of_full_size() -> None:
-    data = EvaluationData(Patterns(3, (24, 40)), Patterns(3, (24, 40), (25, 41)), CLASSES)
+    target = Patterns(3, (24, 40), (25, 41))
+    data = EvaluationData(source=Patterns(3, (24, 40)), target=target, scored=target, classes=CLASSES)
     config = AugmentationConfig(target_size=(12, 20), interpolation="bicubic")
     shown = evaluation_for_network(data, config)
     assert (shown.source.image(0).shape, shown.target.image(1).shape) == ((3, 24, 40), (3, 12, 20))
     assert torch.equal(shown.target.image(1), resized_for_network(data.target.image(1), config, "target"))
+    assert torch.equal(shown.scored.image(1), shown.target.image(1))
     assert torch.equal(shown.target.label(1), data.target.label(1))
     assert shown.target.ids == data.target.ids
     assert [len(indices) for _, indices in one_pass(shown.target, 8)] == [3]

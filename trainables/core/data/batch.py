@@ -65,10 +65,13 @@ class DomainData:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What evaluation alone may use: labelled validation images of both domains."""
+    """What evaluation alone may use: labelled validation images of both domains, and all of the target's."""
 
     source: LabelledImages
     target: LabelledImages
+    """The target's validation images that have a label: all, some or none of them."""
+    scored: TargetImages
+    """All validation images of the target, by which label-free scores judge."""
     classes: ClassList
 
 

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from segadapt.trainables.core.data.batch import IGNORE_INDEX
+from segadapt.trainables.core.data.class_lists import CITYSCAPES_IDS
 from segadapt.trainables.core.data.dataset import Dataset, Fault, Split, size_text, unknown_text
 from segadapt.trainables.core.data.datasets import open_dataset
 from segadapt.trainables.core.data.decoding import LabelFormatError, UnreadableError, decode_image
+from segadapt.trainables.core.data.label_statistics import LabelShares, suspicions, warning_text
 from segadapt.trainables.core.data.readers.shards import ShardDataset
 from segadapt.trainables.core.data.threads import decoding_threads, in_threads
+
+_TRAIN_IDS = {*range(len(CITYSCAPES_IDS)), IGNORE_INDEX}
 
 IGNORED = "ignored"
 """Stands beside the classes in a histogram: pixels of no class."""
@@ -46,6 +51,8 @@ class DatasetReport:
     """Everything that is wrong; empty if the dataset is sound."""
     notes: tuple[str, ...]
     """What is unusual but handled."""
+    warnings: tuple[str, ...] = ()
+    """What looks wrong, though every file can be read."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +84,15 @@ def check_dataset(
     if isinstance(dataset, ShardDataset):
         return _check_shards(dataset, progress)
     total = sum(len(split) for split in dataset.splits.values())
-    reports, faults, notes = {}, [], list(dataset.notes)
+    reports, faults, notes, inspected = {}, [], list(dataset.notes), {}
     for name, split in dataset.splits.items():
         pairs = list(zip(split.images, split.labels, strict=True))
         samples = []
         for sample in in_threads(partial(_inspect, dataset), pairs, decoding_threads()):
             samples.append(sample)
             progress(1, total)
-        faults += _pairing_faults(name, split, dataset)
+        inspected[name] = samples
+        faults += _pairing_faults(split, dataset)
         faults += [fault for sample in samples for fault in sample.faults]
         resized = sum(
             bool(sample.size and sample.label_size and sample.size != sample.label_size) for sample in samples
@@ -96,7 +104,10 @@ def check_dataset(
         reports[name] = _summary(split, samples, dataset)
     if not len(dataset.splits["train"]):
         faults.append(Fault("no training images", root, f"A {kind} dataset must hold {dataset.layout}."))
-    return DatasetReport(kind, root, reports, tuple(faults), tuple(notes))
+    stored = {name: {value for sample in samples for value in sample.counts} for name, samples in inspected.items()}
+    if _is_unlabelled(dataset):
+        notes += _notes_on_labels(reports)
+    return DatasetReport(kind, root, reports, tuple(faults), tuple(notes), _warnings(reports, dataset, stored))
 
 
 def _check_shards(dataset: ShardDataset, progress: Callable[[int, int], None]) -> DatasetReport:
@@ -125,16 +136,53 @@ def _check_shards(dataset: ShardDataset, progress: Callable[[int, int], None]) -
             images_with=dict(zip(dataset.classes.names, (histograms > 0).sum(0).tolist(), strict=True)),
             packed_bytes=sum(shard.bytes for shard in manifest.shards if shard.split == name),
         )
-    return DatasetReport(dataset.kind, str(location), reports, tuple(faults), dataset.notes)
+    notes = (*dataset.notes, *_notes_on_labels(reports))
+    return DatasetReport(dataset.kind, str(location), reports, tuple(faults), notes, _warnings(reports, dataset, {}))
 
 
-def _pairing_faults(name: str, split: Split, dataset: Dataset) -> list[Fault]:
+def _is_unlabelled(dataset: Dataset) -> bool:
+    """Return whether it can be a target alone, since no training image has a label."""
+    return dataset.may_lack_labels and not any(dataset.splits["train"].labels)
+
+
+def _pairing_faults(split: Split, dataset: Dataset) -> list[Fault]:
     """Return what is wrong with the names of a split's files."""
     faults = split.repeated_ids()
-    unlabelled = dataset.may_lack_train_labels and name == "train" and not any(split.labels)
-    if not unlabelled:
+    if not _is_unlabelled(dataset):
         faults += split.missing_labels()
     return faults + [Fault("label without an image", str(path)) for path in split.stray_labels]
+
+
+def _notes_on_labels(reports: Mapping[str, SplitReport]) -> list[str]:
+    """Return what can be done with images that have no label, where that is no fault."""
+    images, labels = (sum(getattr(report, of) for report in reports.values()) for of in ("images", "labels"))
+    if images and not labels:
+        return [f"{images} images without labels: fine for adaptation, nothing to evaluate with."]
+    return [
+        f"{report.images - report.labels} of {report.images} images of {name} without labels: fine for adaptation"
+        + (f", {report.labels} to evaluate with." if name == "val" else ".")
+        for name, report in reports.items()
+        if report.labels < report.images
+    ]
+
+
+def _warnings(reports: Mapping[str, SplitReport], dataset: Dataset, stored: Mapping[str, set[int]]) -> tuple[str, ...]:
+    """Return what looks wrong about the labels of each split.
+
+    Args:
+        reports: What the splits hold.
+        dataset: Their dataset.
+        stored: All values in the labels of each split, as they are stored, where these are known.
+    """
+    warnings = []
+    for name, report in reports.items():
+        pixels = {category: count for category, count in report.pixels.items() if category != IGNORED}
+        clauses = suspicions(LabelShares.of(report.labels, pixels, report.pixels[IGNORED]))
+        if clauses and dataset.format.values.ids == CITYSCAPES_IDS and stored.get(name, {-1}) <= _TRAIN_IDS:
+            clauses.insert(0, "every value that they store is a train id (0 to 18, 255)")
+        if clauses:
+            warnings.append(warning_text(f"Labels of {name}", clauses))
+    return tuple(warnings)
 
 
 def _inspect(dataset: Dataset, files: tuple[Path, Path | None]) -> _Sample:

@@ -199,7 +199,7 @@ def match(source: ClassList, target: ClassList, subset: Sequence[str] | None = N
         subset: Train exactly these; None trains all that both domains have.
 
     Raises:
-        ValueError: If nothing is in common, or a domain lacks a class of the subset.
+        ValueError: If fewer than two classes are in common, or a domain lacks a class of the subset.
     """
     source_keys = {_key(name) for name in source.names}
     target_keys = [_key(name) for name in target.names]
@@ -220,6 +220,12 @@ def match(source: ClassList, target: ClassList, subset: Sequence[str] | None = N
         raise ValueError(
             "Source and target must have classes in common, but the source has "
             f"{', '.join(source.names)} and the target {', '.join(target.names)}. Rename them in classes.yaml."
+        )
+    if len(chosen) == 1:
+        raise ValueError(
+            f"Source and target must have two classes or more in common, but have {target.names[chosen[0]]} alone: a "
+            f"network of one class is always right. The source has {', '.join(source.names)} and the target "
+            f"{', '.join(target.names)}. Rename them in classes.yaml."
         )
     classes = ClassList(tuple(target.names[i] for i in chosen), tuple(target.colors[i] for i in chosen))
     trained = {_key(name) for name in classes.names}

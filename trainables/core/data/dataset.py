@@ -66,6 +66,10 @@ class Split:
             tuple(self.labels[index] for index in indices),
         )
 
+    def with_labels(self) -> "Split":
+        """Return the samples that have a label."""
+        return self.subset([index for index, label in enumerate(self.labels) if label is not None])
+
     def missing_labels(self) -> list[Fault]:
         """Return a fault for each image without a label."""
         return [
@@ -137,8 +141,8 @@ class Dataset:
     layout: str
     """Where its images must lie, for messages."""
     notes: tuple[str, ...] = ()
-    may_lack_train_labels: bool = False
-    """Whether its training set may have no labels at all, as that of a target."""
+    may_lack_labels: bool = False
+    """Whether it may be a target, of which no label is needed."""
 
     @property
     def classes(self) -> ClassList:

@@ -14,7 +14,7 @@ from segadapt.trainables.core.data.decoding import LabelFormatError, UnreadableE
 from segadapt.trainables.core.data.readers.cityscapes import open_cityscapes, write_cityscapes
 from segadapt.trainables.core.data.readers.folder import open_folder, write_both_folders
 from segadapt.trainables.core.data.readers.gta5 import open_gta5, write_gta5
-from segadapt.trainables.core.data.readers.shard_format import is_uri
+from segadapt.trainables.core.data.readers.shard_format import Location, is_uri, read_manifest
 from segadapt.trainables.core.data.readers.shards import SHARDS, open_shards
 from segadapt.trainables.core.data.readers.synthia import open_synthia, write_synthia
 from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
@@ -134,6 +134,21 @@ def open_dataset(kind: str, root: str) -> Dataset:
     return KINDS[kind].open(Path(root))
 
 
+def packed_size(location: str | None) -> tuple[int, int] | None:
+    """Return the height and width that the training images of packed shards have; None for any other KIND:ROOT.
+
+    Args:
+        location: A value of `data.source` or `data.target`.
+    """
+    kind, _, root = (location or "").partition(":")
+    if kind != SHARDS:
+        return None
+    try:
+        return read_manifest(Location(root)).size
+    except ValueError:  # it is no packed dataset, which `load_data` says
+        return None
+
+
 @lru_cache(maxsize=4)
 def load_data(config: DataConfig) -> tuple[DomainData, EvaluationData]:
     """Return what training may use and what evaluation alone may use.
@@ -149,6 +164,7 @@ def load_data(config: DataConfig) -> tuple[DomainData, EvaluationData]:
     notes = [str(matching), *(f"{dataset.root}: {note}" for dataset in (source, target) for note in dataset.notes)]
     source_train, source_val = _parts("source", source, config, not config.oracle, notes)
     target_train, target_val = _parts("target", target, config, config.oracle, notes)
+    notes += _notes_on_labels(target_val)
 
     names = matching.classes.names
     trained, trained_split = (target, target_train) if config.oracle else (source, source_train)
@@ -164,8 +180,12 @@ def load_data(config: DataConfig) -> tuple[DomainData, EvaluationData]:
         digest.update(dataset.content(split, labels=labels))
     labelled, unlabelled = trained.labelled(trained_split, names), target.unlabelled(target_train)
     data = DomainData(labelled, unlabelled, matching.classes, digest.hexdigest(), tuple(notes))
-    validation = source.labelled(source_val, names), target.labelled(target_val, names)
-    return data, EvaluationData(*validation, matching.classes)
+    return data, EvaluationData(
+        source=source.labelled(source_val, names),
+        target=target.labelled(target_val.with_labels(), names),
+        scored=target.unlabelled(target_val),
+        classes=matching.classes,
+    )
 
 
 def _parts(
@@ -190,14 +210,25 @@ def _parts(
         val = train.subset(sorted(held_out))
         train = train.subset([index for index in range(len(train)) if index not in held_out])
     parts = []
-    for name, split, labelled in ((f"{domain} train", train, train_labels), (f"{domain} val", val, True)):
+    val_labels = domain == "source"  # those of a target are for judging alone: all, some or none may be there
+    for name, split, needed in ((f"{domain} train", train, train_labels), (f"{domain} val", val, val_labels)):
         _refuse(split.repeated_ids(), f"Images of {name} must differ in name", split, dataset)
-        if labelled:
+        if needed:
             _refuse(split.missing_labels(), f"Every image of {name} must have a label", split, dataset)
         if config.skip_bad:
-            split = _without_bad(split, dataset, name, notes, labels=labelled)
+            split = _without_bad(split, dataset, name, notes, labels=needed or split is val)
         parts.append(split)
     return parts[0], parts[1]
+
+
+def _notes_on_labels(validation: Split) -> list[str]:
+    """Return what the target's scores will be of, where not every validation image has a label."""
+    labelled, total = len(validation.with_labels()), len(validation)
+    if labelled == total:
+        return []
+    if labelled == 0:
+        return [f"None of the {total} validation images of the target has a label: its mIoU will be unknown."]
+    return [f"{labelled} of {total} validation images of the target have a label: its mIoU will be that of these."]
 
 
 def _refuse(faults: Sequence[Fault], requirement: str, split: Split, dataset: Dataset) -> None:
@@ -216,16 +247,18 @@ def _without_bad(split: Split, dataset: Dataset, name: str, notes: list[str], *,
         dataset: The dataset of the split.
         name: Name of the split, for people.
         notes: Receives what was left out.
-        labels: Whether labels are decoded as well.
+        labels: Whether labels are decoded as well, where there are any.
     """
     images = dataset.unlabelled(split)
-    labelled = dataset.labelled(split, ()) if labels else None
+    labelled = dataset.labelled(split.with_labels(), ())
+    with_labels = [index for index, label in enumerate(split.labels) if labels and label is not None]
+    place_of = {index: place for place, index in enumerate(with_labels)}
 
     def fault_of(index: int) -> str | None:
         try:
             images.image(index)
-            if labelled is not None:
-                labelled.label(index)
+            if index in place_of:
+                labelled.label(place_of[index])
         except (UnreadableError, LabelFormatError) as error:
             return str(error)
         return None

@@ -229,6 +229,7 @@ def evaluation_for_network(data: EvaluationData, config: AugmentationConfig) -> 
         data,
         source=ResizedImages(data.source, config, "source", labels=False),
         target=ResizedImages(data.target, config, "target", labels=False),
+        scored=ResizedTargetImages(data.scored, config),
     )
 
 

@@ -1,4 +1,7 @@
-"""Evaluation on labelled validation images: the one place that sees target labels."""
+"""Evaluation on labelled validation images: the one place that sees target labels.
+
+A target may have none. Its counts are then zeros, and its mIoU is unknown.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ class DomainEvaluation:
     iou: Tensor
     """(C,) float64; NaN for a class that is neither present nor predicted."""
     miou: float
-    """Mean over the classes that have an IoU, in [0, 1]."""
+    """Mean over the classes that have an IoU, in [0, 1]; NaN if none has, as without a labelled pixel."""
     pseudo_labels: LabelQuality | None = None
     """Quality of the labels that the method would give now; None where it labels nothing."""
 
@@ -38,11 +41,11 @@ class Evaluation:
     classes: ClassList
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers to report, by their tracked names; classes without an IoU are left out."""
+        """Return the numbers to report, by their tracked names; what has no labelled pixel is left out."""
         numbers = {"target_val/miou": self.target_val.miou, "source_val/miou": self.source_val.miou}
         for name, iou in zip(self.classes.names, self.target_val.iou.tolist(), strict=True):
-            if iou == iou:
-                numbers[f"target_val/iou/{name}"] = iou
+            numbers[f"target_val/iou/{name}"] = iou
+        numbers = {name: value for name, value in numbers.items() if value == value}
         if self.target_val.pseudo_labels is not None:
             numbers |= self.target_val.pseudo_labels.metrics()
         return numbers
@@ -157,6 +160,7 @@ def evaluate(
     rule: LabelRule | None = None,
 ) -> Evaluation:
     """Evaluate both domains, and on the target the pseudo labels of `rule`; the network is left in its mode."""
+    rule = rule if len(data.target) else None
     training = segmenter.training
     segmenter.eval()
     source, target = (

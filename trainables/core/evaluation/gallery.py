@@ -25,20 +25,28 @@ def colorize(labels: Tensor, classes: ClassList) -> Tensor:
 def save_gallery(
     segmenter: Segmenter, data: EvaluationData, device: torch.device, path: Path, samples: int = 6
 ) -> None:
-    """Write a picture of target validation samples, one row each: input, label, prediction; large ones are reduced."""
+    """Write a picture of target validation samples, one row each: input, label, prediction; large ones are reduced.
+
+    Where no sample has a label, a row is input and prediction.
+    """
     training = segmenter.training
     segmenter.eval()
     rows = []
-    step = max(1, len(data.target) // samples)
-    for index in range(0, len(data.target), step)[:samples]:
-        image, label = data.target.image(index), data.target.label(index)
-        every = -(-label.shape[-1] // _GALLERY_WIDTH)
-        label = label[::every, ::every]
-        size = (label.shape[-2], label.shape[-1])
+    images = data.target if len(data.target) else data.scored
+    step = max(1, len(images) // samples)
+    for index in range(0, len(images), step)[:samples]:
+        image = images.image(index)
+        label = data.target.label(index) if len(data.target) else None
+        full = image if label is None else label
+        every = -(-full.shape[-1] // _GALLERY_WIDTH)
+        size = (-(-full.shape[-2] // every), -(-full.shape[-1] // every))
         prediction = predict(segmenter, image[None].to(device), size)[0].cpu()
-        shown = torch.nn.functional.interpolate(image[None].float(), size).byte()[0].permute(1, 2, 0)
-        prediction = torch.where(label == IGNORE_INDEX, IGNORE_INDEX, prediction)
-        rows.append(torch.cat([shown, colorize(label, data.classes), colorize(prediction, data.classes)], dim=1))
+        row = [torch.nn.functional.interpolate(image[None].float(), size).byte()[0].permute(1, 2, 0)]
+        if label is not None:
+            label = label[::every, ::every]
+            prediction = torch.where(label == IGNORE_INDEX, IGNORE_INDEX, prediction)
+            row.append(colorize(label, data.classes))
+        rows.append(torch.cat([*row, colorize(prediction, data.classes)], dim=1))
     segmenter.train(training)
     width = min(row.shape[1] for row in rows)
     sheet = torch.cat([row[:, :width] for row in rows])

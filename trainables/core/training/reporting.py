@@ -78,7 +78,7 @@ def evaluate_method(
     batch_size = config.eval_batch_size
     evaluation = evaluate(network, data, device, batch_size, threads=threads, inference=inference, rule=rule)
     evaluated = time.perf_counter()
-    scores = label_free_scores(network, ScoredImages(data.target), device, batch_size, threads=threads)
+    scores = label_free_scores(network, ScoredImages(data.scored), device, batch_size, threads=threads)
     seconds = {"evaluation": evaluated - started, "scores": time.perf_counter() - evaluated}
     return EvaluatedMethod(evaluation, scores, seconds)
 
@@ -104,11 +104,14 @@ def refuse_non_finite_scores(scores: Mapping[str, float], stage: Stage, step: in
 
 def note_evaluation(metrics: Mapping[str, Any]) -> None:
     """Tell the journal of an evaluation."""
-    target, source = metrics["target_val/miou"], metrics["source_val/miou"]
+    target, source = (
+        f"{name} {metrics[name]:.4f}" if name in metrics else f"{name} unknown"
+        for name in ("target_val/miou", "source_val/miou")
+    )
     noted = ("target_val/miou", "source_val/miou", "loss/total", "time/step", "time/evaluation")
     note(
         "evaluation",
-        f"target_val/miou {target:.4f}, source_val/miou {source:.4f}",
+        f"{target}, {source}",
         stage=metrics["stage"],
         step=metrics["step"],
         **{name: metrics[name] for name in noted if name in metrics},

@@ -47,6 +47,7 @@ def open_cityscapes(root: Path) -> Dataset:
         format=LabelFormat(CITYSCAPES_TRAIN_IDS if use_train_ids else CITYSCAPES_LABEL_IDS, decode_ids),
         layout="leftImg8bit/SPLIT/CITY/*_leftImg8bit.png and gtFine/SPLIT/CITY/*_gtFine_labelIds.png",
         notes=(note,) if with_train_ids and lacking else (),
+        may_lack_labels=True,
     )
 
 

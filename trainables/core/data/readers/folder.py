@@ -49,7 +49,7 @@ def open_folder(root: Path) -> Dataset:
         splits=splits,
         format=LabelFormat(_read_classes(root / CLASSES), decode_ids),
         layout="train/images/*.png (or .jpg) and train/labels/*.png, val/ alike",
-        may_lack_train_labels=True,
+        may_lack_labels=True,
     )
 
 

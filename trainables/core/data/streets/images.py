@@ -98,7 +98,8 @@ def _load(config: StreetsConfig, oracle: bool) -> tuple[DomainData, EvaluationDa
         classes=CLASSES,
         fingerprint=content.hexdigest(),
     )
-    return training, EvaluationData(source=source_val, target=target_val, classes=CLASSES)
+    scored = StreetsTargetImages(target_val.ids, target_val.images)
+    return training, EvaluationData(source=source_val, target=target_val, scored=scored, classes=CLASSES)
 
 
 def _generate(config: StreetsConfig, domain: str, split: str) -> StreetsImages:
