@@ -116,6 +116,8 @@ def show_leaderboard(board: "Leaderboard") -> None:
         screen.print("* on the Pareto front")
     if board.baseline is not None:
         screen.print(f"start (source-only): {number_text(board.baseline)}")
+    if board.unknown is not None:
+        screen.print(board.unknown, soft_wrap=True)
     if board.methods:
         compared = ", ".join(f"{method} {value:.3f}" for method, value in board.methods.items())
         screen.print(f"best of each method after {board.equal_steps} steps: {compared}", soft_wrap=True)
@@ -215,8 +217,9 @@ def show_finish(result: "FinishResult") -> None:
     screen = console()
     screen.print(table)
     for number, metrics in enumerate(result.rounds, 1):
-        miou = number_text(metrics.get("target_val/miou"))
-        screen.print(f"round {number}: {metrics['labelled_share']:.1%} of the target labelled, target_val/miou {miou}")
+        miou = metrics.get("target_val/miou")
+        reached = "target_val/miou unknown" if miou is None else f"target_val/miou {miou:.3f}"
+        screen.print(f"round {number}: {metrics['labelled_share']:.1%} of the target labelled, {reached}")
     for name, path in (("best", result.checkpoint), ("last", result.last)):
         if path:
             screen.print(f"{name} checkpoint: {path}", soft_wrap=True)

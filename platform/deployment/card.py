@@ -32,7 +32,9 @@ class Card:
     aggregation: float
     """Weight of similar pixels of the same image in the prediction (PLCA); 0 if there is none."""
     metrics: Mapping[str, float]
-    """Metrics of the checkpoint: mIoU on both validation sets and, on the target's, IoU of each class."""
+    """Metrics of the checkpoint: mIoU on both validation sets, IoU of each class on the target's, label-free scores."""
+    unknown: tuple[str, ...] = ()
+    """Metrics that could not be measured: target_val/miou, where no target validation image had a label."""
     search: str
     run: str
     run_id: str
@@ -61,6 +63,7 @@ class Card:
             "classes": tuple(content["classes"]),
             "colors": tuple(tuple(color) for color in content["colors"]),
             "input_size": None if size is None else tuple(size),
+            "unknown": tuple(content.get("unknown", ())),
         }
         return cls(**{**content, **rebuilt})
 

@@ -22,6 +22,7 @@ from segadapt.platform.trial.training import build_method
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, ClassList, LabelledImages
 from segadapt.trainables.core.data.class_lists import CITYSCAPES_IDS, SUBSETS, duplicates
 from segadapt.trainables.core.data.datasets import load_data
+from segadapt.trainables.core.data.label_statistics import shows_a_class
 from segadapt.trainables.core.data.loading import evaluation_for_network
 from segadapt.trainables.core.evaluation.evaluate import DomainEvaluation, Protocol, evaluate_domain, score
 from segadapt.trainables.core.evaluation.inference import Inference
@@ -146,14 +147,14 @@ def _index_of(name: str, names: Sequence[str]) -> int | None:
 
 
 def target_images(config: TrialConfig, names: Sequence[str]) -> tuple[LabelledImages, list[str]]:
-    """Return the target validation set at the size the network sees, and those of its classes that the set labels.
+    """Return the labelled target validation images at the size the network sees, and those of its classes they label.
 
     Args:
         config: Names the data.
         names: The network's classes; labels are numbered in their order.
 
     Raises:
-        UsageError: If the data are missing or malformed, or share no class with the network.
+        UsageError: If the data are missing or malformed, share no class with the network, or have no labelled pixel.
     """
     try:
         _, data = load_data(config.data)
@@ -171,10 +172,23 @@ def target_images(config: TrialConfig, names: Sequence[str]) -> tuple[LabelledIm
             f"The data must share classes with the network, which has {', '.join(names)}, but have "
             f"{', '.join(data.classes.names)}."
         )
-    images = evaluation_for_network(data, config.augmentation).target
-    if tuple(names) == data.classes.names:
-        return images, labelled
-    return _Renumbered(images, table), labelled
+    images: LabelledImages = evaluation_for_network(data, config.augmentation).target
+    if tuple(names) != data.classes.names:
+        images = _Renumbered(images, table)
+    if not shows_a_class(images, len(names)):
+        raise UsageError(
+            "An evaluation must have target validation labels that show a class of the network, but "
+            f"{_lack_of_labels(images, len(data.scored))}. `segadapt runs SEARCH` shows the label-free scores of its "
+            "runs, and `segadapt predict` labels images that have no label."
+        )
+    return images, labelled
+
+
+def _lack_of_labels(labelled: LabelledImages, images: int) -> str:
+    """Say in what way a validation set has no labels to evaluate with."""
+    if len(labelled):
+        return f"in none of the {len(labelled)} labels does a pixel"
+    return f"none of the {images} images has a label"
 
 
 def protocol_of(name: str, names: Sequence[str], labelled: Sequence[str]) -> Protocol:
@@ -314,6 +328,7 @@ class EvaluationResult:
     how: str
     """Scales, flip and aggregation."""
     images: int
+    """Target validation images that have a label."""
     metrics: Mapping[str, float]
     """`target_val/miou`, with the size of the subset in its name, and `target_val/iou/CLASS`."""
     iou: Mapping[str, float | None]

@@ -1,6 +1,7 @@
 """Bring a run's network into use: as files that any program can load, and in MLflow's registry."""
 
 import json
+import math
 import re
 import tempfile
 import warnings
@@ -19,6 +20,7 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.ray_internals.start import variables_set
 from segadapt.platform.results.leaderboard import find_run, open_client, run_tags
 from segadapt.platform.settings.config import TrialConfig
+from segadapt.platform.settings.objective import MIOUS
 from segadapt.platform.storage.checkpoints import class_colors, read_metrics, state_hash
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.tags import DATA_TAG
@@ -48,6 +50,9 @@ _WHOLE_CELLS = 2**14
 
 _CHECKED_SHAPES = ((2, 64, 96), (1, 131, 173))
 """Batch, height and width of the images that exported files are compared on."""
+
+_SHOWN_METRICS = ("target_val/", "source_val/", "score/")
+"""How the names of the metrics begin that a card shows."""
 
 _EXAMPLE_SHAPE = (2, 96, 128)
 
@@ -89,7 +94,8 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
         input_size=size,
         normalisation={"bgr": network.normalisation.bgr, "mean": mean, "std": std},
         aggregation=aggregation,
-        metrics={name: value for name, value in metrics.items() if name.startswith(("target_val/", "source_val/"))},
+        metrics={name: value for name, value in metrics.items() if name.startswith(_SHOWN_METRICS)},
+        unknown=tuple(name for name in MIOUS if not math.isfinite(metrics.get(name, math.nan))),
         search=origin.search,
         run=origin.run,
         run_id=origin.run_id,

@@ -59,7 +59,8 @@ def register(client: Any, name: str, card: Card, onnx: Path) -> str:
         client.log_artifacts(card.run_id, str(Path(temporary) / "model"), place)
     source = f"{client.get_run(card.run_id).info.artifact_uri}/{place}"
     miou = card.metrics.get("target_val/miou")
-    described = f"{card.run} of {card.search} at step {card.step}" + (f", target mIoU {miou:.3f}" if miou else "")
+    described = f"{card.run} of {card.search} at step {card.step}, target mIoU "
+    described += f"{miou:.3f}" if miou is not None else "unknown: no target label to measure it by"
     return str(client.create_model_version(name, source, card.run_id, tags, description=described).version)
 
 

@@ -9,7 +9,7 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.results.label_free import Choice, compare
 from segadapt.platform.results.seeds import Reranked, rerank, verdict
 from segadapt.platform.search.study_storage import open_study_storage
-from segadapt.platform.settings.objective import GOALS, TARGET, Objective
+from segadapt.platform.settings.objective import GOALS, LABEL_FREE, TARGET, Objective
 from segadapt.platform.storage.checkpoints import checkpoint_folder
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.tracking.client import mlflow_client
@@ -73,6 +73,8 @@ class Leaderboard:
     """The best configurations over several seeds, if they were trained again."""
     verdict: str | None = None
     """Whether the first of them is better beyond the noise of seeds."""
+    unknown: str | None = None
+    """What could not be measured, in a sentence; None if the target has validation labels."""
 
 
 def in_order(rows: Sequence[Row], objective: Objective) -> list[Row]:
@@ -217,6 +219,14 @@ def kept_metrics(entries: Sequence[Any]) -> dict[str, dict[str, float]]:
     }
 
 
+def _unknown(entries: Sequence[Any]) -> str | None:
+    """Say that target mIoU is unknown, if runs were evaluated and none has it."""
+    evaluated = [entry.data.metrics for entry in entries if any(goal in entry.data.metrics for goal in LABEL_FREE)]
+    if not evaluated or any(TARGET in metrics for metrics in evaluated):
+        return None
+    return f"{TARGET} is unknown: no target validation image has a labelled pixel."
+
+
 def leaderboard(search_name: str, place: Place, *, selection: bool = False) -> Leaderboard:
     """Return the leaderboard of a search or single run, read from MLflow; records that wait for it are sent first.
 
@@ -253,6 +263,7 @@ def leaderboard(search_name: str, place: Place, *, selection: bool = False) -> L
         equal_steps=int(steps) if steps is not None else None,
         reranked=ranking,
         verdict=verdict(ranking) if ranking else None,
+        unknown=_unknown(runs),
     )
 
 

@@ -76,7 +76,7 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
     return template.render(
         board=board,
         leading=leading,
-        uses_labels=leading == TARGET,
+        uses_labels=TARGET in objective.goals,
         parent=parent,
         started=_time(parent.info.start_time),
         ended=_time(parent.info.end_time),
@@ -199,6 +199,8 @@ def _classes_figure(client: Any, parent: Any, best: Any) -> Any | None:
     figure = go.Figure()
     for name, table, color in (("source-only", start, "#8a8f98"), (best.info.run_name, end, _COLORS[0])):
         iou = {label: value for label, value in table["data"] if value is not None}
+        if not iou:
+            return None  # the target has no label
         figure.add_bar(x=list(iou), y=list(iou.values()), name=name, marker={"color": color})
     return _styled(figure, "", "target IoU")
 

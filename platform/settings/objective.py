@@ -8,11 +8,16 @@ from segadapt.trainables.core.evaluation.label_free import SCORES
 
 TARGET = "target_val/miou"
 
-LABEL_FREE = ("source_val/miou", *(f"score/{name}" for name in SCORES))
+_SOURCE = "source_val/miou"
+
+MIOUS = (TARGET, _SOURCE)
+"""Metrics that need labels of a validation set."""
+
+LABEL_FREE = (_SOURCE, *(f"score/{name}" for name in SCORES))
 """Reported metrics that no target label enters."""
 
 REPORTED = (TARGET, *LABEL_FREE)
-"""Metrics that every evaluation reports; higher is better for all."""
+"""Metrics that an evaluation reports, mIoU where there are labels for it; higher is better for all."""
 
 COSTS = ("time/step",)
 """Reported metrics of which less is better."""

@@ -177,7 +177,10 @@ class RunWriter:
 
         run_id = self._run_id(key)
         for domain in ("target_val", "source_val"):
-            picture = confusion_picture(confusion(files, domain), class_names(files), domain)
+            counts = confusion(files, domain)
+            if not any(map(any, counts)):
+                continue  # a target without labels has nothing to confuse
+            picture = confusion_picture(counts, class_names(files), domain)
             self._client.log_image(run_id, picture, f"confusion/{domain}.png")
         # `log_table` would add to the table of an earlier session
         tables = {_TABLE: iou_table(files), _LABEL_TABLE: label_table(files)}

@@ -132,6 +132,8 @@ def test_classes_are_matched_by_name_in_the_order_of_the_target() -> None:
     )
     with pytest.raises(ValueError, match="must have classes in common, but the source has tree and the target car"):
         match(ClassList(("tree",), ((0, 0, 0),)), ClassList(("car",), ((0, 0, 0),)))
+    with pytest.raises(ValueError, match="must have two classes or more in common, but have tree alone: a network of"):
+        match(ClassList(("Tree", "sky"), ((0, 0, 0), (1, 1, 1))), ClassList(("car", "tree"), ((0, 0, 0), (1, 1, 1))))
 
 
 @pytest.mark.parametrize(("classes", "names"), [("auto", SUBSETS["16"]), (16, SUBSETS["16"]), (13, SUBSETS["13"])])
@@ -639,8 +641,44 @@ def test_a_target_of_own_data_needs_no_training_labels(folder: Path, synthia: Pa
     data, _ = load(f"synthia:{synthia}", f"folder:{folder}")
     assert data.classes == CLASSES
     assert len(data.target) == 8
-    shutil.rmtree(folder / "val" / "labels")
-    assert len(check_dataset("folder", str(folder)).faults) == 3
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+@pytest.mark.parametrize("kind", ["folder", "cityscapes"])
+def test_a_target_may_have_labels_for_none_or_some_of_its_validation_images(
+    kind: str, kept: int, folder: Path, cityscapes: Path, synthia: Path
+) -> None:
+    root, places = {"folder": (folder, "{}/labels/*"), "cityscapes": (cityscapes, "gtFine/{}/*/*")}[kind]
+    _, complete = load(f"synthia:{synthia}", f"{kind}:{root}")
+    train, val = (sorted(root.glob(places.format(split))) for split in ("train", "val"))
+    for path in [*train, *val[: len(val) - kept]]:
+        path.unlink()
+    report = check_dataset(kind, str(root))
+    assert report.faults == ()
+    data, evaluation = load(f"synthia:{synthia}", f"{kind}:{root}", skip_bad=True)
+    assert (len(data.target), len(evaluation.scored), len(evaluation.target)) == (8, 3, kept)
+    assert not hasattr(evaluation.scored, "label")
+    if not kept:
+        assert "11 images without labels: fine for adaptation, nothing to evaluate with." in report.notes
+        assert "None of the 3 validation images of the target has a label: its mIoU will be unknown." in data.notes
+        return
+    assert "1 of 3 images of val without labels: fine for adaptation, 2 to evaluate with." in report.notes
+    assert "2 of 3 validation images of the target have a label: its mIoU will be that of these." in data.notes
+    for index in range(2):
+        assert torch.equal(evaluation.target.image(index), complete.target.image(index + 1))
+        assert torch.equal(evaluation.target.label(index), complete.target.label(index + 1))
+    truncate(val[-1])
+    data, evaluation = load(f"synthia:{synthia}", f"{kind}:{root}", skip_bad=True)
+    assert (len(evaluation.scored), len(evaluation.target)) == (2, 1)
+    assert any("1 of 3 images of target val are left out as bad" in note for note in data.notes)
+
+
+def test_a_source_must_have_every_label(folder: Path, cityscapes: Path) -> None:
+    label = sorted((folder / "val" / "labels").iterdir())[0]
+    label.unlink()
+    assert [fault.problem for fault in check_dataset("folder", str(folder)).faults] == ["image without a label"]
+    with pytest.raises(ValueError, match="Every image of source val must have a label, but 1 of 3 do not"):
+        load(f"folder:{folder}", f"cityscapes:{cityscapes}")
 
 
 @pytest.mark.parametrize("kind", ["gta5", "synthia", "cityscapes"])

@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -172,18 +173,36 @@ class _Labelless(_Many):
         return torch.full((3, 32, 64), 60 * index, dtype=torch.uint8)
 
 
-def test_poisoned_target_labels_change_no_score_and_no_source_metric(tmp_path: Path) -> None:
-    config = toy_config("sdca")
+class _Unlabelled:
+    """A set of no images."""
+
+    ids: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return 0
+
+    def image(self, index: int) -> torch.Tensor:
+        raise IndexError(index)
+
+    label = image
+
+
+@pytest.mark.parametrize("labels", ["poisoned", "none"])
+def test_no_score_and_no_source_metric_depends_on_target_labels(labels: str, tmp_path: Path) -> None:
+    config = toy_config("bicl")  # which labels the target, so that labels would be counted as well
     trainer, true = toy_trainer(config, tmp_path / "true")
     trainer.run()
-    poisoned, false = toy_trainer(config, tmp_path / "false")
+    other, false = toy_trainer(config, tmp_path / "false")
     _, evaluation = load_data(config.data)
-    poisoned.evaluation = type(evaluation)(evaluation.source, _Poisoned(evaluation.target), evaluation.classes)
-    poisoned.run()
+    target = _Poisoned(evaluation.target) if labels == "poisoned" else _Unlabelled()
+    other.evaluation = replace(evaluation, target=target)
+    other.run()
     assert len(true.metrics) == len(false.metrics) >= 3
     for mine, theirs in zip(true.metrics, false.metrics, strict=True):
-        assert mine["target_val/miou"] != theirs["target_val/miou"]
-        kept = [name for name in mine if not name.startswith(("target_val/", "time/"))]
+        if labels == "none":
+            assert not any(name.startswith(("target_val/", "pseudo_labels/")) for name in theirs), "nothing is made up"
+        assert mine["target_val/miou"] != theirs.get("target_val/miou")
+        kept = [name for name in mine if not name.startswith(("target_val/", "time/", "pseudo_labels/"))]
         assert {f"score/{name}" for name in SCORES} | {"source_val/miou"} <= set(kept)
         assert {name: mine[name] for name in kept} == {name: theirs[name] for name in kept}
 

@@ -28,7 +28,7 @@ from segadapt.trainables.core.data import packing
 from segadapt.trainables.core.data.batch import DomainData, EvaluationData, LabelledImages
 from segadapt.trainables.core.data.checking import check_dataset
 from segadapt.trainables.core.data.dataset import Dataset
-from segadapt.trainables.core.data.datasets import DataConfig, load_data, open_dataset
+from segadapt.trainables.core.data.datasets import DataConfig, load_data, open_dataset, packed_size
 from segadapt.trainables.core.data.decoding import UnreadableError
 from segadapt.trainables.core.data.loading import BatchSource, one_pass
 from segadapt.trainables.core.data.packing import PackConfig, pack
@@ -186,6 +186,20 @@ def test_unlabelled_images_pack_without_labels(cityscapes: Path, gta5: Path, tmp
     assert len(data.target) == 9
     with pytest.raises(ValueError, match="Every image of target train must have a label, but 1 of 9 do not"):
         load(f"gta5:{gta5}", f"shards:{tmp_path / 'packed'}", oracle=True)
+
+
+def test_a_target_without_labels_packs_and_is_scored_without(cityscapes: Path, gta5: Path, tmp_path: Path) -> None:
+    shutil.rmtree(cityscapes / "gtFine")
+    manifest = pack(open_dataset("cityscapes", str(cityscapes)), tmp_path / "packed", PackConfig(size=(16, 32)))
+    assert manifest.splits == {"train": {"images": 9, "labels": 0}, "val": {"images": 3, "labels": 0}}
+    report = check_dataset("shards", str(tmp_path / "packed"))
+    assert report.faults == ()
+    assert report.notes[-1] == "12 images without labels: fine for adaptation, nothing to evaluate with."
+    _, evaluation = load(f"gta5:{gta5}", f"shards:{tmp_path / 'packed'}", skip_bad=True)
+    assert (len(evaluation.scored), len(evaluation.target)) == (3, 0)
+    assert torch.equal(evaluation.scored.image(1), STREETS_EVALUATION.target.image(1))
+    assert packed_size(f"shards:{tmp_path / 'packed'}") == (16, 32)
+    assert packed_size(f"cityscapes:{cityscapes}") is packed_size("shards:/nowhere") is packed_size(None) is None
 
 
 def test_training_has_no_way_to_a_packed_target_label(gta5: Path, cityscapes: Path, packed: Path) -> None:

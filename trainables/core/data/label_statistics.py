@@ -36,7 +36,7 @@ STREET_SHARES: Mapping[str, float] = {
 """Shares of the classes in the labelled pixels of Cityscapes' training set."""
 
 STREET_CLASSES = ("road", "building", "vegetation", "sky", "car")
-"""Classes that take over 2 % of the pixels in each of Cityscapes, GTA5 and SYNTHIA; labels that name them show streets."""
+"""Classes that take over 2 % of the pixels in Cityscapes, in GTA5 and in SYNTHIA; labels that name all show streets."""
 
 _LOOKED_AT = 32
 """Labels of a set that are looked at before training."""
