@@ -121,11 +121,9 @@ class _Session:
 
     def run(self, clock: _Clock) -> tuple[int, bool]:
         """Run what is to do; returns the number of failed trials and whether some did not end."""
-        notes = self._data_notes()
+        notes = [*self._data_notes(), *(f"warning: {warning}" for warning in self._label_warnings())]
         for note in notes:
             self.options.say(note)
-        for warning in self._label_warnings():
-            self.options.say(f"warning: {warning}")
         self._mend(self.spec.folder)
         if self.record.kind == "finish":  # hangs under the trial that it continues, and starts from its checkpoint
             results = self._run_trials()
