@@ -57,7 +57,8 @@ def data_check(
         progress: Called with the number of images just done and of all.
 
     Returns:
-        The report: images, labels, sizes as (H, W) and pixels of each class, by split; notes; and all faults.
+        The report: images, labels, sizes as (H, W) and pixels of each class, by split; notes; warnings of labels that
+        look wrong; and all faults.
 
     Raises:
         UsageError: If there is no such kind or folder, or its class list cannot be read.

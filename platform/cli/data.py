@@ -41,7 +41,7 @@ def check(
 ) -> None:
     """Decode every file of a dataset: what it holds, and all that is wrong. Of shards, the checksums are verified.
 
-    Exit status: 0 sound, 1 faults were found, 2 wrong usage.
+    Exit status: 0 no faults, though there may be warnings, 1 faults were found, 2 wrong usage.
 
     Example: segadapt data check gta5 /data/GTA5
     """

@@ -375,6 +375,7 @@ def check_labels(record: Record) -> None:
     from segadapt.trainables.core.data.datasets import load_data
     from segadapt.trainables.core.data.label_statistics import shows_a_class
 
+    goals = Objective.parse(record.objective).goals
     for config in dict.fromkeys(config.data for config in record.configs.values() if config.data.source is not None):
         try:
             data, evaluation = load_data(config)
@@ -382,7 +383,7 @@ def check_labels(record: Record) -> None:
             needed = {"train": (data.source, labelled), "validation": (evaluation.source, config.source)}
             count = len(data.classes)
             blank = [(name, *each) for name, each in needed.items() if not shows_a_class(each[0], count)]
-            knows_target = TARGET not in record.objective or shows_a_class(evaluation.target, count)
+            knows_target = TARGET not in goals or shows_a_class(evaluation.target, count)
         except ValueError as error:
             raise UsageError(str(error)) from error
         for name, images, location in blank:

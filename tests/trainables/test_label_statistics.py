@@ -118,6 +118,7 @@ def test_own_classes_are_compared_between_the_domains(tmp_path: Path) -> None:
 def test_few_labels_say_nothing() -> None:
     assert suspicions(LabelShares(7, dict.fromkeys(STREET_SHARES, 0.0), 1.0)) == []
     assert len(suspicions(LabelShares(8, dict.fromkeys(STREET_SHARES, 0.0), 1.0))) == 2
+    assert suspicions(LabelShares(8, {"cat": 0.0, "dog": 1.0}, 0.0)) == ["they show dog alone"]
 
 
 def test_a_sample_is_spread_over_the_set() -> None:

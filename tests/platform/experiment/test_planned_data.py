@@ -100,6 +100,12 @@ def test_one_class_in_common_is_refused(town: dict[str, str], tmp_path: Path) ->
         planned(town, tmp_path)
 
 
+@pytest.mark.parametrize("value", [5, ["shards:a"], "shards:", "shards:/nowhere", "shards:s3:/x", ""])
+def test_data_that_are_none_are_refused_by_name(value: object, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.(source|target)|packed shards|root of a shards dataset"):
+        planned({"data.source": value, "data.target": value}, tmp_path)
+
+
 def test_the_size_of_packed_images_is_that_of_evaluation(town: dict[str, str], tmp_path: Path) -> None:
     for size in ((16, 32), (24, 48)):
         out = str(tmp_path / f"packed{size[0]}")

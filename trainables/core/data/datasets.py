@@ -134,13 +134,13 @@ def open_dataset(kind: str, root: str) -> Dataset:
     return KINDS[kind].open(Path(root))
 
 
-def packed_size(location: str | None) -> tuple[int, int] | None:
-    """Return the height and width that the training images of packed shards have; None for any other KIND:ROOT.
+def packed_size(location: object) -> tuple[int, int] | None:
+    """Return the height and width that the training images of packed shards were resized to; None for anything else.
 
     Args:
-        location: A value of `data.source` or `data.target`.
+        location: A value of `data.source` or `data.target`, as it was given.
     """
-    kind, _, root = (location or "").partition(":")
+    kind, _, root = str(location).partition(":")
     if kind != SHARDS:
         return None
     try:

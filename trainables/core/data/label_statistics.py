@@ -108,6 +108,9 @@ def suspicions(shares: LabelShares) -> list[str]:
     clauses = []
     if shares.ignored > _MOST_IGNORED:
         clauses.append(f"they leave {shares.ignored:.0%} of the pixels without a class")
+    shown = [name for name, share in shares.classes.items() if share]
+    if len(shown) == 1:
+        clauses.append(f"they show {shown[0]} alone")
     street = {name: _share_of(name, shares.classes) for name in STREET_CLASSES}
     if any(share is None for share in street.values()):
         return clauses

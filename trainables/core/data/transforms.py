@@ -36,12 +36,12 @@ class AugmentationConfig:
     source_size: Size | None = None
     """[height, width] source images are resized to, in training, statistics and evaluation; null: as they are.
 
-    Paper (SDCA): [720, 1280] for GTA5, [760, 1280] for SYNTHIA.
+    Packed shards set it to the size they were packed at. Paper (SDCA): [720, 1280] for GTA5, [760, 1280] for SYNTHIA.
     """
     target_size: Size | None = None
     """[height, width] of target images and their pseudo labels; null: as they are.
 
-    Paper: SDCA, CLST [512, 1024]; PLCA, BiCL [730, 1460].
+    Packed shards set it to the size they were packed at. Paper: SDCA, CLST [512, 1024]; PLCA, BiCL [730, 1460].
     """
     shorter_side: Size | None = None
     """[low, high]: resized in training so that the shorter side is a uniform integer from here, in place of `*_size`.
