@@ -676,7 +676,9 @@ def test_a_target_may_have_labels_for_none_or_some_of_its_validation_images(
 def test_a_source_must_have_every_label(folder: Path, cityscapes: Path) -> None:
     label = sorted((folder / "val" / "labels").iterdir())[0]
     label.unlink()
-    assert [fault.problem for fault in check_dataset("folder", str(folder)).faults] == ["image without a label"]
+    (fault,) = check_dataset("folder", str(folder)).faults
+    assert (fault.problem, Path(fault.path).name) == ("image without a label", label.name)
+    assert fault.detail == "A source must have it; a target may do without."
     with pytest.raises(ValueError, match="Every image of source val must have a label, but 1 of 3 do not"):
         load(f"folder:{folder}", f"cityscapes:{cityscapes}")
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -149,7 +149,8 @@ def _pairing_faults(split: Split, dataset: Dataset) -> list[Fault]:
     """Return what is wrong with the names of a split's files."""
     faults = split.repeated_ids()
     if not _is_unlabelled(dataset):
-        faults += split.missing_labels()
+        detail = "A source must have it; a target may do without." if dataset.may_lack_labels else ""
+        faults += [replace(fault, detail=detail) for fault in split.missing_labels()]
     return faults + [Fault("label without an image", str(path)) for path in split.stray_labels]
 
 
