@@ -33,10 +33,10 @@ STREET_SHARES: Mapping[str, float] = {
     "motorcycle": 0.001,
     "bicycle": 0.004,
 }
-"""Shares of the classes in the labelled pixels of Cityscapes' training set."""
+"""Shares of the classes in the labelled pixels of Cityscapes' training set, rounded figures as commonly cited."""
 
 STREET_CLASSES = ("road", "building", "vegetation", "sky", "car")
-"""Classes that take over 2 % of the pixels in Cityscapes, in GTA5 and in SYNTHIA; labels that name all show streets."""
+"""Classes that are common in street images of any kind; labels that name all of them show streets."""
 
 _LOOKED_AT = 32
 """Labels of a set that are looked at before training."""
@@ -50,7 +50,7 @@ _COMMON_SHARE = 0.02
 _MOST_IGNORED = 0.5
 
 _MOST_MOVED = 0.5
-"""Share of pixels in other classes than expected; 0.3 between SYNTHIA and Cityscapes, whose looks differ most."""
+"""Share of pixels in other classes than expected, from which on labels are suspected. Our choice."""
 
 _ADVICE = (
     "Labels that hold train ids in place of ids, or colours of another palette, look so: see whether their classes are "
