@@ -94,14 +94,16 @@ def _image_moments(features: Tensor, labels: Tensor, classes: int) -> tuple[Tens
     one_hot = own_class.to(precise)
     counts = own_class.sum(dim=2)
     divisor = counts.clamp(min=1).to(precise).unsqueeze(2)
-    first_pixels = own_class.byte().argmax(dim=2).unsqueeze(1).expand(-1, flat.shape[1], -1)
-    references = flat.gather(2, first_pixels).to(precise)
-    means, squares = [], []
+    first_pixels = own_class.byte().argmax(dim=2).unsqueeze(1)
+    references, means, squares = [], [], []
     with torch.autocast(features.device.type, enabled=False):
         for start in range(0, flat.shape[1], _CHANNELS_PER_BLOCK):
             block = slice(start, start + _CHANNELS_PER_BLOCK)
-            offsets = torch.baddbmm(flat[:, block].to(precise), references[:, block], one_hot, alpha=-1)
+            values = flat[:, block].to(precise)
+            references.append(values.gather(2, first_pixels.expand(-1, values.shape[1], -1)))
+            offsets = torch.baddbmm(values, references[-1], one_hot, alpha=-1)
             means.append(torch.bmm(one_hot, offsets.transpose(1, 2)) / divisor)
             offsets.baddbmm_(means[-1].transpose(1, 2), one_hot, alpha=-1).square_()
             squares.append(torch.bmm(one_hot, offsets.transpose(1, 2)))
-    return counts, references.transpose(1, 2).double() + torch.cat(means, dim=2), torch.cat(squares, dim=2).double()
+    centers = torch.cat(references, dim=1).transpose(1, 2).double() + torch.cat(means, dim=2)
+    return counts, centers, torch.cat(squares, dim=2).double()
