@@ -146,7 +146,7 @@ def test_contrast_of_one_pair_agrees_with_the_authors_code(dtype: torch.dtype) -
 
     bias = torch.from_numpy(golden.arrays["spec_bias_in"]).to(dtype)
     threshold, momentum = float(golden.arrays["spec_T"]), float(golden.arrays["spec_m"])
-    calibration = PrototypeCalibration(classes, source.shape[1], dtype=dtype)
+    calibration = PrototypeCalibration(classes, source.shape[1])
     calibration.bias.copy_(bias)
     calibrated = source_prototypes + bias * source_present.unsqueeze(2)
     dynamic, confidence = transfer_labels(
@@ -349,7 +349,7 @@ def test_calibration_equals_its_definition(problem: Problem, threshold: float, m
     problem = problem._replace(source=problem.source + 0.3, target=problem.target + 0.3)
     assume(problem.source.shape[1] > 1)  # else all prototypes are equally near
     channels = problem.source.shape[1]
-    calibration = PrototypeCalibration(problem.classes, channels, dtype=FLOAT64)
+    calibration = PrototypeCalibration(problem.classes, channels)
     bias = torch.linspace(-1, 1, problem.classes * channels, dtype=FLOAT64).view(problem.classes, channels)
     calibration.bias.copy_(bias)
     knobs = {"temperature": 0.2, "threshold": threshold, "momentum": momentum}
@@ -525,7 +525,7 @@ def computed_by_a_worker(case: str, images: slice) -> dict[str, Tensor]:
     problem = joined_batch(case).part(images)
     problem.source.requires_grad_()
     problem.target.requires_grad_()
-    calibration = PrototypeCalibration(4, 6, dtype=FLOAT64)
+    calibration = PrototypeCalibration(4, 6)
     cells = labels_at_features(problem.source_labels, (4, 5)), labels_at_features(problem.target_labels, (3, 4))
     knobs = {"threshold": 0.3, "momentum": 0.5}
     results = {"dynamic labels": calibration.label_target(problem.source, cells[0], problem.target, cells[1], **knobs)}
@@ -576,6 +576,16 @@ def test_two_workers_equal_one_on_the_joined_batch(tmp_path: Path) -> None:
             )
     for _, thresholds in workers:
         assert torch.equal(thresholds, thresholds_of_a_worker(slice(None)))
+
+
+def test_a_bias_that_was_saved_in_float32_is_taken_up_and_small_moves_add_up() -> None:
+    calibration = PrototypeCalibration(1, 1)
+    calibration.load_state_dict({"bias": torch.ones(1, 1)})
+    cells = torch.zeros(1, 1, 1, dtype=torch.int64)
+    source, target = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2 + 2.0**-13)
+    for _ in range(100):  # each moves the bias by less than half the distance to the next float32
+        calibration.label_target(source, cells, target, cells, momentum=0.9999)
+    assert calibration.bias.item() == pytest.approx(1 + 2.0**-13 * (1 - 0.9999**100), abs=1e-10)
 
 
 # The method.
