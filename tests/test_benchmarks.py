@@ -26,7 +26,7 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "memory": ("--methods", "sdca", "--sizes", "32x64", "--steps=2"),
     "overhead": (*SMALL, "--trials=1", "--steps=2"),
     "plca_loss": ("--images=1", *MAPS),
-    "recovery": ("--turns=1",),
+    "recovery": ("--turns=1", "--faults", "worker"),
     "scale": ("--trials=2", "--nodes=1"),
     "scaling": ("--methods", "sdca", "--steps=1", "--rounds=1", "--batch-size=1"),
     "sdca_loss": ("--batch=1", *MAPS),
