@@ -1,6 +1,6 @@
 """How busy a search keeps the processors of this machine, phase by phase.
 
-    python benchmarks/busy.py [--trials 4] [--json PATH]
+    python benchmarks/busy.py [--trials 4] [--json PATH] [KEY=VALUE ...]
 
 Counts what all programs of the machine take: let nothing else run.
 """
@@ -54,10 +54,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    arguments = parser.parse_intermixed_args()
     samples = Samples()
     with tempfile.TemporaryDirectory() as folder:
         command = [Path(sys.executable).with_name("segadapt"), "search", "sdca", "--trials", str(arguments.trials)]
+        command += arguments.settings
         try:
             printed = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
             end = time.monotonic()

@@ -74,11 +74,13 @@ def train(config: TrialConfig, start: Path | None, folder: Path) -> list[dict[st
     return reported
 
 
-def finish_trial(method: str, seed: int, values: Values, keep_losses: bool, folder: Path) -> list[dict[str, Any]]:
-    """Return mIoU of a trial of the method and of its finish after each round."""
+def finish_trial(
+    method: str, seed: int, values: Values, keep_losses: bool, folder: Path, trial_values: Values
+) -> list[dict[str, Any]]:
+    """Return mIoU of a trial of the method, with settings of its own, and of its finish after each round."""
     start = folder / f"warmup-{seed}"
-    train(resolve("source_only", {"seed": seed}), None, start)
-    config = resolve(method, {**search_spaces.load(method)[1].get("streets", {}), "seed": seed})
+    train(resolve("source_only", {**trial_values, "seed": seed}), None, start)
+    config = resolve(method, {**search_spaces.load(method)[1].get("streets", {}), **trial_values, "seed": seed})
     trial = folder / f"{method}-{seed}"
     train(config, start / CHECKPOINT, trial)
     trained = dict(flatten(json.loads(json.dumps(config.as_dict()))))
@@ -116,18 +118,20 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--keep-losses", action="store_true")
+    parser.add_argument("--trial", nargs="+", default=[], metavar="KEY=VALUE", help="of the warm-up and the trials")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     values = {**parse_assignments(options.settings), "method.rounds": options.rounds}
+    trial_values = parse_assignments(options.trial)
     results: dict[str, dict[int, list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for seed in options.seeds:
             for method in options.methods:
                 folder = options.folder or Path(temporary)
-                found = finish_trial(method, seed, values, options.keep_losses, folder)
+                found = finish_trial(method, seed, values, options.keep_losses, folder, trial_values)
                 results.setdefault(method, {})[seed] = found
                 shown = " -> ".join(f"{entry['target_val/miou']:.3f}" for entry in found)
                 print(f"seed {seed} {method:14} {shown}", file=sys.stderr, flush=True)

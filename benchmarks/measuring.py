@@ -131,7 +131,7 @@ def compare_forms(title: str, threads: int, *options: str) -> tuple[dict[str, Ro
         command = [sys.executable, *sys.argv, *options, "--form", form]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
         rows[form] = json.loads(done.stdout)
-    ratios = {key: rows["literal"][key] / rows["cheap"][key] for key in COLUMNS if key in rows["cheap"]}
+    ratios = {key: rows["literal"][key] / rows["cheap"][key] for key in COLUMNS if rows["cheap"].get(key)}
 
     print(f"{title:<10}" + "".join(f"{COLUMNS[key]:>16}" for key in ratios) + f"{'loss':>14}")
     for form, row in rows.items():

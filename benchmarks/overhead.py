@@ -1,6 +1,6 @@
 """What the platform costs: a search against the same trainings, one after another, in one bare process.
 
-    python benchmarks/overhead.py [--trials 4] [--steps 400] [--json PATH]
+    python benchmarks/overhead.py [--trials 4] [--steps 400] [--json PATH] [KEY=VALUE ...]
 
 The bare process walks the same warm-up, statistics and trials with `trainables` alone: no Ray, no Optuna, no MLflow, no
 checkpoint, all CPUs for each training. The search runs as many one-CPU trials at a time as there are CPUs. Early
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from measuring import emit
+from segadapt.platform.settings.config import parse_assignments
 from segadapt.platform.trial.environment import machine
 
 BARE = """
@@ -23,7 +24,7 @@ import json, sys, time
 from pathlib import Path
 import torch
 from segadapt.platform.settings.config import resolve
-from segadapt.platform.trial import build_method
+from segadapt.platform.trial.training import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.training.config import TrainerSettings
@@ -59,8 +60,10 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_intermixed_args()
     values = {"trainer.steps": options.steps, "trainer.eval_every": options.steps}
+    values |= parse_assignments(options.settings)
     words = [f"{key}={value}" for key, value in values.items()]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ EVERY = 15
 LONG = {**SETTINGS, "trainer.steps": 100000, "trainer.eval_every": EVERY}
 FAILURES = 9
 FORMS = ("plain", "segadapt")
+FAULTS = ("worker", "trial", "controller", "driver", "node")
 PATIENCE_S = 900.0
 
 
@@ -203,8 +204,8 @@ def cluster() -> Iterator[tuple[Any, list[Any]]]:
         found.shutdown()  # type: ignore[no-untyped-call]
 
 
-def measure(form: str, folder: Path) -> dict[str, Any]:
-    """Inflict each fault on one trial."""
+def measure(form: str, folder: Path, faults: Collection[str]) -> dict[str, Any]:
+    """Inflict each of the faults on one trial."""
     rows: dict[str, Any] = {}
     with cluster() as (found, nodes):
         raylets = {node.all_processes["raylet"][0].process.pid: node for node in nodes}
@@ -228,11 +229,14 @@ def measure(form: str, folder: Path) -> dict[str, Any]:
             os.kill(raylet, signal.SIGKILL)
             found.remove_node(node, allow_graceful=False)
 
-        faults = {"worker": kill_worker, "trial": lambda: kill(head, "ImplicitFunc")}
+        known = {"worker": kill_worker, "trial": lambda: kill(head, "ImplicitFunc")}
         if form == "plain":
-            faults["controller"] = lambda: kill(head, "TrainController")
+            known["controller"] = lambda: kill(head, "TrainController")
+        known |= {"driver": kill_driver, "node": kill_node}
         try:
-            for name, inflict in {**faults, "driver": kill_driver, "node": kill_node}.items():
+            for name, inflict in known.items():
+                if name not in faults:
+                    continue
                 load = os.getloadavg()[0]
                 rows[name] = {"load": load, **driver.recovers(inflict)}
                 print(form, name, rows[name], flush=True)
@@ -245,6 +249,7 @@ def measure(form: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS, help="default: all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)  # what the plain driver is called with
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -259,7 +264,7 @@ def main() -> None:
     for _ in range(options.turns):
         for form in FORMS:
             with tempfile.TemporaryDirectory() as name:
-                results[form].append(measure(form, Path(name)))
+                results[form].append(measure(form, Path(name), options.faults))
         found = summary(results)
         if options.json:  # after each turn: a later one may fail on a busy machine
             record = {"environment": machine(), "results": results, **found}

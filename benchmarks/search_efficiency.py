@@ -155,6 +155,8 @@ class Simulation:
         self.steps = 0
         """Taken by all trials."""
         self.search_alg = self  # what schedulers ask Tune's controller for
+        self._tune_controller = self  # whose state, of which there is none here, they have saved less often
+        self._storage = self._checkpoint_manager = None
 
     def is_finished(self) -> bool:
         """Return whether no more trials are to be proposed."""

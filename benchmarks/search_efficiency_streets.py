@@ -40,6 +40,7 @@ import segadapt as api
 from segadapt import search_spaces
 from segadapt.platform.experiment.record import Record
 from segadapt.platform.experiment.tuning import load_study
+from segadapt.platform.settings.config import parse_assignments
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.tracking.client import mlflow_client
 from segadapt.platform.trial.environment import machine
@@ -49,23 +50,35 @@ from surrogate.collect import METHOD
 from surrogate.collect import SETTINGS as SURROGATE_SETTINGS
 
 METRIC = "target_val/miou"
-SETTINGS = {
-    **SURROGATE_SETTINGS,
-    "trainer.steps": 64,
-    "trainer.eval_every": 8,
-    "data.streets.height": 32,
-    "data.streets.width": 64,
-}
-RANDOM_TRIALS = 16
 RANDOM_SEED = 1000
 """Added to the seed for random search."""
-FULL = SETTINGS["trainer.steps"]
-GRACE = SETTINGS["trainer.eval_every"]
 MOST_TRIALS = 300
 CONCURRENT = 2
 INTERRUPTED = 130
 """Exit status of a search that was ended by SIGINT."""
 ARMS = 3
+
+
+class Size(NamedTuple):
+    """How much is trained."""
+
+    full: int = 64
+    """Steps of a trial that is not stopped."""
+    grace: int = 8
+    """Steps between its evaluations, before the first of which none is stopped."""
+    random_trials: int = 16
+    others: Mapping[str, Any] = {}
+    """Further settings of all trials."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of all trials."""
+        lengths = {"trainer.steps": self.full, "trainer.eval_every": self.grace}
+        return {**SURROGATE_SETTINGS, **lengths, "data.streets.height": 32, "data.streets.width": 64, **self.others}
+
+    def is_over(self, steps: int) -> bool:
+        """Return whether a search is given up: it has taken the steps of random search."""
+        return steps > self.random_trials * self.full
 
 
 class Report(NamedTuple):
@@ -79,32 +92,29 @@ class Report(NamedTuple):
     miou: float
 
 
-def steps_to_match(reports: Sequence[Report], target: float, *, published: bool) -> dict[str, int] | None:
+def steps_to_match(reports: Sequence[Report], target: float, size: Size, *, published: bool) -> dict[str, int] | None:
     """Return the steps and trials until a full-length trial has reached the target; None if none has.
 
     Args:
         reports: In the order of their times.
         target: Target mIoU.
+        size: How much is trained.
         published: Whether the published setting counts.
     """
     done: dict[str, int] = {}
     for report in reports:
         done[report.trial] = report.step
-        if report.step == FULL and report.miou >= target and (published or not report.published):
+        if report.step == size.full and report.miou >= target and (published or not report.published):
             return {"steps": sum(done.values()), "trials": len(done)}
     return None
-
-
-def is_over(steps: int) -> bool:
-    """Return whether a search is given up: it has taken the steps of random search."""
-    return steps > RANDOM_TRIALS * FULL
 
 
 class Watch(tune.Stopper):
     """Keep what trials report, and end the search when it has matched or is given up."""
 
-    def __init__(self, published: Mapping[str, Any], target: float) -> None:
+    def __init__(self, published: Mapping[str, Any], target: float, size: Size) -> None:
         self.reports: list[Report] = []
+        self._size = size
         self._published = published
         self._target = target
 
@@ -117,11 +127,11 @@ class Watch(tune.Stopper):
     def stop_all(self) -> bool:
         """Return whether the search is over."""
         done = {report.trial: report.step for report in self.reports}
-        matched = steps_to_match(self.reports, self._target, published=False)
-        return matched is not None or is_over(sum(done.values()))
+        matched = steps_to_match(self.reports, self._target, self._size, published=False)
+        return matched is not None or self._size.is_over(sum(done.values()))
 
 
-def run_plain(folder: Path, seed: int, target: float) -> list[Report]:
+def run_plain(folder: Path, seed: int, target: float, size: Size) -> list[Report]:
     """Search by Ray Tune as documented; the folder has the seed's warm-up."""
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
@@ -131,7 +141,7 @@ def run_plain(folder: Path, seed: int, target: float) -> list[Report]:
     storage = Storage(folder)
     spec = TrialSpec(storage, "plain", Record.load(storage, "random").shared_configs)
     space, presets = search_spaces.load(METHOD)
-    watch = Watch(presets["paper"], target)
+    watch = Watch(presets["paper"], target, size)
     with connect(None):
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(run_in_process, spec=spec), {"cpu": 1}),
@@ -141,7 +151,7 @@ def run_plain(folder: Path, seed: int, target: float) -> list[Report]:
                 search_alg=OptunaSearch(
                     space=space, metric=METRIC, mode="max", points_to_evaluate=[presets["paper"]], seed=seed
                 ),
-                scheduler=ASHAScheduler(time_attr="step", max_t=FULL, grace_period=GRACE, reduction_factor=3),
+                scheduler=ASHAScheduler(time_attr="step", max_t=size.full, grace_period=size.grace, reduction_factor=3),
                 num_samples=MOST_TRIALS,
                 max_concurrent_trials=CONCURRENT,
                 reuse_actors=True,  # saves the start of a process for each trial; acts on no step
@@ -159,7 +169,13 @@ def run_plain(folder: Path, seed: int, target: float) -> list[Report]:
 
 
 def run_segadapt(
-    folder: Path, name: str, seeds: tuple[int, int], trials: int, *options: str, target: float | None = None
+    folder: Path,
+    name: str,
+    seeds: tuple[int, int],
+    trials: int,
+    size: Size,
+    *options: str,
+    target: float | None = None,
 ) -> list[Report]:
     """Search by the command; with a target, interrupt it when it has matched or is given up.
 
@@ -168,10 +184,11 @@ def run_segadapt(
         name: Of the search.
         seeds: Of the trainings, and of the sampler.
         trials: At most.
+        size: How much is trained.
         options: Further ones of the command.
         target: Target mIoU.
     """
-    settings = [f"{key}={value}" for key, value in {**SETTINGS, "seed": seeds[0]}.items()]
+    settings = [f"{key}={value}" for key, value in {**size.settings, "seed": seeds[0]}.items()]
     command = [str(Path(sys.executable).with_name("segadapt")), "search", METHOD, "--name", name, *settings, *options]
     command += [
         "--trials",
@@ -187,7 +204,7 @@ def run_segadapt(
     with (folder / f"{name}.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         while process.poll() is None:
             time.sleep(1)
-            if target is not None and has_ended(storage, name, target):
+            if target is not None and has_ended(storage, name, target, size):
                 process.send_signal(signal.SIGINT)
                 process.wait()
     if process.returncode not in (0, INTERRUPTED):
@@ -195,7 +212,7 @@ def run_segadapt(
     return reports_of(storage, name)
 
 
-def has_ended(storage: Storage, name: str, target: float) -> bool:
+def has_ended(storage: Storage, name: str, target: float, size: Size) -> bool:
     """Return whether a search has matched or is to be given up."""
     import optuna
 
@@ -203,8 +220,8 @@ def has_ended(storage: Storage, name: str, target: float) -> bool:
     if name not in optuna.get_all_study_names(url):
         return False
     trials = load_study(name, url).get_trials(deepcopy=False)
-    matched = any(trial.number > 0 and trial.intermediate_values.get(FULL, 0) >= target for trial in trials)
-    return matched or is_over(sum(max(trial.intermediate_values, default=0) for trial in trials))
+    matched = any(trial.number > 0 and trial.intermediate_values.get(size.full, 0) >= target for trial in trials)
+    return matched or size.is_over(sum(max(trial.intermediate_values, default=0) for trial in trials))
 
 
 def reports_of(storage: Storage, name: str) -> list[Report]:
@@ -226,26 +243,28 @@ def ends(reports: Sequence[Report]) -> list[list[float]]:
     return [[found[key].step, found[key].miou] for key in order]
 
 
-def summary(reports: Sequence[Report], target: float) -> dict[str, Any]:
+def summary(reports: Sequence[Report], target: float, size: Size) -> dict[str, Any]:
     """Return what a search took by both readings, and how its trials ended."""
     return {
-        "matched": steps_to_match(reports, target, published=True),
-        "matched_without_published": steps_to_match(reports, target, published=False),
+        "matched": steps_to_match(reports, target, size, published=True),
+        "matched_without_published": steps_to_match(reports, target, size, published=False),
         "ends": ends(reports),
     }
 
 
-def measure(seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(seed: int, size: Size) -> Iterator[tuple[str, dict[str, Any]]]:
     """Run the searches of a seed; yields the name and what is known of each when it has ended."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         options = ("--sampler", "random", "--scheduler", "none")
-        reports = run_segadapt(folder, "random", (seed, RANDOM_SEED + seed), RANDOM_TRIALS + 1, *options)
+        seeds = seed, RANDOM_SEED + seed
+        reports = run_segadapt(folder, "random", seeds, size.random_trials + 1, size, *options)
         (_, published), *others = ends(reports)
         target = max(miou for _, miou in others)
         yield "random", {"target": target, "published": published, "ends": [miou for _, miou in others]}
-        yield "plain", summary(run_plain(folder, seed, target), target)
-        yield "segadapt", summary(run_segadapt(folder, "segadapt", (seed, seed), MOST_TRIALS, target=target), target)
+        yield "plain", summary(run_plain(folder, seed, target, size), target, size)
+        reports = run_segadapt(folder, "segadapt", (seed, seed), MOST_TRIALS, size, target=target)
+        yield "segadapt", summary(reports, target, size)
 
 
 def text(row: Mapping[str, Any]) -> str:
@@ -265,13 +284,13 @@ def medians(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def record_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def record_of(rows: Mapping[str, Mapping[str, Any]], size: Size) -> dict[str, Any]:
     """Return what is written; medians are of the seeds whose searches have all ended."""
     setting = {
         "method": METHOD,
-        **SETTINGS,
-        "random_trials": RANDOM_TRIALS,
-        "given_up_after_steps": RANDOM_TRIALS * FULL,
+        **size.settings,
+        "random_trials": size.random_trials,
+        "given_up_after_steps": size.random_trials * size.full,
         "concurrent": CONCURRENT,
     }
     whole = {seed: row for seed, row in rows.items() if len(row) == ARMS}
@@ -283,8 +302,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=60, help="after which no further seed is begun")
+    parser.add_argument("--steps", type=int, default=Size().full, help="of a trial that is not stopped")
+    parser.add_argument("--eval-every", type=int, default=Size().grace)
+    parser.add_argument("--random-trials", type=int, default=Size().random_trials)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_intermixed_args()
+    others = parse_assignments(options.settings)
+    size = Size(options.steps, options.eval_every, options.random_trials, others)
     deadline = time.monotonic() + 60 * options.minutes
     known = json.loads(options.json.read_text())["seeds"] if options.json and options.json.is_file() else {}
     rows: dict[str, dict[str, Any]] = {seed: row for seed, row in known.items() if len(row) == ARMS}
@@ -292,11 +317,11 @@ def main() -> None:
         if seed in rows or time.monotonic() > deadline:
             continue
         rows[seed] = {}
-        for arm, row in measure(int(seed)):
+        for arm, row in measure(int(seed), size):
             rows[seed][arm] = row
             print(f"seed {seed} {arm:9} {text(row)}", flush=True)
             if options.json:
-                options.json.write_text(json.dumps(record_of(rows), indent=1) + "\n")
+                options.json.write_text(json.dumps(record_of(rows, size), indent=1) + "\n")
 
 
 if __name__ == "__main__":

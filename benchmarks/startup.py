@@ -414,10 +414,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--trials", type=int, help="of a form, at least 3; default: 8, of two workers 3")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--form", help=argparse.SUPPRESS)  # what the measuring processes are called with
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--trials", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.form:
@@ -431,7 +431,8 @@ def main() -> None:
                 if part == "command":
                     row = measure_command(form, Path(name))
                 else:
-                    row = measure_trials(form, 2 if part == "pair" else 1, TRIALS[part], Path(name))
+                    trials = options.trials or TRIALS[part]
+                    row = measure_trials(form, 2 if part == "pair" else 1, trials, Path(name))
             results[part].setdefault(form, []).append({"load": load, **row})
             shown = {key: round(value, 2) for key, value in row.items() if key != "trials"}
             print(part, form, f"load {load:.1f}", shown, flush=True)

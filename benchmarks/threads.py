@@ -1,9 +1,9 @@
 """What it costs how threads wait for each other: training steps of one process, alone and beside busy programs.
 
-    python benchmarks/threads.py [--others 8] [--turns 3] [--json PATH]
+    python benchmarks/threads.py [--others 8] [--turns 3] [--waits sleep ...] [--steps 16] [--json PATH]
 
-Source-only steps on streets with the default sizes, median of 16, on one thread and on one for each core. Threads of
-torch (OpenMP's, by GNU) may spin for a while before they sleep: `sleep` has them sleep at once
+Source-only steps on streets with the default sizes, median of so many, on one thread and on one for each core. Threads
+of torch (OpenMP's, by GNU) may spin for a while before they sleep: `sleep` has them sleep at once
 (OMP_WAIT_POLICY=PASSIVE), `spin briefly` is what trials run with (GOMP_SPINCOUNT=10000), `spin` the library's default.
 """
 
@@ -24,14 +24,15 @@ import sys, tempfile
 from pathlib import Path
 import torch
 from segadapt.platform.settings.config import resolve
-from segadapt.platform.trial import build_method
+from segadapt.platform.trial.training import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.training.config import TrainerSettings
 from segadapt.trainables.core.training.trainer import Trainer
 
 torch.set_num_threads(int(sys.argv[1]))
-config = resolve("source_only", {"warmup.steps": 16, "trainer.eval_every": 16, "data.streets.train_images": 32,
+steps = int(sys.argv[2])
+config = resolve("source_only", {"warmup.steps": steps, "trainer.eval_every": steps, "data.streets.train_images": 32,
                                  "data.streets.val_images": 4})
 data, evaluation = load_data(config.data)
 method = build_method(config, len(data.classes))
@@ -45,10 +46,10 @@ WAITS = {"sleep": {"OMP_WAIT_POLICY": "PASSIVE"}, "spin briefly": {"GOMP_SPINCOU
 CORES = os.cpu_count() or 1
 
 
-def step_ms(wait: str, threads: int) -> float:
-    """Return the median milliseconds of a step in a fresh process."""
+def step_ms(wait: str, threads: int, steps: int) -> float:
+    """Return the median milliseconds of so many steps in a fresh process."""
     plain = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    command = [sys.executable, "-c", TRAINING, str(threads)]
+    command = [sys.executable, "-c", TRAINING, str(threads), str(steps)]
     done = subprocess.run(command, env=plain | WAITS[wait], check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.split()[-1])
 
@@ -69,16 +70,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--others", type=int, default=8)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--waits", nargs="+", choices=WAITS, default=list(WAITS))
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows: dict[str, list[float]] = {}
     for _ in range(arguments.turns):
         for others in (0, arguments.others):
             with beside(others):
-                for wait in WAITS:
+                for wait in arguments.waits:
                     for threads in (1, CORES) if others == 0 else (CORES,):
                         name = f"{others} others, {threads} threads, {wait}"
-                        rows.setdefault(name, []).append(step_ms(wait, threads))
+                        rows.setdefault(name, []).append(step_ms(wait, threads, arguments.steps))
                         print(f"{name:<40}{rows[name][-1]:>10.1f} ms", flush=True)
     medians = {name: statistics.median(values) for name, values in rows.items()}
     emit({"machine": machine(), "cpu": cpu_model(), "step_ms": rows, "medians": medians}, arguments.json)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.labelling.features import labels_at_features
@@ -26,7 +26,13 @@ from segadapt.trainables.core.losses.entropy import shannon_entropy, softened_en
 from segadapt.trainables.core.losses.prototype_contrast import fuse_labels, grid_of, prototype_contrast
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, ParameterGroup, Stage, StageData, WarmupConfig
-from segadapt.trainables.core.networks import Backbone, Segmenter, SegmenterOutput, SummedDilatedHead
+from segadapt.trainables.core.networks import (
+    Segmenter,
+    SegmenterOutput,
+    SummedDilatedHead,
+    split_backbone,
+    with_stem,
+)
 from segadapt.trainables.core.state.prototype_calibration import PrototypeCalibration
 from segadapt.trainables.core.validation import check
 
@@ -44,7 +50,8 @@ class BiCL(Method):
 
     Training goes in rounds. Each begins with pseudo labels of the most confident target pixels, a fixed share per class
     and image. In the variant `full`, unlabelled pixels take the label of their nearest source prototype in each step.
-    The deployed network is the one that sees target images; source images may have shallow layers of their own.
+    The deployed network is the one that sees target images; source images may have shallow layers of their own, through
+    which they are evaluated as well.
     """
 
     name = "bicl"
@@ -122,7 +129,7 @@ class BiCL(Method):
         if config.feature == "branches":
             channels = len(_dilated_head(segmenter).convolutions) * classes
         self.calibration = PrototypeCalibration(classes, channels)
-        self.source_stem = copy.deepcopy(_split_backbone(segmenter).stem) if config.split_stem else None
+        self.source_stem = copy.deepcopy(split_backbone(segmenter).stem) if config.split_stem else None
 
     @classmethod
     def plan(cls, config: Config) -> tuple[Stage, ...]:
@@ -151,12 +158,23 @@ class BiCL(Method):
             "excluded_classes": config.excluded_classes,
         }
 
+    @classmethod
+    def splits_stem(cls, config: Config) -> bool:
+        """Return the setting of that name."""
+        return config.split_stem
+
+    def source_network(self, stage: Stage) -> Segmenter:
+        """Return the network with the source's own stem, which the warm-up does not have."""
+        if self.source_stem is None or not isinstance(stage, Round):
+            return self.segmenter
+        return with_stem(self.segmenter, self.source_stem)
+
     def prepare_stage(self, stage: Stage, data: StageData) -> None:
         """Split the stem before the first round; label the target set before every round (§7)."""
         if not isinstance(stage, Round):
             return
         if stage.number == 0 and self.source_stem is not None:
-            self.source_stem.load_state_dict(_split_backbone(self.segmenter).stem.state_dict())
+            self.source_stem.load_state_dict(split_backbone(self.segmenter).stem.state_dict())
         label_confident_share(
             self._predict,
             data,
@@ -180,8 +198,10 @@ class BiCL(Method):
             return self.source_only_terms(batch)
         config, fixed = self.config, batch.target_pseudo_labels
         assert fixed is not None
-        source = self._contrasted(batch.source_images, self.source_stem)
-        target = self._contrasted(batch.target_images, None)
+        stem = self.source_stem
+        source_network = self.segmenter if stem is None else with_stem(self.segmenter, stem)
+        source = self._contrasted(source_network, batch.source_images)
+        target = self._contrasted(self.segmenter, batch.target_images)
         dynamic = self._dynamic_labels(source, batch.source_labels, target, fixed)
 
         source_logits = self._upsampled(source.logits, batch.source_labels)
@@ -216,10 +236,9 @@ class BiCL(Method):
             groups.append(ParameterGroup("source_stem", tuple(self.source_stem.parameters())))
         return groups
 
-    def _contrasted(self, images: Tensor, stem: nn.Module | None) -> SegmenterOutput:
-        """Return logits and the features to contrast; `stem` replaces the segmenter's."""
-        backbone = self.segmenter.backbone
-        hidden = backbone(images) if stem is None else _split_backbone(self.segmenter).stages(stem(images))
+    def _contrasted(self, network: Segmenter, images: Tensor) -> SegmenterOutput:
+        """Return logits and the features to contrast."""
+        hidden = network.backbone(images)
         if self.config.feature == "backbone":
             return SegmenterOutput(self.segmenter.head(hidden), hidden)
         branches = _dilated_head(self.segmenter).branches(hidden)
@@ -247,16 +266,6 @@ class BiCL(Method):
 
     def _upsampled(self, logits: Tensor, like: Tensor) -> Tensor:
         return self.segmenter.upsample(logits, (like.shape[-2], like.shape[-1]))
-
-
-def _split_backbone(segmenter: Segmenter) -> Backbone:
-    backbone = segmenter.backbone
-    if not isinstance(backbone, Backbone):
-        raise ValueError(
-            f"method.split_stem=true needs a backbone with a stem, but the network has {type(backbone).__name__}. "
-            "Set method.split_stem=false or choose another network.name."
-        )
-    return backbone
 
 
 def _dilated_head(segmenter: Segmenter) -> SummedDilatedHead:

@@ -156,6 +156,11 @@ class PLCA(Method):
         """The segmenter's own parts, with the corner rule and the aggregation of this method."""
         return self.aggregating_segmenter
 
+    def source_network(self, stage: Stage) -> Segmenter:
+        """Return the deployed network without aggregation, which is for target images alone."""
+        config = self.config
+        return AggregatingSegmenter(self.segmenter, 0.0, config.temperature_factor, config.probability_floor)
+
     def forward(self, batch: DomainBatch, step: int) -> dict[str, Tensor]:
         """Return the supervised terms, the weighted association of both levels and the regulariser of both domains.
 

@@ -7,6 +7,7 @@ and training goes on from the labelling network. `restart=true source_weight=0` 
 The rounds may keep the losses of the method that trained the labelling network, with its state (our choice).
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from segadapt.trainables.core.labelling.self_paced import label_self_paced
 from segadapt.trainables.core.labelling.share import label_confident_share
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, ParameterGroup, Stage, StageData, WarmupConfig
-from segadapt.trainables.core.networks import Segmenter
+from segadapt.trainables.core.networks import Segmenter, split_backbone, with_stem
 from segadapt.trainables.core.state.mean_teacher import MeanTeacher
 from segadapt.trainables.core.validation import check
 
@@ -76,6 +77,8 @@ class SelfTraining(Method):
         """Weight of the source's terms; 0 trains on the target alone. Paper (SDCA): 0."""
         lovasz_weight: float = 0.75
         """Weight of Lovász-Softmax on the source."""
+        split_stem: bool = False
+        """Whether source images pass shallow layers of their own, as in BiCL; set by `segadapt finish`."""
         kept_method: str | None = None
         """Method whose losses and state stay in the rounds; null: none. `segadapt finish --keep-losses` sets it."""
         kept_settings: dict[str, Any] | None = None
@@ -110,6 +113,7 @@ class SelfTraining(Method):
             )
             weight = getattr(config, "target_weight", 1.0)
             check(weight > 0, f"method.target_weight of {name} must be positive where its losses are kept", weight)
+            check(not self.split_stem, f"method.split_stem must be false: {name} has its own layers", self.split_stem)
             check(not self.restart, f"method.restart must be false: {name}'s state is of the trained network", True)
             for setting in ("source_weight", "lovasz_weight"):
                 value, default = getattr(self, setting), getattr(type(self), setting)
@@ -141,6 +145,9 @@ class SelfTraining(Method):
         keeps = config.kept_method is not None
         self.kept = config.kept_class()(segmenter, config.kept_config(), warmup) if keeps else None
         self.teacher = MeanTeacher(self.deployed) if config.teacher else None
+        splits = config.split_stem and config.source_weight > 0
+        self.source_stem = copy.deepcopy(split_backbone(segmenter).stem) if splits else None
+        self._source_stem_is_trained = False
         # No part of the state: it is what any process builds from the trial's settings.
         self._first = {name: t.clone() for name, t in segmenter.state_dict().items()} if config.restart else None
 
@@ -175,6 +182,9 @@ class SelfTraining(Method):
         self._label(stage, data)
         if self._first is not None:
             self.segmenter.load_state_dict(self._first)
+        starts_anew = self._first is not None or (stage.number == 1 and not self._source_stem_is_trained)
+        if self.source_stem is not None and starts_anew:
+            self.source_stem.load_state_dict(split_backbone(self.segmenter).stem.state_dict())
         if self.teacher is not None and (stage.number == 1 or self._first is not None):
             self.teacher.start_from(self.deployed)
 
@@ -186,6 +196,7 @@ class SelfTraining(Method):
         """
         if self.kept is None:
             super().take_over(state)
+            self._take_over_source_stem(state)
             return
         check(
             state["method"] == self.kept.name and state["stage"] != SOURCE_ONLY.name,
@@ -195,9 +206,35 @@ class SelfTraining(Method):
         )
         self.kept.take_over(state)
 
+    def _take_over_source_stem(self, state: Mapping[str, Any]) -> None:
+        """Take over the layers of source images where a checkpoint has trained ones: a warm-up's are not."""
+        prefix = "source_stem."
+        weights = {name.removeprefix(prefix): t for name, t in state["state"].items() if name.startswith(prefix)}
+        if self.source_stem is not None and weights and state["stage"] != SOURCE_ONLY.name:
+            self.source_stem.load_state_dict(weights)
+            self._source_stem_is_trained = True
+
+    @classmethod
+    def splits_stem(cls, config: Config) -> bool:
+        """Return the setting of that name."""
+        return config.split_stem
+
+    def source_network(self, stage: Stage) -> Segmenter:
+        """Return the network as the method shows it source images whose losses are kept, or with their own stem."""
+        if self.kept is not None:
+            return self.kept.source_network(self.kept.plan(self.kept.config)[-1])
+        if self.source_stem is None or not isinstance(stage, Round):
+            return self.segmenter
+        return with_stem(self.segmenter, self.source_stem)
+
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Name the parameters as the method does whose losses are kept."""
-        return self.kept.parameter_groups() if self.kept is not None else super().parameter_groups()
+        """Name the parameters as the method does whose losses are kept; the source's own stem is a group."""
+        if self.kept is not None:
+            return self.kept.parameter_groups()
+        groups = super().parameter_groups()
+        if self.source_stem is not None:
+            groups.append(ParameterGroup("source_stem", tuple(self.source_stem.parameters())))
+        return groups
 
     @property
     def deployed(self) -> Segmenter:
@@ -272,7 +309,9 @@ class SelfTraining(Method):
             kept: dict[str, Tensor] = self.kept(batch, step)
             return {**kept, "target_cross_entropy": config.target_weight * kept["target_cross_entropy"]}
         if config.source_weight > 0:
-            source = self.segmenter(batch.source_images)
+            stem = self.source_stem
+            network = self.segmenter if stem is None else with_stem(self.segmenter, stem)
+            source = network(batch.source_images)
             supervised = self.supervised_terms(source.logits, batch.source_labels, config.lovasz_weight)
             terms = {name: config.source_weight * term for name, term in supervised.items()}
         logits = self.segmenter(batch.target_images).logits

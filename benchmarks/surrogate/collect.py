@@ -1,6 +1,6 @@
 """Train PLCA on streets at many settings and keep what each evaluation said: the data behind the surrogate.
 
-    python benchmarks/surrogate/collect.py [--trials 96] [--minutes 35] [--processes 2]
+    python benchmarks/surrogate/collect.py [--trials 96] [--minutes 35] [--processes 2] [--file PATH] [KEY=VALUE ...]
 
 Settings come from a scrambled Sobol sequence over PLCA's search space, so that any number of trials covers it evenly;
 the published and the streets preset are repeated, which shows the spread over seeds. Every trial has a seed of its own
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from segadapt import search_spaces
-from segadapt.platform.settings.config import resolve
+from segadapt.platform.settings.config import parse_assignments, resolve
 from segadapt.platform.trial.training import build_method
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import load_data
@@ -99,19 +99,25 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=96)
     parser.add_argument("--minutes", type=float, default=35)
     parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
+    parser.add_argument("--file", type=Path, default=TRIALS)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="of all trials")
+    options = parser.parse_intermixed_args()
+    settings = parse_assignments(options.settings)
     deadline = time.monotonic() + 60 * options.minutes
-    done = [json.loads(line)["seed"] for line in TRIALS.read_text().splitlines()] if TRIALS.is_file() else []
+    known = options.file.read_text().splitlines() if options.file.is_file() else []
+    done = [json.loads(line)["seed"] for line in known]
     wanted = {FIRST_SEED + number: found for number, found in zip(range(options.trials), proposals(), strict=False)}
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool,
-        TRIALS.open("a") as records,
+        options.file.open("a") as records,
     ):
         warmup = Path(folder) / "warmup"
-        print("warm-up", pool.submit(run, {"trainer.eval_every": 300}, 0, None, warmup).result(), flush=True)
+        print(
+            "warm-up", pool.submit(run, {"trainer.eval_every": 300, **settings}, 0, None, warmup).result(), flush=True
+        )
         futures = {
-            pool.submit(run, values, seed, warmup, None): (kind, seed, values)
+            pool.submit(run, {**settings, **values}, seed, warmup, None): (kind, seed, values)
             for seed, (kind, values) in wanted.items()
             if seed not in done
         }

@@ -1,13 +1,15 @@
 """Fit the surrogate to `trials.jsonl`, judge it by cross-validation, and write `surrogate.json`.
 
-    python benchmarks/surrogate/fit.py
+    python benchmarks/surrogate/fit.py [--file PATH]
 
 One set of length scales for all evaluation steps, by maximum likelihood; a mean, scale and coefficients for each step.
 The spread over seeds is the covariance between evaluation steps of repeated settings. Judged on held-out settings: each
 tenth of the trials is predicted from the others, whose hyperparameters are fitted without it.
 """
 
+import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,6 +100,9 @@ def seed_covariance(values: Array, groups: list[int]) -> Array:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, default=FILE, help="to write")
+    options = parser.parse_args()
     trials = [json.loads(line) for line in TRIALS.read_text().splitlines()]
     space = described(METHOD)
     steps = [step for step, _ in trials[0]["curve"]]
@@ -131,7 +136,7 @@ def main() -> None:
         "points": points.round(5).tolist(),
         "coefficients": weights.round(5).tolist(),
     }
-    FILE.write_text(json.dumps(content) + "\n")
+    options.file.write_text(json.dumps(content) + "\n")
     print(json.dumps(facts, indent=1))
     print({key: round(length, 2) for key, length in zip(space, lengths, strict=True)}, f"noise {noise:.3f}")
 

@@ -20,10 +20,14 @@ import torch.distributed as dist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from toy import toy_config, toy_trainer
 
+from segadapt.platform.experiment.finishing import finish_settings
+from segadapt.platform.settings.config import flatten, resolve
 from segadapt.search_spaces.bicl import PAPER, SPACE
 from segadapt.trainables.bicl import BiCL, Round
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch
+from segadapt.trainables.core.evaluation.metrics import ConfusionMatrix
 from segadapt.trainables.core.labelling.features import labels_at_features
 from segadapt.trainables.core.labelling.files import PseudoLabelFolder
 from segadapt.trainables.core.labelling.share import (
@@ -45,8 +49,11 @@ from segadapt.trainables.core.losses.segmentation import segmentation_cross_entr
 from segadapt.trainables.core.method import SOURCE_ONLY, StageData, WarmupConfig, trained_parameters
 from segadapt.trainables.core.networks import build_segmenter
 from segadapt.trainables.core.state.prototype_calibration import PrototypeCalibration, transfer_labels
-from segadapt.trainables.core.training.config import OptimizerConfig
+from segadapt.trainables.core.training.checkpoint import load_state
+from segadapt.trainables.core.training.config import OptimizerConfig, TrainerConfig
 from segadapt.trainables.core.training.optimizer import learning_rate, set_learning_rate
+from segadapt.trainables.core.training.reporting import evaluate_method
+from segadapt.trainables.self_training import SelfTraining
 
 
 def load_literal() -> ModuleType:
@@ -139,7 +146,7 @@ def test_contrast_of_one_pair_agrees_with_the_authors_code(dtype: torch.dtype) -
 
     bias = torch.from_numpy(golden.arrays["spec_bias_in"]).to(dtype)
     threshold, momentum = float(golden.arrays["spec_T"]), float(golden.arrays["spec_m"])
-    calibration = PrototypeCalibration(classes, source.shape[1], dtype=dtype)
+    calibration = PrototypeCalibration(classes, source.shape[1])
     calibration.bias.copy_(bias)
     calibrated = source_prototypes + bias * source_present.unsqueeze(2)
     dynamic, confidence = transfer_labels(
@@ -342,7 +349,7 @@ def test_calibration_equals_its_definition(problem: Problem, threshold: float, m
     problem = problem._replace(source=problem.source + 0.3, target=problem.target + 0.3)
     assume(problem.source.shape[1] > 1)  # else all prototypes are equally near
     channels = problem.source.shape[1]
-    calibration = PrototypeCalibration(problem.classes, channels, dtype=FLOAT64)
+    calibration = PrototypeCalibration(problem.classes, channels)
     bias = torch.linspace(-1, 1, problem.classes * channels, dtype=FLOAT64).view(problem.classes, channels)
     calibration.bias.copy_(bias)
     knobs = {"temperature": 0.2, "threshold": threshold, "momentum": momentum}
@@ -518,7 +525,7 @@ def computed_by_a_worker(case: str, images: slice) -> dict[str, Tensor]:
     problem = joined_batch(case).part(images)
     problem.source.requires_grad_()
     problem.target.requires_grad_()
-    calibration = PrototypeCalibration(4, 6, dtype=FLOAT64)
+    calibration = PrototypeCalibration(4, 6)
     cells = labels_at_features(problem.source_labels, (4, 5)), labels_at_features(problem.target_labels, (3, 4))
     knobs = {"threshold": 0.3, "momentum": 0.5}
     results = {"dynamic labels": calibration.label_target(problem.source, cells[0], problem.target, cells[1], **knobs)}
@@ -569,6 +576,16 @@ def test_two_workers_equal_one_on_the_joined_batch(tmp_path: Path) -> None:
             )
     for _, thresholds in workers:
         assert torch.equal(thresholds, thresholds_of_a_worker(slice(None)))
+
+
+def test_a_bias_that_was_saved_in_float32_is_taken_up_and_small_moves_add_up() -> None:
+    calibration = PrototypeCalibration(1, 1)
+    calibration.load_state_dict({"bias": torch.ones(1, 1)})
+    cells = torch.zeros(1, 1, 1, dtype=torch.int64)
+    source, target = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 2 + 2.0**-13)
+    for _ in range(100):  # each moves the bias by less than half the distance to the next float32
+        calibration.label_target(source, cells, target, cells, momentum=0.9999)
+    assert calibration.bias.item() == pytest.approx(1 + 2.0**-13 * (1 - 0.9999**100), abs=1e-10)
 
 
 # The method.
@@ -714,6 +731,80 @@ def test_the_source_stem_starts_from_the_warm_up_and_then_goes_its_own_way(tmp_p
     assert not torch.equal(moved[0], next(stem.parameters()))
     assert method.deployed is method.segmenter
     assert not any("source_stem" in name for name in method.deployed.state_dict())
+
+
+def test_source_images_are_evaluated_through_their_own_stem_and_target_images_through_the_other(tmp_path: Path) -> None:
+    trainer, _ = toy_trainer(toy_config("bicl"), tmp_path)
+    method, data = trainer.method.eval(), trainer.evaluation
+    assert isinstance(method, BiCL)
+    assert method.source_stem is not None
+    backbone = method.segmenter.backbone
+    stems = {"source_val": method.source_stem, "target_val": backbone.stem}
+    for seed, stem in enumerate(stems.values()):
+        for parameter in stem.parameters():
+            parameter.data.normal_(generator=torch.Generator().manual_seed(seed))
+
+    def confusion(images: Any, stem: nn.Module) -> Tensor:
+        counts = ConfusionMatrix(len(data.classes))
+        for index in range(len(images)):
+            shown, label = method.segmenter.normalise(images.image(index)[None]), images.label(index)
+            logits = method.segmenter.classify(backbone.stages(stem(shown)))
+            counts.update(method.segmenter.upsample(logits, (label.shape[-2], label.shape[-1])).argmax(1)[0], label)
+        return counts.counts
+
+    warm_up, *rounds = trainer.plan
+    for stage, expected in ((warm_up, dict.fromkeys(stems, backbone.stem)), (rounds[0], stems), (rounds[-1], stems)):
+        unlabelled, config = replace(stage, pseudo_labels=False), TrainerConfig(eval_batch_size=1)
+        evaluated = evaluate_method(method, unlabelled, tmp_path, data, config, trainer.device, 0).evaluation
+        with torch.no_grad():
+            assert torch.equal(evaluated.source_val.confusion, confusion(data.source, expected["source_val"]))
+            assert torch.equal(evaluated.target_val.confusion, confusion(data.target, expected["target_val"]))
+    assert not torch.equal(confusion(data.source, stems["source_val"]), confusion(data.source, stems["target_val"]))
+
+
+def test_a_finish_without_the_losses_goes_on_with_both_stems(tmp_path: Path) -> None:
+    trial = toy_config("bicl", warmup__steps=1, trainer__steps=3, trainer__eval_every=3, method__rounds=1)
+    trained, reports = toy_trainer(trial, tmp_path / "trial")
+    trained.run()
+    start = reports.checkpoint(len(reports.metrics) - 1)
+    values = {"trainer.steps": 2, "trainer.eval_every": 1}
+    config = resolve("self_training", finish_settings("bicl", dict(flatten(trial.as_dict())), values))
+    finish, finish_reports = toy_trainer(config, tmp_path / "finish", SelfTraining.plan(config.method)[1:])
+    finish.start_from(start)
+    method = finish.method
+    assert isinstance(method, SelfTraining)
+    assert method.source_stem is not None
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    saved = load_state(start)["state"]
+    assert all(torch.equal(value, saved[name]) for name, value in before.items())
+
+    finish.run()
+
+    for name in ("source_val/miou", "target_val/miou"):
+        assert finish_reports.metrics[0][name] == reports.metrics[-1][name], "evaluated before the first step"
+    after = method.state_dict()
+    assert all(not torch.equal(after[name], value) for name, value in before.items() if "stem" in name)
+    labels = torch.randint(0, 8, (2, 32, 64))
+    images = torch.randn(2, 3, 32, 64)
+    method.zero_grad()
+    method(DomainBatch(images, labels, images, torch.arange(2), labels), 0)["cross_entropy"].backward()
+    assert all(parameter.grad is None for parameter in method.segmenter.backbone.stem.parameters())
+    assert all(parameter.grad is not None for parameter in method.source_stem.parameters())
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_self_training_copies_the_stem_where_the_source_has_none_yet(tmp_path: Path, restart: bool) -> None:
+    config = SelfTraining.Config(split_stem=True, restart=restart)
+    method = SelfTraining(build_segmenter("compact", 3), config, WarmupConfig()).eval()
+    assert method.source_stem is not None
+    stem = method.segmenter.backbone.stem
+    with torch.no_grad():
+        for parameter in stem.parameters():
+            parameter.add_(1)  # the warm-up
+        method.prepare_stage(SelfTraining.plan(config)[1], stage_data(tmp_path))
+    for ours, theirs in zip(method.source_stem.parameters(), stem.parameters(), strict=True):
+        assert ours is not theirs
+        assert torch.equal(ours, theirs)
 
 
 def test_the_state_restores_the_next_step_exactly(tmp_path: Path) -> None:

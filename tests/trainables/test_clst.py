@@ -103,7 +103,7 @@ class Comparison:
 def test_contrast_agrees_with_the_reference(dtype: torch.dtype) -> None:
     golden = Comparison("clst_1_contrast")
     arrays = golden.arrays
-    centroids = ClassCentroids(int(arrays["C"]), arrays["mu_in"].shape[1], dtype=dtype)
+    centroids = ClassCentroids(int(arrays["C"]), arrays["mu_in"].shape[1])
     centroids.centroids.copy_(golden.tensor("mu_in", dtype))
     centroids.seen.copy_(golden.tensor("seen_in", torch.bool))
     features = {domain: golden.tensor(f"feature_{domain}", dtype).requires_grad_() for domain in "st"}
@@ -253,7 +253,7 @@ def test_contrast_equals_its_definition(problem: Problem, temperature: float, mi
 @fast
 @given(problem=problems, momentum=st.sampled_from([0.0, 0.9, 1.0]))
 def test_centroids_equal_the_literal_update(problem: Problem, momentum: float) -> None:
-    state = ClassCentroids(*problem.centroids.shape, dtype=torch.float64)
+    state = ClassCentroids(*problem.centroids.shape)
     state.centroids.copy_(problem.centroids)
     state.seen.copy_(problem.seen)
     state.update(problem.features, problem.cells, momentum=momentum)
@@ -336,6 +336,32 @@ def test_a_batch_without_labels_costs_nothing_and_leaves_the_centroids_alone() -
     state.update(features, problem.cells)
     assert not state.seen.any()
     assert not state.centroids.any()
+
+
+@pytest.mark.parametrize(("separation", "offset"), [(1.0, 0.0), (300.0, 0.0), (1e4, 1e3), (0.1, 1e3)])
+def test_float32_keeps_its_digits_near_zero_loss_and_far_from_the_origin(separation: float, offset: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = separation * torch.randn(5, 40, generator=generator) + offset
+    cells = torch.randint(0, 5, (2, 12, 15), generator=generator)
+    features = means[cells] + torch.randn(2, 12, 15, 40, generator=generator)
+    features = features.movedim(3, 1).contiguous().requires_grad_()
+    wide = features.detach().double().requires_grad_()
+    state = ClassCentroids(5, 40)
+    state.update(wide, cells)
+    losses = [centroid_contrast(maps, cells, state.centroids, state.seen) for maps in (features, wide)]
+    value, expected = (loss.detach().double() for loss in losses)
+    torch.testing.assert_close(value, expected, rtol=2e-6, atol=0)
+    (gradient,), (expected,) = (torch.autograd.grad(*pair) for pair in zip(losses, (features, wide), strict=True))
+    assert (gradient - expected).abs().max() <= 3e-5 * expected.abs().max()
+
+
+def test_centroids_that_were_saved_in_float32_are_taken_up_and_small_moves_add_up() -> None:
+    saved = {"centroids": torch.ones(1, 1), "seen": torch.tensor([True])}
+    state = ClassCentroids(1, 1)
+    state.load_state_dict(saved)
+    for _ in range(100):  # each moves the centroid by less than half the distance to the next float32
+        state.update(torch.full((1, 1, 1, 1), 1 + 2.0**-13), torch.zeros(1, 1, 1, dtype=torch.int64), momentum=0.9999)
+    assert state.centroids.item() == pytest.approx(1 + 2.0**-13 * (1 - 0.9999**100), abs=1e-10)
 
 
 def test_classes_without_a_centroid_are_left_out_of_the_sum() -> None:
@@ -429,7 +455,7 @@ def test_half_precision_features_and_autocast_compute_in_float32() -> None:
 def test_filling_equals_the_mean_of_all_cells_whatever_the_batches() -> None:
     problem = make_problem(5, 3, 4, (5, 6), labelled=0.7, seed=6)
     parts = ((0, 1), (1, 4), (4, 5)), ((0, 5),)
-    states = [ClassCentroids(4, 3, dtype=torch.float64) for _ in parts]
+    states = [ClassCentroids(4, 3) for _ in parts]
     for state, cuts in zip(states, parts, strict=True):
         state.fill((problem.features[start:end], problem.cells[start:end]) for start, end in cuts)
     torch.testing.assert_close(states[0].centroids, states[1].centroids)
@@ -600,7 +626,7 @@ def what_a_worker_computes(case: str, part: slice) -> dict[str, Tensor]:
     problem = joined_batch(case)
     features = problem.features[part].clone().requires_grad_()
     cells = problem.cells[part]
-    state, filled = (ClassCentroids(4, 6, dtype=torch.float64) for _ in range(2))
+    state, filled = (ClassCentroids(4, 6) for _ in range(2))
     state.centroids.copy_(problem.centroids)
     state.seen.copy_(problem.seen)
     state.update(features, cells, momentum=0.9)

@@ -333,6 +333,23 @@ def test_a_hand_made_cell_pays_the_difference_of_distances_and_the_margin() -> N
     assert nearest.item() == 3
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0, 300.0])
+def test_the_margin_keeps_its_digits_where_all_directions_nearly_agree(offset: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(5, 1, 40, generator=generator) + offset
+    modes = (means + 0.3 * torch.randn(5, 3, 40, generator=generator)).requires_grad_()
+    labels = torch.randint(0, 5, (2, 12, 15), generator=generator)
+    embeddings = means[labels, 0] + torch.randn(2, 12, 15, 40, generator=generator)
+    embeddings = embeddings.movedim(3, 1).contiguous().requires_grad_()
+    wide = [tensor.detach().double().requires_grad_() for tensor in (embeddings, modes)]
+    actual, expected = mode_margin(embeddings, labels, modes), mode_margin(wide[0], labels, wide[1])
+    assert torch.equal(actual.nearest, expected.nearest)
+    torch.testing.assert_close(actual.loss.double(), expected.loss, rtol=1e-6, atol=0)
+    gradients = torch.autograd.grad(actual.loss, [embeddings, modes]), torch.autograd.grad(expected.loss, wide)
+    for gradient, wanted in zip(*gradients, strict=True):
+        assert (gradient - wanted).abs().max() <= 3e-5 * wanted.abs().max()
+
+
 def test_classes_weigh_the_same_whatever_their_number_of_cells() -> None:
     problem = example(labelled=1.0)
     alone = [

@@ -149,7 +149,7 @@ def test_distribution_contrast_equals_its_definition(
 @given(problem=problems, earlier=st.integers(0, 50))
 def test_class_statistics_equal_the_literal_merge(problem: Problem, earlier: int) -> None:
     classes, channels = problem.mean.shape
-    statistics = ClassStatistics(classes, channels, dtype=torch.float64)
+    statistics = ClassStatistics(classes, channels)
     statistics.count.fill_(earlier)
     statistics.mean.copy_(problem.mean)
     statistics.variance.copy_(problem.variance)
@@ -169,7 +169,7 @@ def test_class_statistics_equal_the_literal_merge(problem: Problem, earlier: int
 
 def test_merging_batches_equals_the_moments_of_all_pixels() -> None:
     batches = [make_problem(2, 3, 4, (5, 6), labelled=0.7, seed=seed) for seed in range(4)]
-    statistics = ClassStatistics(4, 3, dtype=torch.float64)
+    statistics = ClassStatistics(4, 3)
     for batch in batches:
         statistics.update(batch.features, batch.labels)
     pixels = torch.cat([batch.features.movedim(1, -1).reshape(-1, 3) for batch in batches])
@@ -181,13 +181,87 @@ def test_merging_batches_equals_the_moments_of_all_pixels() -> None:
         torch.testing.assert_close(statistics.variance[index], own.var(dim=0, correction=0))
 
 
-def test_a_large_common_offset_does_not_cancel_in_the_variance() -> None:
-    problem = make_problem(1, 4, 3, (20, 20), labelled=1.0, seed=0)
-    far = (problem.features + 1000).float()
-    statistics, precise = ClassStatistics(3, 4), ClassStatistics(3, 4, dtype=torch.float64)
-    statistics.update(far, problem.labels)
-    precise.update(far.double(), problem.labels)
-    torch.testing.assert_close(statistics.variance.double(), precise.variance, rtol=1e-5, atol=0)
+class FarApart(NamedTuple):
+    """Pixels of deviation 1 about class means that lie far from zero and from each other."""
+
+    features: Tensor  # (2, D, 4, 5) float32
+    labels: Tensor  # (2, 4, 5); the last class has a single pixel, the next one equal pixels
+    classes: int
+
+
+def make_far_apart(channels: int, classes: int, *, separation: float, offset: float, seed: int) -> FarApart:
+    generator = torch.Generator().manual_seed(seed)
+    means = separation * torch.randn(classes, channels, generator=generator) + offset
+    labels = torch.randint(0, classes - 1, (2, 4, 5), generator=generator)
+    labels[1, 3, 4] = classes - 1
+    deviations = torch.randn(2, 4, 5, channels, generator=generator) * (labels < classes - 2).unsqueeze(3)
+    return FarApart((means[labels] + deviations).movedim(3, 1).contiguous(), labels, classes)
+
+
+@fast
+@given(
+    problem=st.builds(
+        make_far_apart,
+        channels=st.integers(4, 20),
+        classes=st.integers(3, 6),
+        separation=st.sampled_from([0.1, 1.0, 30.0, 300.0, 1e4]),
+        offset=st.sampled_from([0.0, -30.0, 1e3]),
+        seed=st.integers(0, 2**31),
+    ),
+    temperature=st.sampled_from([0.3, 2.0, 100.0]),
+)
+@example(problem=make_far_apart(8, 4, separation=1.0, offset=0.0, seed=0), temperature=0.3)
+@example(problem=make_far_apart(8, 4, separation=300.0, offset=0.0, seed=0), temperature=0.3)
+@example(problem=make_far_apart(8, 4, separation=0.1, offset=1e3, seed=0), temperature=100.0)
+def test_float32_keeps_its_digits_however_far_apart_classes_are(problem: FarApart, temperature: float) -> None:
+    features = problem.features.requires_grad_()
+    channels = features.shape[1]
+    statistics = ClassStatistics(problem.classes, channels)
+    exact = (torch.zeros(problem.classes, dtype=torch.float64), *torch.zeros(2, problem.classes, channels).double())
+    for shift in (0.0, 3.0):  # two batches: the class of one pixel gets a variance by the second
+        statistics.update(features + shift, problem.labels)
+        exact = literal.merge_statistics((features + shift).double(), problem.labels, *exact)
+        torch.testing.assert_close(statistics.mean, exact[1], rtol=2e-7, atol=2e-6)
+        torch.testing.assert_close(statistics.variance, exact[2], rtol=1e-5, atol=0)
+
+        loss = distribution_contrast(
+            features, problem.labels, statistics.mean, statistics.variance, temperature=temperature
+        )
+        wide = features.detach().double().requires_grad_()
+        expected = literal.distribution_contrast(wide, problem.labels, *exact[1:], temperature=temperature)
+        value, gradient = value_and_gradient(loss, features)
+        expected_value, expected_gradient = value_and_gradient(expected, wide)
+        torch.testing.assert_close(value.double(), expected_value, rtol=1e-6, atol=1e-7)
+        assert (gradient - expected_gradient).abs().max() <= 3e-5 * expected_gradient.abs().max()
+
+
+def test_equal_pixels_have_no_variance() -> None:
+    color = torch.tensor([0.1, -7.3, 1e4]).view(1, 3, 1, 1)
+    statistics = ClassStatistics(2, 3)
+    for images in (1, 3):
+        labels = torch.zeros(images, 9, 11, dtype=torch.int64)
+        labels[0, 4, 4] = 1
+        statistics.update(color.expand(images, 3, 9, 11), labels)
+    assert statistics.count.tolist() == [99 - 1 + 3 * 99 - 1, 2]
+    torch.testing.assert_close(statistics.mean[1], color.flatten().double())
+    assert torch.equal(statistics.variance, torch.zeros(2, 3, dtype=torch.float64))
+
+
+def test_the_mean_keeps_moving_after_a_million_pixels() -> None:
+    statistics = ClassStatistics(1, 1)
+    statistics.count.fill_(10**6)
+    statistics.mean.fill_(1.0)
+    for _ in range(300):  # each moves the mean by less than half the distance to the next float32
+        statistics.update(torch.full((1, 1, 1, 1), 1.05), torch.zeros(1, 1, 1, dtype=torch.int64))
+    assert statistics.mean.item() == pytest.approx(1 + 0.05 * 300 / (10**6 + 300), abs=1e-9)
+
+
+def test_statistics_that_were_saved_in_float32_are_taken_up() -> None:
+    saved = {"count": torch.tensor([3, 0]), "mean": torch.randn(2, 4), "variance": torch.rand(2, 4)}
+    statistics = ClassStatistics(2, 4)
+    statistics.load_state_dict(saved)
+    for name, value in statistics.state_dict().items():
+        assert torch.equal(value, saved[name].to(value.dtype)), name
 
 
 def test_counts_keep_growing_past_the_integers_of_float32() -> None:
@@ -220,7 +294,7 @@ def test_contrast_works_in_channel_blocks_on_any_memory_layout(layout: str) -> N
         literal.distribution_contrast(*arguments, temperature=0.5),
         features,
     )
-    statistics = ClassStatistics(4, 600, dtype=torch.float64)
+    statistics = ClassStatistics(4, 600)
     statistics.update(features, problem.labels)
     _, mean, _ = literal.merge_statistics(features, problem.labels, torch.zeros(4), problem.mean, problem.variance)
     torch.testing.assert_close(statistics.mean[statistics.count > 0], mean[statistics.count > 0])
@@ -357,9 +431,11 @@ def losses_and_statistics(case: str, part: slice) -> dict[str, Tensor]:
     features = problem.features[part].clone().requires_grad_()
     logits = problem.logits[part].clone().requires_grad_()
     labels = problem.labels[part]
-    statistics = ClassStatistics(4, 6, dtype=torch.float64)
+    statistics = ClassStatistics(4, 6)
     statistics.update(features, labels)
     statistics.update(2 * features, labels)
+    far = ClassStatistics(4, 6)
+    far.update((features + 1e4 * labels.unsqueeze(1)).float(), labels)
     losses = {
         "cross entropy": (segmentation_cross_entropy(logits, labels), logits),
         "lovasz": (lovasz_softmax(logits, labels), logits),
@@ -368,7 +444,7 @@ def losses_and_statistics(case: str, part: slice) -> dict[str, Tensor]:
             features,
         ),
     }
-    results = dict(statistics.state_dict())
+    results = statistics.state_dict() | {f"{name} of classes far apart": t for name, t in far.state_dict().items()}
     for name, (loss, wanted) in losses.items():
         results[f"{name} value"], results[f"{name} gradient"] = value_and_gradient(loss, wanted)
     return results

@@ -56,6 +56,13 @@ def plain_density(cells: list[list[float]], temperature: float) -> float:
     return total / len(units)
 
 
+def test_the_information_in_nearly_uniform_predictions_is_not_lost_in_rounding() -> None:
+    logits = 1e-4 * torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    cells = logits.double().softmax(1).movedim(1, 3).reshape(-1, 4)
+    expected = plain_entropy(cells.mean(0).tolist()) - sum(map(plain_entropy, cells.tolist())) / len(cells)
+    assert scores_of(logits)["information_maximization"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_scores_equal_plain_loops_over_all_cells() -> None:
     torch.manual_seed(0)
     n, classes, height, width = 3, 4, 3, 5  # 15 cells an image: soft neighbourhood density takes them all

@@ -314,6 +314,7 @@ def test_a_finish_has_the_settings_of_its_trial(name: str) -> None:
         ("source_only", {}, "losses of its own on the target, but got 'source_only'. Leave out --keep-losses"),
         ("self_training", {}, "losses of its own on the target, but got 'self_training'"),
         ("sdca", {"method__restart": True}, "method.restart must be false: sdca's state is of the trained network"),
+        ("bicl", {"method__split_stem": True}, "method.split_stem must be false: bicl has its own layers"),
         ("sdca", {"method__source_weight": 0.0}, "method.source_weight must stay 1.0: sdca weighs its own losses"),
         ("plca", {"method__lovasz_weight": 0.5}, "method.lovasz_weight must stay 0.75: plca weighs"),
         ("sdca", {"method__kept_settings": {"tau": 1.0}}, r"settings of sdca, but got \['tau'\]"),

@@ -158,8 +158,20 @@ class Method(nn.Module, ABC):
 
     @property
     def deployed(self) -> Segmenter:
-        """The network that is evaluated and exported."""
+        """The network that is exported, and evaluated on target images."""
         return self.segmenter
+
+    def source_network(self, stage: Stage) -> Segmenter:
+        """Return the network as source images pass it in a stage, which is what they are evaluated with.
+
+        Default: the deployed one.
+        """
+        return self.deployed
+
+    @classmethod
+    def splits_stem(cls, config: Any) -> bool:
+        """Return whether source images pass shallow layers of their own, the module `source_stem`. Default: no."""
+        return False
 
     def labeller(self, stage: Stage) -> Segmenter:
         """Return the network that makes the pseudo labels of a stage."""

@@ -158,14 +158,20 @@ def evaluate(
     threads: int = 0,
     inference: Inference = ONCE,
     rule: LabelRule | None = None,
+    source_network: Segmenter | None = None,
 ) -> Evaluation:
-    """Evaluate both domains, and on the target the pseudo labels of `rule`; the network is left in its mode."""
+    """Evaluate both domains, and on the target the pseudo labels of `rule`; the network is left in its mode.
+
+    Source images are shown to `source_network`, which may share parts with the network, or to the network itself.
+    """
     rule = rule if len(data.target) else None
     training = segmenter.training
-    segmenter.eval()
+    networks = (source_network or segmenter, segmenter)
+    for network in networks:
+        network.eval()
     source, target = (
         evaluate_domain(
-            segmenter,
+            network,
             images,
             data.classes,
             device,
@@ -174,7 +180,8 @@ def evaluate(
             inference=inference,
             rule=rule_of_domain,
         )
-        for images, rule_of_domain in ((data.source, None), (data.target, rule))
+        for network, images, rule_of_domain in zip(networks, (data.source, data.target), (None, rule), strict=True)
     )
-    segmenter.train(training)
+    for network in networks:
+        network.train(training)
     return Evaluation(source, target, data.classes)

@@ -147,9 +147,8 @@ class PredictionStatistics:
             logits: (b, C, h, w), any floating type.
             mirrored: Logits of the images mirrored left to right, mirrored back; of the same shape.
         """
-        log_probabilities = logits.float().log_softmax(1).flatten(2)
-        cells = log_probabilities.exp()
-        exact = cells.double()
+        log_probabilities = logits.double().log_softmax(1).flatten(2)
+        exact = log_probabilities.exp()
         agreeing = logits.argmax(1) == mirrored.argmax(1)
         self.entropies[indices] = -(exact * log_probabilities).sum(1).mean(1).cpu()
         self.probabilities[indices] = exact.mean(2).cpu()

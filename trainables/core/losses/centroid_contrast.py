@@ -64,15 +64,27 @@ def centroid_contrast(
     if not temperature > 0:
         raise ValueError(f"`temperature` must be positive, but got {temperature}.")
     sums, counts = class_sums(features, labels, len(centroids))
-    anchors = F.normalize(centroids.detach().to(sums.dtype), dim=1, eps=SMALLEST_NORM)
+    anchors = F.normalize(centroids.detach().double(), dim=1, eps=SMALLEST_NORM)
+    # What all seen centroids have in common changes no loss, and would cancel where their directions nearly agree.
+    common = (anchors * seen.unsqueeze(1)).sum(dim=0) / seen.sum().clamp(min=1)
     with torch.autocast(features.device.type, enabled=False):
-        logits = _direction(sums / counts.clamp(min=1).unsqueeze(2)) @ anchors.T / temperature
+        means = _direction(sums / counts.clamp(min=1).unsqueeze(2))
+        logits = means @ (anchors - common).to(sums.dtype).T / temperature
     valid = (counts >= max(min_cells, 1)) & seen
     # Rows that take no part become zeros, so that no row consists of unseen classes alone.
     logits = torch.where(valid.unsqueeze(2), logits.masked_fill(~seen, -torch.inf), 0.0)
-    losses = logits.logsumexp(dim=2) - logits.diagonal(dim1=1, dim2=2)
+    losses = _cross_entropy_of_diagonal(logits)
     total = torch.where(valid, losses, 0.0).sum(dtype=torch.float64).to(losses.dtype)
     return global_mean(total, valid.sum())
+
+
+def _cross_entropy_of_diagonal(logits: Tensor) -> Tensor:
+    """Return log Σ_j exp(l_kj) - l_kk, (B, C), of logits (B, C, C), with all digits where it is close to zero."""
+    diagonal = torch.eye(logits.shape[1], dtype=torch.bool, device=logits.device)
+    excess = logits - logits.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    # Not -inf, of which the derivative of a logsumexp over nothing else is NaN.
+    others = excess.masked_fill(diagonal, torch.finfo(logits.dtype).min).logsumexp(dim=2)
+    return F.softplus(others, threshold=100)
 
 
 def class_sums(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

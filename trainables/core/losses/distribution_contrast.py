@@ -70,9 +70,12 @@ def distribution_contrast(
     if not temperature > 0:
         raise ValueError(f"`temperature` must be positive, but got {temperature}.")
     precise = torch.promote_types(features.dtype, torch.float32)
-    linear = F.normalize(mean.detach().to(precise), dim=1, eps=SMALLEST_NORM) / temperature
-    quadratic = F.normalize(variance.detach().to(precise), dim=1, eps=SMALLEST_NORM)
-    quadratic = quadratic * (covariance_factor / (2.0 * temperature**2))
+    directions = F.normalize(mean.detach().double(), dim=1, eps=SMALLEST_NORM)
+    # A vector taken from all means leaves the loss as it is, and of large features with a common offset, whose
+    # directions nearly agree, it takes the part that would cancel.
+    linear = ((directions - directions.mean(dim=0)) / temperature).to(precise)
+    quadratic = F.normalize(variance.detach().double(), dim=1, eps=SMALLEST_NORM)
+    quadratic = (quadratic * (covariance_factor / (2.0 * temperature**2))).to(precise)
     total: Tensor = _ContrastSum.apply(features, labels, linear, quadratic)
     return global_mean(total, (labels != IGNORE_INDEX).sum()).to(precise)
 

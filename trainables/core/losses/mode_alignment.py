@@ -77,10 +77,13 @@ def mode_margin(embeddings: Tensor, labels: Tensor, modes: Tensor, *, margin: fl
         )
     if not margin >= 0:
         raise ValueError(f"`margin` must not be negative, but got {margin}.")
-    unit = _unit(modes.flatten(0, 1), _precise(embeddings))
+    precise = _precise(embeddings)
+    unit = _unit(modes.flatten(0, 1), torch.float64)
+    # Only differences between distances count, which what all modes have in common does not change.
+    centred = (unit - unit.mean(dim=0)).to(precise)
     weights = _balanced_weights(labels, len(modes))
-    loss, nearest = _MarginSum.apply(embeddings, labels, unit, weights, modes.shape[1], margin)
-    return ModeMargin(loss.to(unit.dtype), nearest)
+    loss, nearest = _MarginSum.apply(embeddings, labels, centred, weights, modes.shape[1], margin)
+    return ModeMargin(loss.to(precise), nearest)
 
 
 @torch.no_grad()
@@ -264,7 +267,10 @@ def pick_unit_vectors(
 
 
 class _MarginSum(torch.autograd.Function):
-    """Weighted sum of the excess, float64, and the nearest own modes; unit modes are (G, D), weights go by label."""
+    """Weighted sum of the excess, float64, and the nearest own modes; weights go by label.
+
+    Unit modes are (G, D), less a vector that is the same for all.
+    """
 
     @staticmethod
     def forward(

@@ -38,6 +38,8 @@ from segadapt.trainables.core.networks.segmenter import (
     Normalisation,
     Segmenter,
     SegmenterOutput,
+    split_backbone,
+    with_stem,
 )
 from segadapt.trainables.core.networks.weights import WeightsReport, load_weights, read_weights
 
@@ -58,6 +60,8 @@ __all__ = [
     "build_segmenter",
     "load_weights",
     "recompute_blocks",
+    "split_backbone",
+    "with_stem",
 ]
 
 logger = logging.getLogger(__name__)

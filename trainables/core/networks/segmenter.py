@@ -3,12 +3,15 @@
 B images of H x W pixels, D feature channels, C classes, h x w cells of the feature map.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from segadapt.trainables.core.networks.layers import Backbone
 
 
 @dataclass(frozen=True)
@@ -99,3 +102,26 @@ class Segmenter(nn.Module):
         """Return `logits`, (B, C, h, w), interpolated bilinearly to (B, C, *size), in float32 or wider."""
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.interpolate(precise, size=size, mode="bilinear", align_corners=self.align_corners)
+
+
+def split_backbone(segmenter: Segmenter) -> Backbone:
+    """Return the backbone of a network whose shallow layers may be kept per domain.
+
+    Raises:
+        ValueError: If it has no such layers.
+    """
+    backbone = segmenter.backbone
+    if not isinstance(backbone, Backbone):
+        raise ValueError(
+            f"method.split_stem=true needs a backbone with a stem, but the network has {type(backbone).__name__}. "
+            "Set method.split_stem=false or choose another network.name."
+        )
+    return backbone
+
+
+def with_stem(segmenter: Segmenter, stem: nn.Module) -> Segmenter:
+    """Return a network with other shallow layers; it shares `stem` and all other parts, and is part of no state."""
+    network = copy.copy(segmenter)
+    network._modules = dict(segmenter._modules)  # the copy would share the original's
+    network.backbone = Backbone(stem, split_backbone(segmenter).stages)
+    return network

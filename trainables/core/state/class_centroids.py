@@ -17,10 +17,9 @@ class ClassCentroids(nn.Module):
     Args:
         num_classes: C.
         channels: D.
-        dtype: Type of the stored centroids; sums over images and workers are float64.
 
     Attributes:
-        centroids: (C, D); zero for a class never seen.
+        centroids: (C, D), float64, in which small moves are not lost; zero for a class never seen.
         seen: Which classes have been seen, (C,) bool. A class that has not is to be left out, not to enter as zero.
 
     Source:
@@ -31,9 +30,9 @@ class ClassCentroids(nn.Module):
     centroids: Tensor
     seen: Tensor
 
-    def __init__(self, num_classes: int, channels: int, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, num_classes: int, channels: int) -> None:
         super().__init__()
-        self.register_buffer("centroids", torch.zeros(num_classes, channels, dtype=dtype))
+        self.register_buffer("centroids", torch.zeros(num_classes, channels, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
 
     @torch.no_grad()
@@ -51,7 +50,7 @@ class ClassCentroids(nn.Module):
             momentum: Share of the centroid that stays, in [0, 1].
         """
         means, present = self._means(*self._sums(features, labels))
-        moved = momentum * self.centroids.double() + (1 - momentum) * means
+        moved = momentum * self.centroids + (1 - momentum) * means
         self._replace(torch.where(self.seen.unsqueeze(1), moved, means), present)
 
     @torch.no_grad()
@@ -62,7 +61,7 @@ class ClassCentroids(nn.Module):
             batches: Features and labels as in `update`. Workers may have unequally many, or none, but all must call
                 this. Classes that occur nowhere keep their centroid.
         """
-        sums = self.centroids.new_zeros(self.centroids.shape, dtype=torch.float64)
+        sums = torch.zeros_like(self.centroids)
         counts = self.seen.new_zeros(self.seen.shape, dtype=torch.int64)
         for features, labels in batches:
             batch_sums, batch_counts = self._sums(features, labels)
@@ -81,5 +80,5 @@ class ClassCentroids(nn.Module):
         return sum_over_workers(sums) / counts.clamp(min=1).unsqueeze(1), counts > 0
 
     def _replace(self, centroids: Tensor, present: Tensor) -> None:
-        self.centroids.copy_(torch.where(present.unsqueeze(1), centroids, self.centroids.double()))
+        self.centroids.copy_(torch.where(present.unsqueeze(1), centroids, self.centroids))
         self.seen.logical_or_(present)

@@ -24,10 +24,10 @@ class PrototypeCalibration(nn.Module):
     Args:
         num_classes: C.
         channels: D.
-        dtype: Type of the stored bias.
 
     Attributes:
-        bias: b, (C, D); zero at the start and for a class that no pair has shared.
+        bias: b, (C, D), float64, in which small moves are not lost; zero at the start and for a class that no pair has
+            shared.
 
     Source:
         Lee et al., Bi-directional Contrastive Learning (BiCL), ECCV 2022, arXiv 2207.10892, describes the calibration
@@ -36,9 +36,9 @@ class PrototypeCalibration(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, num_classes: int, channels: int, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, num_classes: int, channels: int) -> None:
         super().__init__()
-        self.register_buffer("bias", torch.zeros(num_classes, channels, dtype=dtype))
+        self.register_buffer("bias", torch.zeros(num_classes, channels, dtype=torch.float64))
 
     @torch.no_grad()
     def label_target(
@@ -72,9 +72,9 @@ class PrototypeCalibration(nn.Module):
         source, source_sizes = class_prototypes(source_features, source_labels, classes)
         target, target_sizes = class_prototypes(target_features, target_labels, classes)
         present = source_sizes > 0
-        biases = self._walk(target - source, present & (target_sizes > 0), momentum)
+        biases = self._walk(target.double() - source.double(), present & (target_sizes > 0), momentum)
         labels, _ = transfer_labels(
-            target_features, source + biases, present, temperature=temperature, threshold=threshold
+            target_features, (source + biases).to(precise), present, temperature=temperature, threshold=threshold
         )
         return labels
 
@@ -82,7 +82,7 @@ class PrototypeCalibration(nn.Module):
         """Move the bias over the pairs of all workers; return what each pair of this worker saw, (B, C, D)."""
         first = rows_before(len(differences), differences.device)
         biases = []
-        bias = self.bias.to(differences.dtype)
+        bias = self.bias.clone()
         steps = zip(gather_over_workers(differences), gather_over_workers(shared.to(torch.uint8)), strict=True)
         for difference, is_shared in steps:
             biases.append(bias)

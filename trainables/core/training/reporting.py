@@ -57,7 +57,7 @@ def evaluate_method(
     device: torch.device,
     threads: int,
 ) -> EvaluatedMethod:
-    """Evaluate the deployed network on both validation sets, and its pseudo labels and label-free scores.
+    """Evaluate a method on both validation sets, and its pseudo labels and label-free scores.
 
     Args:
         method: The method.
@@ -76,7 +76,16 @@ def evaluate_method(
     if rule is not None and inference.window is not None:
         rule = by_network(rule, network)  # labels are made of whole images
     batch_size = config.eval_batch_size
-    evaluation = evaluate(network, data, device, batch_size, threads=threads, inference=inference, rule=rule)
+    evaluation = evaluate(
+        network,
+        data,
+        device,
+        batch_size,
+        threads=threads,
+        inference=inference,
+        rule=rule,
+        source_network=method.source_network(stage),
+    )
     evaluated = time.perf_counter()
     scores = label_free_scores(network, ScoredImages(data.scored), device, batch_size, threads=threads)
     seconds = {"evaluation": evaluated - started, "scores": time.perf_counter() - evaluated}
