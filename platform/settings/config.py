@@ -6,6 +6,8 @@ import difflib
 import functools
 import inspect
 import json
+import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,12 @@ from segadapt.trainables.core.training.config import OptimizerConfig, TrainerCon
 
 Values = Mapping[str, Any]
 """Settings by dotted key, such as {"method.temperature": 10.0}."""
+
+_FLOW = ("[", "{", '"', "'")
+"""How a word begins that is meant to be a list, a mapping or quoted text."""
+
+_NOT_PLAIN = re.compile(r"[\s:#]")
+"""What no number has, but YAML passes over or reads as one: `3 # a comment`, and 12:30 as 750."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +121,11 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Parse `KEY=VALUE` words; values are JSON or YAML, otherwise text."""
+    """Parse `KEY=VALUE` words.
+
+    A value is a number, true, false or null as JSON and YAML write them, a list, mapping or quoted text if it begins as
+    one, and otherwise text as it stands: a path may hold ` #` and `: `.
+    """
     values: dict[str, Any] = {}
     for word in assignments:
         key, separator, text = word.partition("=")
@@ -128,9 +140,12 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 def _parse_value(text: str) -> Any:
     for parse in (json.loads, yaml.safe_load):  # JSON first: YAML 1.1 takes 1e-3 for text
         try:
-            return parse(text)
+            value = parse(text)
         except (ValueError, yaml.YAMLError):
             continue
+        plain = value is None or isinstance(value, bool | int | float)
+        if text.startswith(_FLOW) or (plain and not _NOT_PLAIN.search(text)):
+            return value
     return text
 
 
@@ -163,10 +178,10 @@ def anchored(values: Values) -> dict[str, Any]:
     for key in ("data.source", "data.target"):
         kind, separator, root = str(values.get(key, "")).partition(":")
         if separator and root and "://" not in root:
-            settings[key] = f"{kind}:{Path(root).expanduser().absolute()}"
+            settings[key] = f"{kind}:{Path(os.path.expanduser(root)).absolute()}"
     weights = Path(str(values.get("network.weights", "")))
     if weights.suffix:  # published weights go by a name, without a dot
-        settings["network.weights"] = str(weights.expanduser().absolute())
+        settings["network.weights"] = str(Path(os.path.expanduser(weights)).absolute())
     return settings
 
 
