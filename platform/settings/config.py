@@ -6,7 +6,6 @@ import difflib
 import functools
 import inspect
 import json
-import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from segadapt.platform.errors import UsageError
+from segadapt.platform.settings.text import path_of
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import DataConfig
 from segadapt.trainables.core.data.transforms import AugmentationConfig
@@ -178,10 +178,10 @@ def anchored(values: Values) -> dict[str, Any]:
     for key in ("data.source", "data.target"):
         kind, separator, root = str(values.get(key, "")).partition(":")
         if separator and root and "://" not in root:
-            settings[key] = f"{kind}:{Path(os.path.expanduser(root)).absolute()}"
+            settings[key] = f"{kind}:{path_of(root).absolute()}"
     weights = Path(str(values.get("network.weights", "")))
     if weights.suffix:  # published weights go by a name, without a dot
-        settings["network.weights"] = str(Path(os.path.expanduser(weights)).absolute())
+        settings["network.weights"] = str(path_of(str(weights)).absolute())
     return settings
 
 

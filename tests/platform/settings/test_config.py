@@ -77,8 +77,21 @@ def test_values_are_parsed_by_what_they_look_like(word: str, value: object) -> N
         "2026-11-30",
         "100%",
         "*star",
-    ]
-    + ["&anchor x", "!tag x", "l[0]", "{a}/b", "q'q", "| x", "> x", "@x", "`x`", "a, b", "x y ", "a=b", "~name", "0#1"],
+        "&anchor x",
+        "!tag x",
+        "l[0]",
+        "{a}/b",
+        "q'q",
+        "| x",
+        "> x",
+        "@x",
+        "`x`",
+        "a, b",
+        "x y ",
+        "a=b",
+        "~name",
+        "0#1",
+    ],
 )
 def test_words_are_taken_literally_unless_they_are_numbers_or_begin_as_a_list_a_mapping_or_a_quotation(
     text: str,
@@ -88,8 +101,17 @@ def test_words_are_taken_literally_unless_they_are_numbers_or_begin_as_a_list_a_
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("yes", True), ("~", None), (".5", 0.5), ("-1e3", -1000), ("{a: 1}", {"a": 1}), ("[a #b]", "[a #b]"), ("'1'", "1")]
-    + [('"a: #b"', "a: #b"), ("[x, 'a #b']", ["x", "a #b"])],
+    [
+        ("yes", True),
+        ("~", None),
+        (".5", 0.5),
+        ("-1e3", -1000),
+        ("{a: 1}", {"a": 1}),
+        ("[a #b]", "[a #b]"),
+        ("'1'", "1"),
+        ('"a: #b"', "a: #b"),
+        ("[x, 'a #b']", ["x", "a #b"]),
+    ],
 )
 def test_what_is_meant_as_a_value_is_read_as_one(text: str, value: object) -> None:
     assert parse_assignments([f"a={text}"]) == {"a": value}

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -181,7 +181,7 @@ def _parts(
     if len(train) < least:
         raise ValueError(
             f"A {dataset.kind} dataset must hold {dataset.layout}, with at least {least} training images, but "
-            f"{dataset.root} has {len(train)}. `segadapt data check {dataset.kind} {dataset.root}` says more."
+            f"{dataset.root} has {len(train)}. {dataset.check_command} says more."
         )
     if not len(val):
         by_hash = sorted(range(len(train)), key=lambda index: hashlib.sha256(train.ids[index].encode()).digest())
@@ -191,7 +191,9 @@ def _parts(
         train = train.subset([index for index in range(len(train)) if index not in held_out])
     parts = []
     for name, split, labelled in ((f"{domain} train", train, train_labels), (f"{domain} val", val, True)):
-        _refuse(split.repeated_ids(), f"Images of {name} must differ in name", split, dataset)
+        if config.skip_bad:
+            split = _without_lost(split, dataset, name, notes)
+        _refuse(split.repeated_ids(), f"Files of {name} must differ in name", split, dataset)
         if labelled:
             _refuse(split.missing_labels(), f"Every image of {name} must have a label", split, dataset)
         if config.skip_bad:
@@ -204,8 +206,23 @@ def _refuse(faults: Sequence[Fault], requirement: str, split: Split, dataset: Da
     if faults:
         raise ValueError(
             f"{requirement}, but {len(faults)} of {len(split)} do not, e.g. {faults[0].path}. "
-            f"`segadapt data check {dataset.kind} {dataset.root}` lists all."
+            f"{dataset.check_command} lists all."
         )
+
+
+def _without_lost(split: Split, dataset: Dataset, name: str, notes: list[str]) -> Split:
+    """Leave out samples whose image or label is no file, such as a link that leads nowhere, and say which."""
+    reasons = list(in_threads(partial(dataset.lost_file, split), range(len(split)), decoding_threads()))
+    kept = [index for index, reason in enumerate(reasons) if reason is None]
+    lost = [reason for reason in reasons if reason is not None]
+    if not kept:
+        raise ValueError(f"{name} must hold a file that can be decoded, but none of {len(split)} can: {lost[0]}")
+    if lost:
+        shown = "; ".join(lost[:_NAMED]) + (f"; and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")
+        notes.append(
+            f"{len(lost)} of {len(split)} images of {name} are left out as gone, or as their label is: {shown}."
+        )
+    return split.subset(kept)
 
 
 def _without_bad(split: Split, dataset: Dataset, name: str, notes: list[str], *, labels: bool) -> Split:

@@ -43,7 +43,7 @@ def open_folder(root: Path) -> Dataset:
     splits = {}
     for split in _SPLITS:
         images = [(path.stem, path) for path in files_in(root / split / "images", _IMAGES)]
-        splits[split] = pair(images, {path.stem: path for path in files_in(root / split / "labels")})
+        splits[split] = pair(images, [(path.stem, path) for path in files_in(root / split / "labels")])
     return Dataset(
         kind="folder",
         root=root,
