@@ -192,6 +192,7 @@ def test_a_full_disk_is_refused(segadapt: Call, monkeypatch: pytest.MonkeyPatch)
 def test_the_contact_sheet_is_a_picture(segadapt: Call, tmp_path: Path) -> None:
     from PIL import Image
 
-    assert segadapt("data", "show", "sheet.png").returncode == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert min(sheet.size) > 200
+    for words, written in (([], "streets.png"), (["sheet.png"], "sheet.png")):
+        assert segadapt("data", "show", *words).stdout == f"Wrote {written}\n"
+        with Image.open(tmp_path / written) as sheet:
+            assert min(sheet.size) > 200

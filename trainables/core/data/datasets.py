@@ -54,7 +54,8 @@ KINDS: Mapping[str, Kind] = {
 }
 """All kinds of datasets in files, by their names in KIND:ROOT."""
 
-_READ = (*KINDS, SHARDS)
+READABLE = (*KINDS, SHARDS)
+"""All kinds that can be read, packed ones too."""
 
 _NAMED = 20  # files that a note names at most
 
@@ -109,8 +110,8 @@ def split_location(text: str, name: str) -> tuple[str, str]:
     """
     kind, separator, root = text.partition(":")
     check(
-        bool(separator and root) and kind in _READ,
-        f"{name} must be KIND:ROOT with KIND one of {', '.join(_READ)}",
+        bool(separator and root) and kind in READABLE,
+        f"{name} must be KIND:ROOT with KIND one of {', '.join(READABLE)}",
         text,
         f"Example: {name}=gta5:/data/GTA5",
     )
@@ -123,7 +124,7 @@ def open_dataset(kind: str, root: str) -> Dataset:
     Raises:
         ValueError: If the kind is not known, the folder does not exist or its class list is malformed.
     """
-    check(kind in _READ, f"The kind of a dataset must be one of {', '.join(_READ)}", kind)
+    check(kind in READABLE, f"The kind of a dataset must be one of {', '.join(READABLE)}", kind)
     if kind == SHARDS and (is_uri(root) or Path(root).is_dir()):
         return open_shards(root)
     if not Path(root).is_dir():
