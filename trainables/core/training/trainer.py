@@ -96,7 +96,8 @@ class Trainer:
         folder: Path,
         device: torch.device | None = None,
     ) -> None:
-        settings.trainer.check_workers(distributed.world_size(), method.segmenter.least_images)
+        self.least_images = method.segmenter.least_images
+        settings.trainer.check_workers(distributed.world_size(), self.least_images)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.memory_format = torch.channels_last if settings.trainer.channels_last else torch.contiguous_format
         self.method = method.to(device=self.device)
@@ -168,7 +169,7 @@ class Trainer:
             self._begin_stage(stage, done, optimizer)
         train_step = self.parallel()
         workers = distributed.world_size()
-        may_fail = workers == 1 and self._smaller_micro_batch() is not None
+        may_fail = workers == 1 and smaller_micro_batch(self.micro_batch, 1, self.least_images) is not None
         before = Snapshot(self.method) if may_fail else None
         batches = self.batches(stage, start)
         self._seed(stage, start)
@@ -318,10 +319,6 @@ class Trainer:
         """Return the method, wrapped for data parallelism where there are several workers."""
         return data_parallel(self.method, self.device)
 
-    def _smaller_micro_batch(self) -> int | None:
-        least = self.method.segmenter.least_images
-        return smaller_micro_batch(self.micro_batch, distributed.world_size(), least)
-
     def _use_smaller_micro_batches(self, stage: Stage, step: int) -> None:
         """Part the steps further, since one did not fit.
 
@@ -329,7 +326,7 @@ class Trainer:
         the method's own statistics, for the one that failed. They begin again from the last checkpoint.
         """
         workers = distributed.world_size()
-        size = self._smaller_micro_batch()
+        size = smaller_micro_batch(self.micro_batch, workers, self.least_images)
         where = f"step {step} of stage '{stage.name}'"
         if size is None:
             raise InfeasibleError(
