@@ -133,11 +133,12 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"A setting must be written KEY=VALUE, but got {word!r}. Example: trainer.steps=100")
         if key in values:
             raise UsageError(f"A setting must be given once, but {key!r} came twice. Keep one.")
-        values[key] = _parse_value(text)
+        values[key] = parse_value(text)
     return values
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """Return what a word means as a value; see `parse_assignments`."""
     for parse in (json.loads, yaml.safe_load):  # JSON first: YAML 1.1 takes 1e-3 for text
         try:
             value = parse(text)
