@@ -117,7 +117,7 @@ def test_ends_and_choices_are_read_as_values_of_settings_are(text: str, distribu
     if distribution is not None:
         assert split_ranges("sdca", {"method.temperature": text})[1] == {"method.temperature": distribution}
         return
-    with pytest.raises(UsageError, match="A range must be|must be of type float"):
+    with pytest.raises(UsageError, match=r"A range must be|must be of type float"):
         split_ranges("sdca", {"method.temperature": text})
 
 
