@@ -94,7 +94,7 @@ def test_micro_batches_stay_equal_parts_and_a_multiple_of_the_workers() -> None:
     assert sizes == [12, 6, 3, 1, None]
     assert [smaller_micro_batch(size, 2) for size in (12, 6, 2)] == [6, 2, None]
     assert [smaller_micro_batch(size, 1, 2) for size in (12, 6, 3, 2)] == [6, 3, None, None]
-    assert [smaller_micro_batch(size, 2, 2) for size in (12, 8, 4)] == [None, 4, None]
+    assert [smaller_micro_batch(size, 2, 2) for size in (12, 8, 4)] == [6, 4, None]
 
 
 @pytest.mark.slow

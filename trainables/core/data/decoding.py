@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import stat
 import struct
 import zlib
@@ -74,6 +75,8 @@ def check_is_file(path: Path) -> None:
         raise UnreadableError(gone if error.errno == errno.ENOENT else f"{error.strerror}".lower()) from error
     if not stat.S_ISREG(mode):
         raise UnreadableError(f"it is {'a folder' if stat.S_ISDIR(mode) else 'no file, but a pipe or a device'}")
+    if not os.access(path, os.R_OK):
+        raise UnreadableError("it may not be read by this user")
 
 
 # PIL, not torchvision: torchvision 0.29 ends the whole process on a PNG with a wrong checksum. PIL does not look at the

@@ -330,7 +330,8 @@ class Trainer:
         where = f"step {step} of stage '{stage.name}'"
         if size is None:
             raise InfeasibleError(
-                f"The least batch of each domain must fit the device, but {where} does not. Lower augmentation.crop or "
+                f"{'One image' if self.least_images == 1 else f'{self.least_images} images'} of each domain must fit the "
+                f"device, but {where} does not. Lower augmentation.crop or "
                 "augmentation.source_size and target_size, or choose a smaller network."
             )
         message = f"{self.micro_batch} images of each domain do not fit the device; going on with {size}."
