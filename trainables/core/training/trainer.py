@@ -329,9 +329,9 @@ class Trainer:
         size = smaller_micro_batch(self.micro_batch, workers, self.least_images)
         where = f"step {step} of stage '{stage.name}'"
         if size is None:
+            least = "One image" if self.least_images == 1 else f"{self.least_images} images"
             raise InfeasibleError(
-                f"{'One image' if self.least_images == 1 else f'{self.least_images} images'} of each domain must fit the "
-                f"device, but {where} does not. Lower augmentation.crop or "
+                f"{least} of each domain must fit the device, but {where} does not. Lower augmentation.crop or "
                 "augmentation.source_size and target_size, or choose a smaller network."
             )
         message = f"{self.micro_batch} images of each domain do not fit the device; going on with {size}."
