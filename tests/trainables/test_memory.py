@@ -132,7 +132,7 @@ def test_a_network_that_normalises_over_images_refuses_batches_of_one_before_it_
     with pytest.raises(ValueError, match=r"trainer\.batch_size must be at least 2 .* but got 1"):
         toy_trainer(config, tmp_path)
     config.trainer.check_workers(1, 1)
-    with pytest.raises(ValueError, match=r"at least 4 with --workers 2 .* but got 2"):
+    with pytest.raises(ValueError, match=r"at least 4 with 2 worker.* but got 2"):
         dataclasses.replace(config.trainer, batch_size=2).check_workers(2, 2)
     with pytest.raises(ValueError, match="multiple of the 2 workers, but got 3"):
         dataclasses.replace(config.trainer, batch_size=3).check_workers(2, 2)

@@ -73,6 +73,14 @@ Call = Callable[..., CompletedProcess[str]]
         (("search", "sdca", "--objective", "time/step"), "--objective must have a metric of quality"),
         (("search", "sdca", "--rerank", "2", "--seeds", "1"), "--seeds at least 2"),
         (("search", "sdca", "method.temperature=interval(2, 1)"), "A range must be interval(LOW, HIGH)"),
+        (
+            ("train", "source_only", "network.name=deeplabv3_resnet50", "trainer.batch_size=1"),
+            "must be at least 2 with",
+        ),
+        (
+            ("train", "sdca", "--workers-per-trial", "3", "trainer.batch_size=4"),
+            "must be a multiple of the 3 workers, but got 4",
+        ),
         (("search", "sdca", "warmup.steps=choice(10, 20)"), "A searched setting must act on the trials alone"),
         (
             ("search", "sdca", "--study-uri", "postgresql+psycopg://me:pw@127.0.0.1:1/x"),

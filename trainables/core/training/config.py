@@ -97,7 +97,7 @@ class TrainerConfig:
         )
         check(
             self.batch_size // workers >= least_images,
-            f"trainer.batch_size must be at least {least_images * workers} with --workers {workers} and this network, "
+            f"trainer.batch_size must be at least {least_images * workers} with {workers} worker(s) and this network, "
             f"which normalises what it pools over {least_images} or more images",
             self.batch_size,
         )
