@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.config import Values, resolve
+from segadapt.platform.settings.text import path_of
 
 if TYPE_CHECKING:
     from segadapt.trainables.core.data.checking import DatasetReport
@@ -132,28 +133,45 @@ def data_pack(
         raise UsageError(str(error)) from error
 
 
-def data_show(path: str, values: Values) -> Path:
-    """Write a contact sheet of both domains of streets, with labels in Cityscapes colours.
+def data_show(
+    path: str | None = None, values: Values | None = None, *, kind: str | None = None, root: str | None = None
+) -> Path:
+    """Write a contact sheet of datasets: images beside their labels, in the colours of their classes.
 
     Args:
-        path: The PNG to write, in a folder that exists.
-        values: Settings of `data.streets`, by dotted key.
+        path: The PNG to write, in a folder that exists; None: a name after what is shown, here.
+        values: Settings of `data`, by dotted key: both domains are shown, of streets or of `data.source` and
+            `data.target`. Of each, the validation images where there are any.
+        kind: Shows this dataset alone, all its splits: gta5, synthia, cityscapes, folder or shards.
+        root: Folder of that dataset, or the URI of packed shards.
 
     Returns:
         The path that was written.
 
     Raises:
-        UsageError: If the folder does not exist, or a setting is not known.
+        UsageError: If the folder does not exist, a setting is not known, or there is no such dataset or no image in it.
 
     Example:
         >>> import segadapt
         >>> segadapt.data_show("sheet.png", {"data.streets.height": 32, "data.streets.width": 64}).stat().st_size > 1000
         True
     """
-    from segadapt.trainables.core.data.streets import contact_sheet
+    from segadapt.trainables.core.data.sheet import contact_sheet, panels_of_config, panels_of_dataset
 
-    target = Path(path)
+    config = resolve("source_only", values or {}).data
+    if (kind is None) != (root is None) or (kind is not None and values):
+        raise UsageError(
+            "What is shown must be named by KIND and ROOT or by KEY=VALUE, but got "
+            f"{' '.join(filter(None, (kind, root, *(values or {}))))}."
+        )
+    target = path_of(path or f"{kind or config.name}.png")
     if not target.parent.is_dir():
         raise UsageError(f"The folder of the picture must exist, but {target.parent} does not. Make it first.")
-    contact_sheet(resolve("source_only", values).data.streets, target)
+    if target.is_dir():
+        raise UsageError(f"The picture must be a new file or replace one, but {target} is a folder. Name a PNG.")
+    try:
+        panels = panels_of_config(config) if kind is None or root is None else panels_of_dataset(kind, root)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    contact_sheet(panels, target)
     return target

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.config import Values
+from segadapt.platform.settings.text import path_of
 from segadapt.platform.storage.folders import HERE, Place
 
 if TYPE_CHECKING:
@@ -146,8 +147,8 @@ def predict(
 
     return prediction.predict(
         _labeller(source, search, place),
-        Path(images).expanduser(),
-        Path(out).expanduser(),
+        path_of(images),
+        path_of(out),
         batch_size=batch_size,
         overlay=overlay,
         confidence=confidence,

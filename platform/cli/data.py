@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from typing import Annotated
 
@@ -10,6 +11,9 @@ import typer
 from segadapt.platform.cli.options import AsJson, Assignments, LateHelp, assignments
 from segadapt.platform.cli.tables import console, progress_bar, show_dataset
 from segadapt.platform.settings.text import size_text
+
+_SETTING = re.compile(r"\w+(\.\w+)+=|seed=")
+"""How a word begins that is no path but a setting."""
 
 app = typer.Typer(
     name="data", help="Datasets: write streets, check and pack what is on disk, look at samples.", no_args_is_help=True
@@ -88,11 +92,29 @@ def pack(
     console().print(f"{out}: {held}, {packed} in {len(manifest.shards)} shards", markup=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=LateHelp)
 def show(
-    path: Annotated[str, typer.Argument(help="The PNG to write.")] = "streets.png", settings: Assignments = None
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KIND ROOT] [PATH] [KEY=VALUE]...",
+            help="A dataset, {readable}, and its folder; the PNG to write; or settings of `data`. Default: streets.",
+        ),
+    ] = None,
 ) -> None:
-    """Write a contact sheet of both domains with labels in Cityscapes colours."""
-    from segadapt.platform.api import data
+    """Write a contact sheet: images beside their labels, in the colours of their classes.
 
-    print(f"Wrote {data.data_show(path, assignments(settings))}")
+    Shown is one dataset, or both domains of a training: data.source=KIND:ROOT data.target=KIND:ROOT.
+
+    Example: segadapt data show cityscapes /data/cityscapes sheet.png
+    """
+    from segadapt.platform.api import data
+    from segadapt.platform.errors import UsageError
+    from segadapt.trainables.core.data.datasets import READABLE
+
+    settings = [word for word in words or [] if _SETTING.match(word)]
+    others = [word for word in words or [] if word not in settings]
+    if len(others) > 3 or (len(others) == 1 and others[0] in READABLE):
+        raise UsageError(f"A dataset must be KIND ROOT, and a picture PATH may follow, but got {' '.join(others)}.")
+    kind, root, path = (*others, None)[:3] if len(others) > 1 else (None, None, others[0] if others else None)
+    print(f"Wrote {data.data_show(path, assignments(settings), kind=kind, root=root)}")

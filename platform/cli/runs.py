@@ -30,7 +30,6 @@ def list_methods() -> None:
 
 def describe(method: Annotated[str, typer.Argument(help="A name shown by `segadapt list`.")]) -> None:
     """List a method's settings: type, default, searched range, published value."""
-    from rich.markup import escape
     from rich.table import Table
 
     from segadapt.platform.api import methods
@@ -40,7 +39,7 @@ def describe(method: Annotated[str, typer.Argument(help="A name shown by `segada
         table.add_column(column, overflow="fold")
     for key, searched, presets in methods.describe(method):
         shown = ", ".join(f"{name} {value}" for name, value in presets.items())
-        table.add_row(*map(escape, (key.name, key.type, str(key.default), searched, shown, key.doc)))
+        table.add_row(key.name, key.type, str(key.default), searched, shown, key.doc)
     console().print(table)
 
 

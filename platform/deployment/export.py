@@ -21,6 +21,7 @@ from segadapt.platform.ray_internals.start import variables_set
 from segadapt.platform.results.leaderboard import find_run, open_client, run_tags
 from segadapt.platform.settings.config import TrialConfig
 from segadapt.platform.settings.objective import MIOUS
+from segadapt.platform.settings.text import path_of
 from segadapt.platform.storage.checkpoints import class_colors, read_metrics, state_hash
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.tags import DATA_TAG
@@ -139,7 +140,7 @@ def write(network: DeployedNetwork, card: Card, folder: Path) -> dict[str, float
         UsageError: If the folder holds something, or the network has an operation that cannot be exported.
         ExportError: If a file computes something else than the network.
     """
-    target = evaluating.new_folder(folder.expanduser().absolute())
+    target = evaluating.new_folder(folder.absolute())
     target.rmdir()  # it appears with its content
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         whole = Path(temporary) / "whole"
@@ -312,7 +313,7 @@ def export_run(run: str, search: str, out: str | None, register: str | None, pla
     origin = origin_of(run, search, place)
     network, card = load_network(origin, torch.device("cpu"))
     default = re.sub(r"[^\w.-]", "-", f"{origin.search}-{origin.run}")  # a server named it
-    folder = Path(default if out is None else out).expanduser()
+    folder = path_of(default if out is None else out)
     with variables_set({}, ("TORCHINDUCTOR_CACHE_DIR",)):  # PyTorch's exporter leaves it behind
         differences = write(network, card, folder)
     version = registry.register(open_client(place), name, card, folder / ONNX)

@@ -18,7 +18,7 @@ from segadapt.platform.deployment.card import Card
 from segadapt.platform.deployment.export import Predict
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage.files import write_whole
-from segadapt.trainables.core.data.decoding import UnreadableError, decode_image
+from segadapt.trainables.core.data.decoding import UnreadableError, decode_image, header_size, read_file
 from segadapt.trainables.core.data.threads import decoding_threads, in_threads
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -146,7 +146,8 @@ def predict(
 
     Args:
         labeller: The network.
-        images: A file, or a folder that is searched recursively; hidden files are passed over.
+        images: A file, or a folder that is searched recursively; hidden files are passed over. Images are turned as
+            their EXIF data ask, as viewers show them, and so are the labels written.
         out: New, empty, or begun by the same command.
         batch_size: Images predicted at a time at most; they have the same size.
         overlay: Also write the image under its classes' colours.
@@ -203,7 +204,7 @@ def _items(images: Path, out: Path) -> list[_Item]:
         if path.suffix.lower() in SUFFIXES
         and not any(part.startswith(".") for part in path.relative_to(images).parts)
         and not (written and path.absolute().is_relative_to(written))
-        and path.is_file()
+        and not path.is_dir()
     )
     if not paths:
         raise UsageError(f"IMAGES must hold images ({', '.join(SUFFIXES)}), but {images} has none.")
@@ -257,9 +258,8 @@ def _batches(
 
 def _size(item: _Item) -> tuple[int, int] | Unreadable:
     try:
-        with Image.open(item.path) as picture:
-            return picture.height, picture.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return header_size(item.path)
+    except (OSError, UnreadableError) as error:
         return _unreadable(item, error)
 
 
@@ -269,7 +269,7 @@ def _read(batch: Sequence[_Item]) -> list[Pixels | Unreadable]:
 
 def _image(item: _Item) -> Pixels | Unreadable:
     try:
-        return decode_image(item.path.read_bytes())
+        return decode_image(read_file(item.path))
     except (OSError, UnreadableError) as error:
         return _unreadable(item, error)
 

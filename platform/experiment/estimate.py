@@ -15,7 +15,7 @@ from segadapt.platform.cluster.capacity import resources_of, this_machine
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.probe import PROBE_STEPS, Probe, run_probe
 from segadapt.platform.experiment.record import Options, Record
-from segadapt.platform.experiment.session import check_gpu_hours
+from segadapt.platform.experiment.session import check_gpu_hours, check_workers
 from segadapt.platform.search.schedulers import SCHEDULERS, levels
 from segadapt.platform.settings.config import TrialConfig
 from segadapt.platform.settings.objective import Objective
@@ -93,6 +93,7 @@ def estimate(record: Record, options: Options) -> Estimate:
     Raises:
         UsageError: If this machine can never run a trial, or a probe fails.
     """
+    check_workers(record, options.resources.workers)
     resources, concurrent = _resources(record, options)
     configs = record.configs
     probes = _probes(record, options, resources)

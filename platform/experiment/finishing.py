@@ -25,6 +25,7 @@ from segadapt.platform.storage.checkpoints import (
     read_metrics,
 )
 from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.metric_names import true_names
 from segadapt.platform.tracking.tags import CHECKPOINT_TAG, EXPERIMENT_TAG, KEY_TAG, SEED_TAG, TRIAL_ID_TAG
 from segadapt.trainables import method_class
 from segadapt.trainables.self_training import SelfTraining
@@ -190,9 +191,9 @@ def _finish_results(record: Record, row: Row, options: Options) -> list[FinishRe
 
 def _finish_result(record: Record, row: Row, run: Any, client: Any, options: Options) -> FinishResult:
     before, after = {}, {}
-    for name in run.data.metrics:
+    for stored, name in true_names(run.data.metrics, run.data.tags).items():
         if name.startswith(("target_val/", "source_val/", "score/")):
-            history = sorted(client.get_metric_history(run.info.run_id, name), key=lambda entry: entry.step)
+            history = sorted(client.get_metric_history(run.info.run_id, stored), key=lambda entry: entry.step)
             before[name], after[name] = history[0].value, history[-1].value
     if _restarts(next(iter(record.configs.values()))):  # what was evaluated first is not the trial's network
         shown = read_metrics(checkpoint_folder(options.place.folders, str(record.start)))

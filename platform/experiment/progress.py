@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -17,8 +18,10 @@ _SHOWN_TRIALS = 12
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console as wide as the terminal; wide enough for a table where there is none."""
-    screen = Console(stderr=stderr, highlight=False)
-    return screen if screen.is_terminal else Console(stderr=stderr, highlight=False, width=160)
+    # Without markup: names of classes and folders may hold `[red]` or `:car:`, which are to be shown as they are.
+    plain: dict[str, Any] = {"stderr": stderr, "highlight": False, "markup": False, "emoji": False}
+    screen = Console(**plain)
+    return screen if screen.is_terminal else Console(**plain, width=160)
 
 
 @dataclass

@@ -29,6 +29,7 @@ from segadapt.platform.storage.stages import need_no_more
 from segadapt.platform.tracking.tags import FROM_TAG, VERDICT_TAG
 from segadapt.platform.trial.spec import TrialSpec
 from segadapt.trainables.core.data.datasets import DataConfig
+from segadapt.trainables.core.networks import least_images
 
 if TYPE_CHECKING:
     from segadapt.platform.experiment.tuning import SearchPlan, TrialResult
@@ -47,6 +48,19 @@ def check_gpu_hours(record: Record, resources: Allocation) -> None:
         )
 
 
+def check_workers(record: Record, workers: int) -> None:
+    """Refuse batches that the workers of a trial cannot share, before a GPU is taken.
+
+    Raises:
+        UsageError: If there are any.
+    """
+    for config in record.configs.values():
+        try:
+            config.trainer.check_workers(workers, least_images(config.network.name))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+
 def run(record: Record, options: Options) -> Outcome:
     """Run an experiment, or go on with it if it was begun.
 
@@ -58,6 +72,7 @@ def run(record: Record, options: Options) -> Outcome:
     clock = _Clock()
     if refusal := of_another_version(options.place.folders, record.name):
         raise UsageError(refusal)
+    check_workers(record, options.resources.workers)
     storage = options.place.prepared()
     if record.kind == "search":
         open_study_storage(options.place.study_url)  # answers, or nothing is begun

@@ -8,7 +8,7 @@ import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from segadapt.platform.errors import UsageError
-from segadapt.platform.settings.config import Values, keys, resolve
+from segadapt.platform.settings.config import Values, keys, parse_value, resolve
 from segadapt.platform.storage.stage_keys import stage_keys
 
 _RANGE = re.compile(r"(interval|log_interval|choice)\((.*)\)", re.DOTALL)
@@ -60,7 +60,7 @@ def _distribution(method: str, key: str, kind: str, text: str) -> BaseDistributi
     if key not in keys(method):
         resolve(method, {key: None})  # says which keys there are
     try:
-        parts = yaml.safe_load(f"[{text}]")
+        parts = _parts(text)
         if kind == "choice":
             if not all(part is None or isinstance(part, bool | int | float | str) for part in parts):
                 raise ValueError("choices must be plain values")
@@ -73,6 +73,14 @@ def _distribution(method: str, key: str, kind: str, text: str) -> BaseDistributi
             f"A range must be interval(LOW, HIGH), log_interval(LOW, HIGH) or choice(A, B, ...), but got "
             f"{key}={kind}({text}): {error}"
         ) from error
+
+
+def _parts(text: str) -> list[Any]:
+    """Return the values between the brackets of a range, each read as that of a setting is."""
+    if any(mark in text for mark in "[{\"'"):  # commas may stand inside
+        parts: list[Any] = yaml.safe_load(f"[{text}]")
+        return parts
+    return [parse_value(part.strip()) for part in text.split(",")]
 
 
 def _is_integer(method: str, key: str) -> bool:

@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from segadapt.platform.errors import UsageError
+from segadapt.platform.settings.text import path_of
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import DataConfig
 from segadapt.trainables.core.data.transforms import AugmentationConfig
@@ -25,6 +27,12 @@ from segadapt.trainables.core.training.config import OptimizerConfig, TrainerCon
 
 Values = Mapping[str, Any]
 """Settings by dotted key, such as {"method.temperature": 10.0}."""
+
+_FLOW = ("[", "{", '"', "'")
+"""How a word begins that is meant to be a list, a mapping or quoted text."""
+
+_NOT_PLAIN = re.compile(r"[\s:#]")
+"""What no number has, but YAML passes over or reads as one: `3 # a comment`, and 12:30 as 750."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +121,11 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """Parse `KEY=VALUE` words; values are JSON or YAML, otherwise text."""
+    """Parse `KEY=VALUE` words.
+
+    A value is a number, true, false or null as JSON and YAML write them, a list, mapping or quoted text if it begins as
+    one, and otherwise text as it stands: a path may hold ` #` and `: `.
+    """
     values: dict[str, Any] = {}
     for word in assignments:
         key, separator, text = word.partition("=")
@@ -121,16 +133,20 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"A setting must be written KEY=VALUE, but got {word!r}. Example: trainer.steps=100")
         if key in values:
             raise UsageError(f"A setting must be given once, but {key!r} came twice. Keep one.")
-        values[key] = _parse_value(text)
+        values[key] = parse_value(text)
     return values
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """Return what a word means as a value; see `parse_assignments`."""
     for parse in (json.loads, yaml.safe_load):  # JSON first: YAML 1.1 takes 1e-3 for text
         try:
-            return parse(text)
+            value = parse(text)
         except (ValueError, yaml.YAMLError):
             continue
+        plain = value is None or isinstance(value, bool | int | float)
+        if text.startswith(_FLOW) or (plain and not _NOT_PLAIN.search(text)):
+            return value
     return text
 
 
@@ -163,10 +179,10 @@ def anchored(values: Values) -> dict[str, Any]:
     for key in ("data.source", "data.target"):
         kind, separator, root = str(values.get(key, "")).partition(":")
         if separator and root and "://" not in root:
-            settings[key] = f"{kind}:{Path(root).expanduser().absolute()}"
+            settings[key] = f"{kind}:{path_of(root).absolute()}"
     weights = Path(str(values.get("network.weights", "")))
     if weights.suffix:  # published weights go by a name, without a dot
-        settings["network.weights"] = str(weights.expanduser().absolute())
+        settings["network.weights"] = str(path_of(str(weights)).absolute())
     return settings
 
 

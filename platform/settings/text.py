@@ -1,6 +1,17 @@
 """Numbers, sizes, durations and errors as people read them."""
 
+from pathlib import Path
+
 from segadapt.platform.errors import redacted
+
+
+def path_of(text: str) -> Path:
+    """Return the path that a user wrote, `~` and `~USER` replaced by that user's home; any other `~` is a name."""
+    path = Path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
 
 
 def number_text(value: float | None) -> str:

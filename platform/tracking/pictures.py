@@ -6,6 +6,9 @@ from typing import Any
 _CELL = 40
 """Pixels of a cell of a confusion matrix."""
 
+_NAME = 40
+"""Characters of a class's name that are shown at most."""
+
 
 def confusion_picture(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> Any:
     """Draw a confusion matrix, each row (true class) as shares of its pixels; returns a PIL image.
@@ -18,6 +21,7 @@ def confusion_picture(confusion: Sequence[Sequence[int]], classes: Sequence[str]
     counts = np.asarray(confusion, dtype=float)
     rows = counts.sum(1, keepdims=True)
     shares = np.divide(counts, rows, out=np.zeros_like(counts), where=rows > 0)
+    classes = [name if len(name) <= _NAME else f"{name[: _NAME - 1]}…" for name in classes]
     font, small = ImageFont.load_default(15), ImageFont.load_default(11)
     names = int(max(font.getlength(name) for name in classes))
     left, top, side = names + 50, 40, _CELL * len(classes)

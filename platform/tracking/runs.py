@@ -9,6 +9,7 @@ from typing import Any
 
 from segadapt.platform.settings.states import MlflowStatus, TrialState
 from segadapt.platform.storage.checkpoints import class_names, confusion, iou_table, label_table
+from segadapt.platform.tracking.metric_names import stored_name, true_name_tags
 from segadapt.platform.tracking.outbox import Entry
 from segadapt.platform.tracking.tags import KEY_TAG, PARENT_TAG, STATE_TAG
 from segadapt.trainables.core.training.checkpoint import GALLERY
@@ -75,7 +76,7 @@ class RunWriter:
         experiment_id = self._experiment_id(experiment)
         run = self._find([experiment_id], key)
         parent = {} if parent_key is None else {PARENT_TAG: self._run_id(parent_key)}
-        all_tags = {**tags, **parent}
+        all_tags = {**tags, **parent, **true_name_tags(params)}
         present: Mapping[str, str] = {}
         if run is not None:
             present = run.data.params
@@ -85,7 +86,8 @@ class RunWriter:
         else:
             made = self._client.create_run(experiment_id, timestamp, {KEY_TAG: key, **all_tags}, name)
             self._run_ids[key] = made.info.run_id
-        if new := [Param(name, value) for name, value in params.items() if name not in present]:
+        stored = {stored_name(name): value for name, value in params.items()}
+        if new := [Param(name, value) for name, value in stored.items() if name not in present]:
             self._client.log_batch(self._run_ids[key], params=new)
 
     def _experiment_id(self, name: str) -> str:
@@ -124,10 +126,11 @@ class RunWriter:
             self._steps[key].add(step)
 
     def _log_summary(self, *, key: str, numbers: Mapping[str, float], step: int, timestamp: int) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, RunTag
 
-        metrics = [Metric(name, value, timestamp, step) for name, value in numbers.items()]
-        self._client.log_batch(self._run_id(key), metrics=metrics)
+        metrics = [Metric(stored_name(name), value, timestamp, step) for name, value in numbers.items()]
+        tags = [RunTag(name, value) for name, value in true_name_tags(numbers).items()]
+        self._client.log_batch(self._run_id(key), metrics=metrics, tags=tags)
 
     def _set_tags(self, *, key: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag

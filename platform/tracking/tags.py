@@ -23,6 +23,7 @@ MEMORY_TAG = "segadapt.memory"  # how its batches were divided to fit
 RESTARTS_TAG = "segadapt.restarts"
 PREEMPTIONS_TAG = "segadapt.preemptions"
 FROM_TAG = "segadapt.from"  # name of the trial that a finish continues
+TRUE_NAME_TAGS = "segadapt.name."  # a metric's or param's stored name follows; holds the one that MLflow does not take
 ROUND_TAGS = "segadapt.round."  # a round's number follows
 
 # Of the run of a search, or of a single one.

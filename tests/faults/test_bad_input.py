@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow.utils.validation import _validate_metric_name, _validate_tag_name
+from PIL import Image
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.ledger import LEDGER, spent_hours
@@ -26,10 +29,13 @@ from segadapt.platform.storage import cache
 from segadapt.platform.storage.checkpoints import best_checkpoint, newest_checkpoint
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.storage.stages import DESCRIPTION, NEEDS
+from segadapt.platform.tracking.metric_names import stored_name
 from segadapt.platform.tracking.outbox import Outbox
+from segadapt.platform.tracking.tags import TRUE_NAME_TAGS
 from segadapt.platform.tracking.tracker import RunInfo, Tracker
 from segadapt.trainables import METHODS
 from segadapt.trainables.core.data.datasets import open_dataset, split_location
+from segadapt.trainables.core.data.decoding import UnreadableError, decode_image, header_size
 from segadapt.trainables.core.data.packing import PackConfig, pack
 from segadapt.trainables.core.data.readers.folder import write_folder
 from segadapt.trainables.core.data.readers.shard_format import Location, read_index, read_manifest
@@ -64,6 +70,16 @@ def test_settings(method: str, given_words: list[str]) -> None:
         values = config.parse_assignments(given_words)
         fixed, _ = split_ranges(method, values)
         config.resolve(method, config.anchored(fixed))
+
+
+path_text = st.text("ab#:%&'\"(){}[]*?!|>~@`,=;+$\\ ß日", min_size=1, max_size=12).filter(str.strip)
+
+
+@inputs(1000)
+@given(root=path_text)
+def test_roots_of_data_are_taken_literally(root: str, tmp_path: Path) -> None:
+    words = [f"data.source=folder:/data/{root}", f"data.target=gta5:/{root}/x"]
+    assert config.parse_assignments(words) == dict(word.split("=", 1) for word in words)
 
 
 @inputs(1500)
@@ -133,6 +149,16 @@ RECORDED: dict[str, Any] = {
     "candidates": {"sdca": Candidate({"trainer.steps": 8}).as_dict()},
     "objective": "target_val/miou",
 }
+
+
+@inputs(1000)
+@given(name=st.text(max_size=30) | st.text("a/.:(), \\", max_size=12), other=st.text(max_size=30))
+def test_names_of_metrics(name: str, other: str) -> None:
+    stored = [stored_name(f"target_val/iou/{text}") for text in (name, other)]
+    for text in stored:
+        _validate_metric_name(text)
+        _validate_tag_name(f"{TRUE_NAME_TAGS}{text}")
+    assert (stored[0] == stored[1]) == (name == other)
 
 
 @inputs(700)
@@ -277,6 +303,23 @@ def test_images_and_labels(part: str, packed: Path, tmp_path: Path) -> None:
                 images.label(index)
 
     check()
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_images_that_are_turned(name: str, tmp_path: Path) -> None:
+    exif, path = Image.Exif(), tmp_path / name
+    exif[0x0112] = 6
+    Image.new("RGB", (3, 2), "red").save(path, exif=exif)
+
+    @inputs(400)
+    @given(content=mangled(path.read_bytes()))
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        with contextlib.suppress(UnreadableError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF data that are damaged
+            assert header_size(path) == decode_image(content).shape[:2]
+
+    read()
 
 
 def test_studies(tmp_path: Path) -> None:

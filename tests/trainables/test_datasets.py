@@ -631,7 +631,7 @@ def test_every_fault_of_own_data_is_reported(folder: Path) -> None:
         ("label without an image", "nobody.png"),
         ("two images of one name", images[0].name),
     ]
-    with pytest.raises(ValueError, match="Images of source train must differ in name"):
+    with pytest.raises(ValueError, match="Files of source train must differ in name"):
         load(f"folder:{folder}", f"folder:{folder}")
 
 

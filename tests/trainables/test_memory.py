@@ -1,10 +1,13 @@
 """A step that does not fit the device: injected faults, real training."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_trainer import equal_state
 from toy import toy_config, toy_trainer
 
@@ -90,6 +93,8 @@ def test_micro_batches_stay_equal_parts_and_a_multiple_of_the_workers() -> None:
         sizes.append(smaller_micro_batch(sizes[-1], 1))
     assert sizes == [12, 6, 3, 1, None]
     assert [smaller_micro_batch(size, 2) for size in (12, 6, 2)] == [6, 2, None]
+    assert [smaller_micro_batch(size, 1, 2) for size in (12, 6, 3, 2)] == [6, 3, None, None]
+    assert [smaller_micro_batch(size, 2, 2) for size in (12, 8, 4)] == [6, 4, None]
 
 
 @pytest.mark.slow
@@ -120,3 +125,49 @@ def test_several_workers_begin_again_with_the_smaller_micro_batch(tmp_path: Path
     assert two["micro_batch"] == 2
     for key, value in one.method.state_dict().items():
         torch.testing.assert_close(two["state"][key], value, rtol=2e-3, atol=2e-4)
+
+
+def test_a_network_that_normalises_over_images_refuses_batches_of_one_before_it_sees_any(tmp_path: Path) -> None:
+    config = toy_config("source_only", network__name="deeplabv3_resnet50", trainer__batch_size=1)
+    with pytest.raises(ValueError, match=r"trainer\.batch_size must be at least 2 .* but got 1"):
+        toy_trainer(config, tmp_path)
+    config.trainer.check_workers(1, 1)
+    with pytest.raises(ValueError, match=r"at least 4 with 2 worker.* but got 2"):
+        dataclasses.replace(config.trainer, batch_size=2).check_workers(2, 2)
+    with pytest.raises(ValueError, match="multiple of the 2 workers, but got 3"):
+        dataclasses.replace(config.trainer, batch_size=3).check_workers(2, 2)
+
+
+def own_images(root: Path, size: tuple[int, int], number: int) -> str:
+    """Write own data of tiny images; returns KIND:ROOT."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for part, shape, most in (("images", (*size, 3), 256), ("labels", size, 2)):
+            (root / split / part).mkdir(parents=True)
+            for index in range(number):
+                picture = Image.fromarray(generator.integers(0, most, shape, np.uint8))
+                picture.save(root / split / part / f"{index}.png")
+    names = "".join(f"  - {{name: c{index}, id: {index}, color: [{index}, 0, 0]}}\n" for index in range(2))
+    (root / "classes.yaml").write_text(f"classes:\n{names}")
+    return f"folder:{root}"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40)])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_images_of_one_pixel_and_fewer_images_than_a_batch_are_trained(
+    size: tuple[int, int], batch_size: int, tmp_path: Path
+) -> None:
+    root = own_images(tmp_path / "own", size, 3)
+    settings = {"trainer__batch_size": batch_size, "trainer__eval_batch_size": 2, "warmup__steps": 1}
+    config = toy_config("sdca", data__source=root, data__target=root, **settings)
+    trainer, reports = toy_trainer(config, tmp_path)
+    trainer.run()
+    assert reports.metrics[-1]["step"] == 7
+
+
+def test_batch_norm_that_meets_a_single_value_says_what_to_do(tmp_path: Path) -> None:
+    root = own_images(tmp_path / "own", (1, 1), 3)
+    settings = {"network__name": "lraspp_mobilenet_v3_large", "trainer__batch_size": 1}
+    trainer, _ = toy_trainer(toy_config("source_only", data__source=root, data__target=root, **settings), tmp_path)
+    with pytest.raises(ValueError, match=r"Batch normalisation must see several values .* Raise trainer\.batch_size"):
+        trainer.run()

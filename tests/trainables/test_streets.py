@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from segadapt.trainables.core.data.datasets import DataConfig
+from segadapt.trainables.core.data.sheet import contact_sheet, panels_of_config
 from segadapt.trainables.core.data.streets import (
     CLASSES,
     StreetsConfig,
     StreetsImages,
     StreetsTargetImages,
-    contact_sheet,
     load_streets,
 )
 
@@ -182,7 +183,7 @@ def test_all_bad_settings_are_reported_at_once() -> None:
 
 
 def test_the_contact_sheet_shows_both_domains_in_the_class_colours(tmp_path: Path) -> None:
-    contact_sheet(SMALL, tmp_path / "sheet.png", samples=9)
+    contact_sheet(panels_of_config(DataConfig(streets=SMALL)), tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = {tuple(pixel) for pixel in np.asarray(sheet.convert("RGB")).reshape(-1, 3).tolist()}
         width, height = sheet.size

@@ -73,6 +73,14 @@ Call = Callable[..., CompletedProcess[str]]
         (("search", "sdca", "--objective", "time/step"), "--objective must have a metric of quality"),
         (("search", "sdca", "--rerank", "2", "--seeds", "1"), "--seeds at least 2"),
         (("search", "sdca", "method.temperature=interval(2, 1)"), "A range must be interval(LOW, HIGH)"),
+        (
+            ("train", "source_only", "network.name=deeplabv3_resnet50", "trainer.batch_size=1"),
+            "must be at least 2 with",
+        ),
+        (
+            ("train", "sdca", "--workers-per-trial", "3", "trainer.batch_size=4"),
+            "must be a multiple of the 3 workers, but got 4",
+        ),
         (("search", "sdca", "warmup.steps=choice(10, 20)"), "A searched setting must act on the trials alone"),
         (
             ("search", "sdca", "--study-uri", "postgresql+psycopg://me:pw@127.0.0.1:1/x"),
@@ -192,6 +200,7 @@ def test_a_full_disk_is_refused(segadapt: Call, monkeypatch: pytest.MonkeyPatch)
 def test_the_contact_sheet_is_a_picture(segadapt: Call, tmp_path: Path) -> None:
     from PIL import Image
 
-    assert segadapt("data", "show", "sheet.png").returncode == 0
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        assert min(sheet.size) > 200
+    for words, written in (([], "streets.png"), (["sheet.png"], "sheet.png")):
+        assert segadapt("data", "show", *words).stdout == f"Wrote {written}\n"
+        with Image.open(tmp_path / written) as sheet:
+            assert min(sheet.size) > 200

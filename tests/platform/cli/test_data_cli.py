@@ -1,12 +1,15 @@
 """Datasets on the command line: written, checked, and trained from."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 import segadapt as api
 from segadapt.platform.errors import UsageError
@@ -78,6 +81,98 @@ def test_check_lists_every_fault_and_exits_with_status_1(segadapt: Call, tmp_pat
     assert report["faults"][0].keys() == {"problem", "path", "detail"}
     assert report["splits"]["train"]["images"] == 6
     assert report["splits"]["val"]["labels"] == 1
+
+
+def colors_on(path: Path) -> set[tuple[int, ...]]:
+    with Image.open(path) as sheet:
+        return {tuple(color) for _, color in sheet.convert("RGB").getcolors(sheet.width * sheet.height) or ()}  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Source and target of own data, whose images are of one colour and whose roads have each their own."""
+    root = api.data_make(str(tmp_path / "town #1"), SMALL)
+    for domain, road, image in (("source", "[1, 2, 3]", (200, 0, 0)), ("target", "[4, 5, 6]", (0, 200, 0))):
+        classes = root / domain / "classes.yaml"
+        classes.write_text(classes.read_text().replace("[128, 64, 128]", road))
+        for path in (root / domain).rglob("images/*.png"):
+            Image.new("RGB", (64, 32), image).save(path)
+    return root
+
+
+def test_show_draws_the_data_that_are_named_with_labels_in_their_own_colours(
+    own: Path, segadapt: Call, tmp_path: Path
+) -> None:
+    source, target = {(200, 0, 0), (1, 2, 3)}, {(0, 200, 0), (4, 5, 6)}
+    both = [f"data.source=folder:{own.name}/source", f"data.target=folder:{own.name}/target"]
+    for words, written, shown in (
+        (both, "folder-folder.png", source | target),
+        (["both.png", *both], "both.png", source | target),
+        (["folder", f"{own.name}/source"], "folder.png", source),
+        (["folder", f"{own.name}/target", "target.png"], "target.png", target),
+    ):
+        done = segadapt("data", "show", *words)
+        assert done.stdout == f"Wrote {written}\n", done.stderr
+        assert (source | target) & colors_on(tmp_path / written) == shown
+
+
+def test_show_says_where_an_image_has_no_label_and_reads_packed_data(own: Path, tmp_path: Path) -> None:
+    for label in (own / "target" / "train" / "labels").iterdir():
+        label.unlink()
+    api.data_show(str(tmp_path / "a.png"), kind="folder", root=str(own / "target"))
+    assert (211, 211, 211) in colors_on(tmp_path / "a.png"), "the light grey of `no label`"
+    api.data_pack("folder", str(own / "source"), str(tmp_path / "packed"))
+    api.data_show(str(tmp_path / "b.png"), kind="shards", root=str(tmp_path / "packed"))
+    assert {(200, 0, 0), (1, 2, 3)} <= colors_on(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["folder"], "A dataset must be KIND ROOT"),
+        (["folder", "absent"], "must be an existing folder"),
+        (["foldr", "absent"], "The kind of a dataset must be one of"),
+        (["folder", "town #1/source", "a.png", "b.png"], "A dataset must be KIND ROOT"),
+        (["folder", "town #1/source", "data.holdout=3"], "by KIND and ROOT or by KEY=VALUE"),
+        (["data.source=folder:town #1/source"], "data.source and data.target must be given together"),
+        (["town #1"], "is a folder"),
+        (["absent/a.png"], "The folder of the picture must exist"),
+        (["data.sorce=x"], "There is no setting 'data.sorce'"),
+    ],
+)
+def test_show_refuses_what_names_no_data(words: list[str], message: str, own: Path, segadapt: Call) -> None:
+    done = segadapt("data", "show", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_names_of_classes_and_folders_are_shown_as_they_are(segadapt: Call, tmp_path: Path) -> None:
+    names = ["[red]x", "[/b]", ":car:", "[bold]y[/bold]", "a: #b, (c)", "no", "1", "Straße"]
+    root = api.data_make(str(tmp_path / "town"), SMALL) / "source"
+    root = root.rename(tmp_path / "[bold]town :car: it's")
+    classes = root / "classes.yaml"
+    content = yaml.safe_load(classes.read_text())
+    for entry, name in zip(content["classes"], names, strict=True):
+        entry["name"] = name
+    classes.write_text(yaml.safe_dump(content, allow_unicode=True))
+    done = segadapt("data", "check", "folder", root.name)
+    assert done.returncode == 0, done.stderr
+    assert [name for name in names if f" {name} " not in done.stdout] == []
+    assert f"{root.name} is sound." in done.stdout
+    (root / "train" / "images" / "alone.png").symlink_to("nowhere")
+    refused = segadapt("train", "source_only", f"data.source=folder:{root.name}", f"data.target=folder:{root.name}")
+    command = refused.stderr[refused.stderr.index("`segadapt") + 1 :].partition("`")[0]
+    assert shlex.split(command) == ["segadapt", "data", "check", "folder", str(root)]
+
+
+@pytest.mark.parametrize("name", ["", " ", "two\nlines", "bell\a", True, None, 1.5])
+def test_a_class_must_have_a_name_that_can_be_shown(name: object, tmp_path: Path) -> None:
+    root = api.data_make(str(tmp_path / "town"), SMALL) / "source"
+    content = yaml.safe_load((root / "classes.yaml").read_text())
+    content["classes"][0]["name"] = name
+    (root / "classes.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UsageError, match=r"could not be read so: names must be (visible )?text"):
+        api.data_check("folder", str(root))
 
 
 def test_roots_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

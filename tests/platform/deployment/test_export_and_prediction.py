@@ -28,7 +28,7 @@ from segadapt.platform.deployment import export
 from segadapt.platform.deployment.card import Card
 from segadapt.platform.deployment.evaluation import evaluate_target, load_deployed, target_images
 from segadapt.platform.deployment.export import CARD, ONNX, PT2, ExportError, ExportResult, open_exported, write
-from segadapt.platform.deployment.prediction import Labeller, spans
+from segadapt.platform.deployment.prediction import Labeller, predict, spans
 from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.config import resolve
 from segadapt.platform.storage.folders import Place
@@ -209,7 +209,7 @@ def test_the_command_names_unreadable_images_writes_pictures_and_goes_on_after_a
     assert status("--confidence") == 1
     shown = capsys.readouterr().out
     assert "unreadable: photos/night/cut.png: it is cut off" in shown
-    assert "unreadable: photos/notes.png: cannot identify" in shown
+    assert "unreadable: photos/notes.png: it is no image" in shown
     assert "4 images labelled in out, 2 unreadable" in shown
     out = tmp_path / "out"
     card = json.loads((Path(exported.folder) / CARD).read_text())
@@ -379,6 +379,54 @@ def test_large_images_that_the_network_reduces_are_reduced_before() -> None:
     assert seen == [(87, 109)]
     assert labels.shape == confidence.shape == (1, 260, 325)
     assert np.mean(labels == Labeller(brightness, a_card())(images)[0]) > 0.85
+
+
+def test_odd_images_are_labelled_as_viewers_show_them_or_named(tmp_path: Path) -> None:
+    photos, out, exif = tmp_path / "photos", tmp_path / "out", Image.Exif()
+    photos.mkdir()
+    exif[0x0112] = 6
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60), np.uint8))
+    grey.save(photos / "turned.jpg", exif=exif)
+    written = {"turned": (60, 40), "line": (1, 500), "column": (300, 1), "pixel": (1, 1)}
+    for name, (height, width) in written.items():
+        if name != "turned":
+            Image.new("RGB", (width, height)).save(photos / f"{name}.png")
+    for name, mode in {
+        "grey.jpg": "L",
+        "cmyk.jpg": "CMYK",
+        "a b.png": "RGBA",
+        "a.b.c.png": "RGB",
+        "bit.tif": "1",
+    }.items():
+        grey.convert(mode).save(photos / name)
+        written[Path(name).stem] = (40, 60)
+    grey.quantize(8).save(photos / "Straße_ü.PNG", transparency=1)
+    grey.save(photos / "pages.tiff", save_all=True, append_images=[grey])
+    written |= {"Straße_ü": (40, 60), "pages": (40, 60)}
+    (photos / "empty.png").write_bytes(b"")
+    (photos / "gone.png").symlink_to("nowhere")
+    os.mkfifo(photos / "pipe.png")
+    Image.new("I;16", (4, 4)).save(photos / "sixteen.png")
+    Image.new("F", (4, 4)).save(photos / "float.tiff")
+    (photos / "._pixel.png").write_bytes(b"hidden")
+    (photos / "folder.png").mkdir()
+
+    def done(*_: int) -> None: ...
+
+    labeller = Labeller(brightness, a_card())
+    result = predict(labeller, photos, out, batch_size=4, overlay=True, confidence=True, progress=done)
+    assert {Path(image.path).name: image.reason.split(",")[0] for image in result.unreadable} == {
+        "empty.png": "it is empty",
+        "gone.png": "it is a link to a file that is not there",
+        "pipe.png": "it is no file",
+        "sixteen.png": "an image must have 8 bits per channel",
+        "float.tiff": "an image must have 8 bits per channel",
+    }
+    sizes = {path.stem: np.asarray(Image.open(path)).shape for path in (out / "labels").iterdir()}
+    assert sizes == written
+    shown = np.asarray(Image.open(photos / "turned.jpg").transpose(Image.Transpose.ROTATE_270), int)
+    sure = np.abs(shown - 127.5) > 1
+    assert np.array_equal(np.asarray(Image.open(out / "labels" / "turned.png"))[sure], (shown > 127)[sure])
 
 
 def test_parts_cover_a_side_once() -> None:

@@ -104,6 +104,24 @@ def test_ranges_are_read_from_settings() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "distribution"),
+    [
+        ("log_interval(1e-5, 1e-2)", FloatDistribution(1e-5, 1e-2, log=True)),
+        ("choice(1e-3, .5, 2)", CategoricalDistribution((1e-3, 0.5, 2))),
+        ("choice([1, 2][0], 3)", None),
+        ("choice(1:30, 2)", None),
+        ("choice(3 # 4)", None),
+    ],
+)
+def test_ends_and_choices_are_read_as_values_of_settings_are(text: str, distribution: Any) -> None:
+    if distribution is not None:
+        assert split_ranges("sdca", {"method.temperature": text})[1] == {"method.temperature": distribution}
+        return
+    with pytest.raises(UsageError, match=r"A range must be|must be of type float"):
+        split_ranges("sdca", {"method.temperature": text})
+
+
+@pytest.mark.parametrize(
     ("key", "text", "message"),
     [
         ("method.temperature", "interval(5, 1)", "A range must be"),

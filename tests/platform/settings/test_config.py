@@ -4,7 +4,15 @@ from pathlib import Path
 import pytest
 
 from segadapt.platform.errors import UsageError
-from segadapt.platform.settings.config import keys, override, parse_assignments, read_experiment, resolve, sections
+from segadapt.platform.settings.config import (
+    anchored,
+    keys,
+    override,
+    parse_assignments,
+    read_experiment,
+    resolve,
+    sections,
+)
 from segadapt.trainables import METHODS
 
 
@@ -54,6 +62,68 @@ def test_entries_of_a_mapping_may_have_keys_of_their_own() -> None:
 )
 def test_values_are_parsed_by_what_they_look_like(word: str, value: object) -> None:
     assert parse_assignments([word]) == {"a": value}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "folder:D/run #2",
+        "folder:D/run: 2",
+        "run #2",
+        "3 # 4",
+        "key: value",
+        "- a",
+        "12:30",
+        "2026-11-30",
+        "100%",
+        "*star",
+        "&anchor x",
+        "!tag x",
+        "l[0]",
+        "{a}/b",
+        "q'q",
+        "| x",
+        "> x",
+        "@x",
+        "`x`",
+        "a, b",
+        "x y ",
+        "a=b",
+        "~name",
+        "0#1",
+    ],
+)
+def test_words_are_taken_literally_unless_they_are_numbers_or_begin_as_a_list_a_mapping_or_a_quotation(
+    text: str,
+) -> None:
+    assert parse_assignments([f"a={text}"]) == {"a": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("yes", True),
+        ("~", None),
+        (".5", 0.5),
+        ("-1e3", -1000),
+        ("{a: 1}", {"a": 1}),
+        ("[a #b]", "[a #b]"),
+        ("'1'", "1"),
+        ('"a: #b"', "a: #b"),
+        ("[x, 'a #b']", ["x", "a #b"]),
+    ],
+)
+def test_what_is_meant_as_a_value_is_read_as_one(text: str, value: object) -> None:
+    assert parse_assignments([f"a={text}"]) == {"a": value}
+
+
+def test_roots_of_data_are_made_absolute_and_kept_whatever_their_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for root in ("x #1", "c: d", "p%20q", "k=v", "l[0]", "{a}", "q'q", '"dq"', "Straße_日本", "~nobody-here/x", "null"):
+        settings = anchored(parse_assignments([f"data.source=folder:{root}", "network.weights=w #1.pth"]))
+        assert settings == {"data.source": f"folder:{tmp_path / root}", "network.weights": str(tmp_path / "w #1.pth")}
 
 
 @pytest.mark.parametrize("words", [["steps"], ["=1"], ["a=1", "a=2"]])

@@ -30,6 +30,7 @@ from segadapt.platform.storage import retries
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.tracking import sender
 from segadapt.platform.tracking.client import mlflow_client
+from segadapt.platform.tracking.metric_names import true_names
 from segadapt.platform.tracking.tags import KEY_TAG, STATE_TAG
 from segadapt.platform.tracking.tracker import RunInfo, Tracker
 
@@ -172,6 +173,33 @@ def test_a_record_takes_one_request_and_pictures_are_looked_for_once_per_run(
     pictures = [path.name for path in storage.mlflow_artifacts.rglob("gallery*.png")]
     assert len(pictures) == 3, pictures
     assert telemetry == {"true"}, "MLflow is told not to tell its makers which functions are called"
+
+
+ODD_NAMES = ["Straße (Asphalt)", "Straße [Asphalt]", "side/walk", "..", ".", "a//b", "/x", "x/", "tree, bush & co."]
+ODD_NAMES += ["ciel: 100%", 'person\'s "x"', "a;b+c#d", "L" * 300, "L" * 301, "back\\slash", "日本", "<b>|`$*?!@^~={}"]
+
+
+def test_metrics_and_params_of_any_name_are_stored_with_the_others_and_their_true_names_beside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Storage(tmp_path / "runs")
+    storage.root.mkdir()
+    values = {f"target_val/iou/{name}": number / 100 for number, name in enumerate(ODD_NAMES)}
+    tracker = Tracker(Place(storage.root))
+    for _ in range(2):  # a run that goes on has its params already
+        tracker.start(run_of("odd/1", **{"lr": 1.0, "method.kept_settings.a (b)": 2.0}))
+    tracker.log_metrics("odd/1", {"loss": 3.0, **values}, 1)
+    tracker.log_summary("odd/1", {f"evaluation/cityscapes-19/{name}": value for name, value in values.items()}, 1)
+    tracker.end("odd/1", "FINISHED", {})
+    tracker.close()
+    assert not refused(caplog)
+    run = Arrived(Place(storage.root).tracking_url, "odd").runs()["odd/1"]
+    stored = run.data.metrics
+    assert stored.pop("loss") == 3.0
+    named = {name: stored[kept] for kept, name in true_names(stored, run.data.tags).items()}
+    assert named == values | {f"evaluation/cityscapes-19/{name}": value for name, value in values.items()}
+    assert {"target_val/iou/side/walk", "target_val/iou/日本"} <= set(stored), "what MLflow takes is not changed"
+    assert set(true_names(run.data.params, run.data.tags).values()) == {"lr", "method.kept_settings.a (b)"}
 
 
 @pytest.mark.slow

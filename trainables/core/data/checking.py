@@ -12,7 +12,14 @@ from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.data.class_lists import CITYSCAPES_IDS
 from segadapt.trainables.core.data.dataset import Dataset, Fault, Split, size_text, unknown_text
 from segadapt.trainables.core.data.datasets import open_dataset
-from segadapt.trainables.core.data.decoding import LabelFormatError, UnreadableError, decode_image
+from segadapt.trainables.core.data.decoding import (
+    LabelFormatError,
+    UnreadableError,
+    decode_image,
+    is_turned,
+    read_file,
+    turned_text,
+)
 from segadapt.trainables.core.data.label_statistics import LabelShares, suspicions, warning_text
 from segadapt.trainables.core.data.readers.shards import ShardDataset
 from segadapt.trainables.core.data.threads import decoding_threads, in_threads
@@ -65,6 +72,8 @@ class _Sample:
     counts: Mapping[int, int]
     """Pixels of each stored value."""
     bytes: int
+    turned: bool
+    """Whether the image is turned as its EXIF data ask."""
 
 
 def check_dataset(
@@ -99,6 +108,11 @@ def check_dataset(
         )
         if resized and dataset.format.resizes:
             notes.append(f"Labels of {name} that differ in size from their image and are resized to it: {resized}.")
+        if turned := sum(sample.turned for sample in samples):
+            notes.append(
+                f"Images of {name} that are turned as their EXIF data ask, as viewers show them: {turned}. "
+                "Their labels must be drawn on the turned image."
+            )
         if len({sample.size for sample in samples} - {None}) > 1:
             notes.append(f"Images of {name} differ in size: set augmentation.crop, or a common size.")
         reports[name] = _summary(split, samples, dataset)
@@ -190,17 +204,18 @@ def _inspect(dataset: Dataset, files: tuple[Path, Path | None]) -> _Sample:
     image, label = files
     faults: list[Fault] = []
     size = label_size = None
+    turned = False
     counts: dict[int, int] = {}
     try:
-        height, width, _ = decode_image(image.read_bytes()).shape
-        size = height, width
+        height, width, _ = decode_image(read_file(image)).shape
+        size, turned = (height, width), is_turned(image)
     except UnreadableError as error:
         faults.append(Fault("unreadable image", str(image), str(error)))
     except OSError as error:
         faults.append(Fault("unreadable image", str(image), error.strerror or str(error)))
     if label is not None:
         try:
-            stored = dataset.format.decode(label.read_bytes(), dataset.format.values)
+            stored = dataset.format.decode(read_file(label), dataset.format.values)
             label_size = stored.shape[0], stored.shape[1]
             pixels = np.bincount(stored.ravel())
             counts = {int(value): int(pixels[value]) for value in np.flatnonzero(pixels)}
@@ -214,10 +229,10 @@ def _inspect(dataset: Dataset, files: tuple[Path, Path | None]) -> _Sample:
         if unknown:
             faults.append(Fault("label with unknown ids", str(label), unknown_text(unknown)))
         if size and label_size and size != label_size and not dataset.format.resizes:
-            detail = f"The label is {size_text(label_size)}, its image {size_text(size)}."
+            detail = f"The label is {size_text(label_size)}, its image {size_text(size)}{turned_text(turned)}."
             faults.append(Fault("label and image differ in size", str(label), detail))
     file_bytes = sum(path.stat().st_size for path in (image, label) if path is not None and path.is_file())
-    return _Sample(tuple(faults), size, label_size, counts, file_bytes)
+    return _Sample(tuple(faults), size, label_size, counts, file_bytes, turned)
 
 
 def _summary(split: Split, samples: list[_Sample], dataset: Dataset) -> SplitReport:

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shlex
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +22,12 @@ from segadapt.trainables.core.data.decoding import (
     LabelFormatError,
     Stored,
     UnreadableError,
+    check_is_file,
     image_size,
+    is_turned,
     not_whole_text,
     read_image,
+    turned_text,
 )
 from segadapt.trainables.core.data.threads import decoding_threads, in_threads
 
@@ -54,6 +58,8 @@ class Split:
     """None where an image has no label."""
     stray_labels: tuple[Path, ...] = ()
     """Labels without an image."""
+    doubled_labels: tuple[tuple[Path, Path], ...] = ()
+    """Labels that have the id of another, which comes second here."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,6 +70,7 @@ class Split:
             tuple(self.ids[index] for index in indices),
             tuple(self.images[index] for index in indices),
             tuple(self.labels[index] for index in indices),
+            doubled_labels=self.doubled_labels,
         )
 
     def with_labels(self) -> "Split":
@@ -79,22 +86,57 @@ class Split:
         ]
 
     def repeated_ids(self) -> list[Fault]:
-        """Return a fault for each image whose id another image has."""
+        """Return a fault for each image or label whose id another one has."""
         first: dict[str, Path] = {}
-        return [
+        faults = [
             Fault("two images of one name", str(image), f"as {first[name].name}")
             for name, image in zip(self.ids, self.images, strict=True)
             if first.setdefault(name, image) != image
         ]
+        doubled = self.doubled_labels
+        return faults + [Fault("two labels of one name", str(path), f"as {other.name}") for path, other in doubled]
 
 
-def pair(images: Iterable[tuple[str, Path]], labels: Mapping[str, Path]) -> Split:
-    """Bring images and labels of the same id together."""
+_DERIVED = tuple(
+    f"{prefix}_{content}"
+    for prefix in ("", "_gtFine", "_gtCoarse")
+    for content in ("color", "labelIds", "labelTrainIds", "instanceIds", "instanceTrainIds")
+)
+"""How the names of files end that the field's scripts write beside labels."""
+
+
+def pair(images: Iterable[tuple[str, Path]], labels: Iterable[tuple[str, Path]]) -> Split:
+    """Bring images and labels of the same id together.
+
+    Files that the field's scripts write beside labels, such as `00001_labelTrainIds.png`, are passed over.
+
+    Args:
+        images: Ids and paths of the images.
+        labels: Ids and paths of the labels.
+    """
     sorted_images = sorted(images)
     ids = tuple(name for name, _ in sorted_images)
     image_ids = set(ids)
-    stray = sorted(path for name, path in labels.items() if name not in image_ids)
-    return Split(ids, tuple(path for _, path in sorted_images), tuple(labels.get(name) for name in ids), tuple(stray))
+    label_of: dict[str, Path] = {}
+    stray, doubled = [], []
+    for name, path in sorted(labels):
+        if name not in image_ids:
+            if not is_derived(name, image_ids):
+                stray.append(path)
+        elif label_of.setdefault(name, path) != path:
+            doubled.append((path, label_of[name]))
+    return Split(
+        ids,
+        tuple(path for _, path in sorted_images),
+        tuple(label_of.get(name) for name in ids),
+        tuple(stray),
+        tuple(doubled),
+    )
+
+
+def is_derived(name: str, ids: Collection[str]) -> bool:
+    """Return whether a label's name is one that scripts of DAFormer, MMSegmentation or Cityscapes derive from an id."""
+    return any(name.endswith(suffix) and name.removesuffix(suffix) in ids for suffix in _DERIVED)
 
 
 def files_in(folder: Path, suffixes: tuple[str, ...] = (".png",)) -> list[Path]:
@@ -149,6 +191,11 @@ class Dataset:
         """The classes that its labels name."""
         return self.format.values.classes
 
+    @property
+    def check_command(self) -> str:
+        """The command that says all that is wrong with it, as a shell takes it."""
+        return f"`segadapt data check {self.kind} {shlex.quote(str(self.root))}`"
+
     def unlabelled(self, split: Split) -> TargetImages:
         """Return a split's images without a way to its labels."""
         return FileTargetImages(split)
@@ -157,11 +204,25 @@ class Dataset:
         """Return a split's images with labels of the classes `names`; all must have one."""
         return FileImages(split, self.format, names)
 
+    def lost_file(self, split: Split, index: int) -> str | None:
+        """Return why the image or label of a sample is no file, such as a link that leads nowhere; None if it is."""
+        for path in (split.images[index], split.labels[index]):
+            try:
+                if path is not None:
+                    check_is_file(path)
+            except UnreadableError as error:
+                return f"{path}: {error}"
+        return None
+
     def content(self, split: Split, *, labels: bool) -> bytes:
         """Return a hash of names, sizes and last bytes of a split's files: PNGs end in the checksum of their pixels."""
         root = Path(self.root)
 
         def content(path: Path) -> bytes:
+            try:
+                check_is_file(path)
+            except UnreadableError as error:
+                raise UnreadableError(not_whole_text(path, error)) from error
             size = path.stat().st_size
             with path.open("rb") as file:
                 file.seek(max(0, size - _TAIL_BYTES))
@@ -226,7 +287,8 @@ class FileImages(FileTargetImages):
             if not self._format.resizes:
                 raise LabelFormatError(
                     f"A label must have the size of its image, but {path} is {size_text(label.shape)} and "
-                    f"{self._images[index]} is {size_text(size)}. {BROKEN_FILE_ADVICE}"
+                    f"{self._images[index]} is {size_text(size)}{turned_text(is_turned(self._images[index]))}. "
+                    f"{BROKEN_FILE_ADVICE}"
                 )
             label = resize_nearest(label, size)
         return torch.from_numpy(label)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +54,8 @@ KINDS: Mapping[str, Kind] = {
 }
 """All kinds of datasets in files, by their names in KIND:ROOT."""
 
-_READ = (*KINDS, SHARDS)
+READABLE = (*KINDS, SHARDS)
+"""All kinds that can be read, packed ones too."""
 
 _NAMED = 20  # files that a note names at most
 
@@ -109,8 +110,8 @@ def split_location(text: str, name: str) -> tuple[str, str]:
     """
     kind, separator, root = text.partition(":")
     check(
-        bool(separator and root) and kind in _READ,
-        f"{name} must be KIND:ROOT with KIND one of {', '.join(_READ)}",
+        bool(separator and root) and kind in READABLE,
+        f"{name} must be KIND:ROOT with KIND one of {', '.join(READABLE)}",
         text,
         f"Example: {name}=gta5:/data/GTA5",
     )
@@ -123,7 +124,7 @@ def open_dataset(kind: str, root: str) -> Dataset:
     Raises:
         ValueError: If the kind is not known, the folder does not exist or its class list is malformed.
     """
-    check(kind in _READ, f"The kind of a dataset must be one of {', '.join(_READ)}", kind)
+    check(kind in READABLE, f"The kind of a dataset must be one of {', '.join(READABLE)}", kind)
     if kind == SHARDS and (is_uri(root) or Path(root).is_dir()):
         return open_shards(root)
     if not Path(root).is_dir():
@@ -201,7 +202,7 @@ def _parts(
     if len(train) < least:
         raise ValueError(
             f"A {dataset.kind} dataset must hold {dataset.layout}, with at least {least} training images, but "
-            f"{dataset.root} has {len(train)}. `segadapt data check {dataset.kind} {dataset.root}` says more."
+            f"{dataset.root} has {len(train)}. {dataset.check_command} says more."
         )
     if not len(val):
         by_hash = sorted(range(len(train)), key=lambda index: hashlib.sha256(train.ids[index].encode()).digest())
@@ -212,11 +213,14 @@ def _parts(
     parts = []
     val_labels = domain == "source"  # those of a target are for judging alone: all, some or none may be there
     for name, split, needed in ((f"{domain} train", train, train_labels), (f"{domain} val", val, val_labels)):
-        _refuse(split.repeated_ids(), f"Images of {name} must differ in name", split, dataset)
+        is_val = split is val
+        if config.skip_bad:
+            split = _without_lost(split, dataset, name, notes)
+        _refuse(split.repeated_ids(), f"Files of {name} must differ in name", split, dataset)
         if needed:
             _refuse(split.missing_labels(), f"Every image of {name} must have a label", split, dataset)
         if config.skip_bad:
-            split = _without_bad(split, dataset, name, notes, labels=needed or split is val)
+            split = _without_bad(split, dataset, name, notes, labels=needed or is_val)
         parts.append(split)
     return parts[0], parts[1]
 
@@ -235,8 +239,23 @@ def _refuse(faults: Sequence[Fault], requirement: str, split: Split, dataset: Da
     if faults:
         raise ValueError(
             f"{requirement}, but {len(faults)} of {len(split)} do not, e.g. {faults[0].path}. "
-            f"`segadapt data check {dataset.kind} {dataset.root}` lists all."
+            f"{dataset.check_command} lists all."
         )
+
+
+def _without_lost(split: Split, dataset: Dataset, name: str, notes: list[str]) -> Split:
+    """Leave out samples whose image or label is no file, such as a link that leads nowhere, and say which."""
+    reasons = list(in_threads(partial(dataset.lost_file, split), range(len(split)), decoding_threads()))
+    kept = [index for index, reason in enumerate(reasons) if reason is None]
+    lost = [reason for reason in reasons if reason is not None]
+    if not kept:
+        raise ValueError(f"{name} must hold a file that can be decoded, but none of {len(split)} can: {lost[0]}")
+    if lost:
+        shown = "; ".join(lost[:_NAMED]) + (f"; and {len(lost) - _NAMED} more" if len(lost) > _NAMED else "")
+        notes.append(
+            f"{len(lost)} of {len(split)} images of {name} are left out as gone, or as their label is: {shown}."
+        )
+    return split.subset(kept)
 
 
 def _without_bad(split: Split, dataset: Dataset, name: str, notes: list[str], *, labels: bool) -> Split:

@@ -146,7 +146,6 @@ class _Part:
 
 
 def _chosen(dataset: Dataset, names: Sequence[str] | None) -> dict[str, Split]:
-    check_command = f"`segadapt data check {dataset.kind} {dataset.root}`"
     with_images = [name for name, split in dataset.splits.items() if len(split)]
     unknown = [name for name in names or () if name not in with_images]
     if unknown or not with_images:
@@ -154,14 +153,14 @@ def _chosen(dataset: Dataset, names: Sequence[str] | None) -> dict[str, Split]:
             f"--split must be one of {', '.join(with_images)}, but got {', '.join(unknown)}."
             if with_images
             else f"A {dataset.kind} dataset must hold {dataset.layout}, but {dataset.root} has none. "
-            f"{check_command} says more."
+            f"{dataset.check_command} says more."
         )
     chosen = {name: dataset.splits[name] for name in with_images if names is None or name in names}
     for name, split in chosen.items():
         if faults := split.repeated_ids():
             raise ValueError(
-                f"Images of {name} must differ in name, but {len(faults)} do not, e.g. {faults[0].path}. "
-                f"{check_command} lists all."
+                f"Files of {name} must differ in name, but {len(faults)} do not, e.g. {faults[0].path}. "
+                f"{dataset.check_command} lists all."
             )
     return chosen
 

@@ -309,7 +309,9 @@ def vary_color(image: Tensor, config: AugmentationConfig, generator: torch.Gener
     if grey:
         image = tvf.rgb_to_grayscale(image, num_output_channels=3)
     if blurred and config.blur > 0:
-        image = tvf.gaussian_blur(image, kernel_size=[3, 3], sigma=[sigma, sigma])
+        height, width = image.shape[-2:]
+        kernel = [min(3, 2 * side - 1) for side in (width, height)]  # one pixel has no neighbour to blur with
+        image = tvf.gaussian_blur(image, kernel_size=kernel, sigma=[sigma, sigma])
     return image
 
 

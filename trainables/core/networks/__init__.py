@@ -58,6 +58,7 @@ __all__ = [
     "WeightsReport",
     "base_lr",
     "build_segmenter",
+    "least_images",
     "load_weights",
     "recompute_blocks",
     "split_backbone",
@@ -98,6 +99,8 @@ class NetworkRecipe:
     """torchvision's name of the backbone, which has ImageNet weights; None without."""
     frozen_epsilon: float = 0.0
     batch_norm: bool = True
+    least_images: int = 1
+    """Images it must see at a time in training: two where a single pooled value is normalised over the batch."""
 
 
 NETWORKS = {
@@ -105,13 +108,22 @@ NETWORKS = {
     "deeplabv2_resnet101": NetworkRecipe(build_deeplabv2_resnet101, base_lr=2.5e-4, published="resnet101"),
     "deeplabv2_resnet101_caffe": NetworkRecipe(build_deeplabv2_resnet101_caffe, base_lr=2.5e-4, frozen_epsilon=1e-5),
     "deeplabv3_resnet50": NetworkRecipe(
-        build_deeplabv3_resnet50, base_lr=2.5e-4, published="resnet50", frozen_epsilon=1e-5
+        build_deeplabv3_resnet50, base_lr=2.5e-4, published="resnet50", frozen_epsilon=1e-5, least_images=2
     ),
     "lraspp_mobilenet_v3_large": NetworkRecipe(
         build_lraspp_mobilenet_v3_large, base_lr=2.5e-4, published="mobilenet_v3_large", frozen_epsilon=1e-3
     ),
 }
 """All networks by name."""
+
+
+def least_images(name: str) -> int:
+    """Return how many images a network must see at a time in training.
+
+    Raises:
+        ValueError: If there is no such network; lists the known ones.
+    """
+    return _recipe(name).least_images
 
 
 def base_lr(name: str) -> float:
@@ -150,6 +162,7 @@ def build_segmenter(
     epsilon = recipe.frozen_epsilon if norm_epsilon is None else norm_epsilon
     segmenter = recipe.build(num_classes, partial(FrozenBatchNorm, epsilon=epsilon) if frozen else None)
     segmenter.align_corners = align_corners
+    segmenter.least_images = recipe.least_images
     if state is not None:
         report = load_weights(segmenter, state)
         level = logging.WARNING if any(key.startswith("backbone.") for key in report.missing) else logging.INFO

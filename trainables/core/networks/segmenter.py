@@ -55,6 +55,8 @@ class Segmenter(nn.Module):
 
     mean: Tensor
     std: Tensor
+    least_images = 1
+    """Images it must see at a time in training, set by `build_segmenter`."""
 
     def __init__(
         self,

@@ -80,6 +80,28 @@ class TrainerConfig:
             self.eval_window,
         )
 
+    def check_workers(self, workers: int, least_images: int) -> None:
+        """Make sure that workers can share a batch.
+
+        Args:
+            workers: Data-parallel workers.
+            least_images: Images that the network must see at a time in training.
+
+        Raises:
+            ValueError: If they cannot.
+        """
+        check(
+            self.batch_size % workers == 0,
+            f"trainer.batch_size must be a multiple of the {workers} workers",
+            self.batch_size,
+        )
+        check(
+            self.batch_size // workers >= least_images,
+            f"trainer.batch_size must be at least {least_images * workers} with {workers} worker(s) and this network, "
+            f"which normalises what it pools over {least_images} or more images",
+            self.batch_size,
+        )
+
 
 @dataclass(frozen=True)
 class TrainerSettings:

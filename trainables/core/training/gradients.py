@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,19 +25,34 @@ class SmallerMicroBatchError(RuntimeError):
     """A step did not fit one of several workers: all must begin again, with the smaller micro-batch that was noted."""
 
 
-def smaller_micro_batch(size: int, workers: int) -> int | None:
+def smaller_micro_batch(size: int, workers: int, least: int = 1) -> int | None:
     """Return the largest smaller micro-batch that parts this one equally: its half, where every worker's share is even.
 
     Args:
         size: Images of each domain over all workers; a multiple of `workers`.
         workers: Data-parallel workers.
+        least: Images that a worker must have.
 
     Returns:
-        A multiple of `workers`; None if every worker has a single image.
+        A multiple of `workers`; None if there is none.
     """
     per_worker = size // workers
-    parts = next((parts for parts in range(2, per_worker + 1) if per_worker % parts == 0), None)
+    parts = next((parts for parts in range(2, per_worker // least + 1) if per_worker % parts == 0), None)
     return size // parts if parts is not None else None
+
+
+@contextlib.contextmanager
+def batch_norm_explained() -> Iterator[None]:
+    """Say what to do where batch normalisation meets a single value per channel, as with one very small image."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "Batch normalisation must see several values of each channel, but one image of so few pixels leaves one. "
+            "Raise trainer.batch_size or the images' size (augmentation.crop, source_size and target_size)."
+        ) from error
 
 
 class Snapshot:

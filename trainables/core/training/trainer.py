@@ -30,6 +30,7 @@ from segadapt.trainables.core.training.gradients import (
     SmallerMicroBatchError,
     Snapshot,
     autocast,
+    batch_norm_explained,
     data_parallel,
     describe_memory,
     note_micro_batch,
@@ -65,7 +66,6 @@ from segadapt.trainables.core.training.reporting import (
     write_checkpoint,
 )
 from segadapt.trainables.core.training.timing import StepTimes
-from segadapt.trainables.core.validation import check
 
 _ASK_EVERY = 8
 """Steps after which several workers ask each other whether one of them must leave."""
@@ -96,9 +96,8 @@ class Trainer:
         folder: Path,
         device: torch.device | None = None,
     ) -> None:
-        workers = distributed.world_size()
-        batch_size = settings.trainer.batch_size
-        check(batch_size % workers == 0, f"trainer.batch_size must be a multiple of the {workers} workers", batch_size)
+        self.least_images = method.segmenter.least_images
+        settings.trainer.check_workers(distributed.world_size(), self.least_images)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.memory_format = torch.channels_last if settings.trainer.channels_last else torch.contiguous_format
         self.method = method.to(device=self.device)
@@ -116,7 +115,7 @@ class Trainer:
         self.report = report
         self.folder = folder
         self._times = StepTimes(self.device)
-        self.micro_batch = noted_micro_batch(folder) or batch_size
+        self.micro_batch = noted_micro_batch(folder) or settings.trainer.batch_size
         """Images of each domain per micro-batch over all workers; smaller than asked for once memory was short."""
 
     def start_from(self, checkpoint: Path) -> None:
@@ -170,7 +169,7 @@ class Trainer:
             self._begin_stage(stage, done, optimizer)
         train_step = self.parallel()
         workers = distributed.world_size()
-        may_fail = workers == 1 and smaller_micro_batch(self.micro_batch, workers) is not None
+        may_fail = workers == 1 and smaller_micro_batch(self.micro_batch, 1, self.least_images) is not None
         before = Snapshot(self.method) if may_fail else None
         batches = self.batches(stage, start)
         self._seed(stage, start)
@@ -306,7 +305,7 @@ class Trainer:
         try:
             for part in range(parts):
                 batch = next(batches)
-                with synchronised(module, part == parts - 1):
+                with synchronised(module, part == parts - 1), batch_norm_explained():
                     with autocast(self.device, self.settings.trainer.precision):
                         terms: dict[str, Tensor] = module(batch, number)
                     torch.autograd.backward(torch.stack(list(terms.values())).sum() / parts)
@@ -327,11 +326,12 @@ class Trainer:
         the method's own statistics, for the one that failed. They begin again from the last checkpoint.
         """
         workers = distributed.world_size()
-        size = smaller_micro_batch(self.micro_batch, workers)
+        size = smaller_micro_batch(self.micro_batch, workers, self.least_images)
         where = f"step {step} of stage '{stage.name}'"
         if size is None:
+            least = "One image" if self.least_images == 1 else f"{self.least_images} images"
             raise InfeasibleError(
-                f"One image of each domain must fit the device, but {where} does not. Lower augmentation.crop or "
+                f"{least} of each domain must fit the device, but {where} does not. Lower augmentation.crop or "
                 "augmentation.source_size and target_size, or choose a smaller network."
             )
         message = f"{self.micro_batch} images of each domain do not fit the device; going on with {size}."

@@ -31,7 +31,7 @@ def open_cityscapes(root: Path) -> Dataset:
         for suffix in (_TRAIN_IDS, _LABEL_IDS)
     }
     with_label_ids, with_train_ids = (
-        {*by_suffix[suffix]["train"], *by_suffix[suffix]["val"]} for suffix in (_LABEL_IDS, _TRAIN_IDS)
+        {name for split in _SPLITS for name, _ in by_suffix[suffix][split]} for suffix in (_LABEL_IDS, _TRAIN_IDS)
     )
     lacking = with_label_ids - with_train_ids
     use_train_ids = bool(with_train_ids) and not lacking
@@ -43,7 +43,7 @@ def open_cityscapes(root: Path) -> Dataset:
     return Dataset(
         kind="cityscapes",
         root=root,
-        splits={split: pair(images[split].items(), labels[split]) for split in _SPLITS},
+        splits={split: pair(images[split], labels[split]) for split in _SPLITS},
         format=LabelFormat(CITYSCAPES_TRAIN_IDS if use_train_ids else CITYSCAPES_LABEL_IDS, decode_ids),
         layout="leftImg8bit/SPLIT/CITY/*_leftImg8bit.png and gtFine/SPLIT/CITY/*_gtFine_labelIds.png",
         notes=(note,) if with_train_ids and lacking else (),
@@ -51,12 +51,15 @@ def open_cityscapes(root: Path) -> Dataset:
     )
 
 
-def _files_by_id(folder: Path, suffix: str) -> dict[str, Path]:
-    """Return the files of all cities by their id, CITY_SEQUENCE_FRAME."""
+def _files_by_id(folder: Path, suffix: str) -> list[tuple[str, Path]]:
+    """Return the files of all cities with their id, CITY_SEQUENCE_FRAME."""
     cities = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return {
-        path.name.removesuffix(suffix): path for city in cities for path in files_in(city) if path.name.endswith(suffix)
-    }
+    return [
+        (path.name[: -len(suffix)], path)
+        for city in cities
+        for path in files_in(city)
+        if path.name.lower().endswith(suffix.lower())
+    ]
 
 
 def write_cityscapes(root: Path, train: LabelledImages, val: LabelledImages, names: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@
 Labels are PNGs named as their image: 8-bit grey or palette PNGs of ids, or 8-bit RGB PNGs of the colours.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def open_folder(root: Path) -> Dataset:
     splits = {}
     for split in _SPLITS:
         images = [(path.stem, path) for path in files_in(root / split / "images", _IMAGES)]
-        splits[split] = pair(images, {path.stem: path for path in files_in(root / split / "labels")})
+        splits[split] = pair(images, [(path.stem, path) for path in files_in(root / split / "labels")])
     return Dataset(
         kind="folder",
         root=root,
@@ -69,7 +70,7 @@ def _read_classes(path: Path) -> LabelValues:
 
 def _label_values(content: Mapping[str, Any]) -> LabelValues:
     entries = content["classes"]
-    names = tuple(str(entry["name"]) for entry in entries)
+    names = tuple(_name(entry["name"]) for entry in entries)
     ids = [_byte(entry["id"]) for entry in entries]
     colors = tuple(_color(entry["color"]) for entry in entries)
     ignore = content.get("ignore", [IGNORE_INDEX])
@@ -90,6 +91,15 @@ def _label_values(content: Mapping[str, Any]) -> LabelValues:
         strict=True,
         colors=dict(zip(colors, ids, strict=True)) | dict.fromkeys(ignored_colors, IGNORED_COLOR),
     )
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):  # YAML reads `no` as false
+        raise ValueError(f"names must be text, in quotes where YAML reads something else, but one is {value!r}")
+    name = str(value)
+    if not name.strip() or not name.isprintable():
+        raise ValueError(f"names must be visible text on one line, but one is {name!r}")
+    return name
 
 
 def _color(value: Any) -> Color:
@@ -121,7 +131,7 @@ def write_folder(root: Path, train: LabelledImages, val: LabelledImages, classes
             label = Image.fromarray(images.label(index).contiguous().numpy())
             label.save(root / split / "labels" / f"{name}.png")
     lines = [
-        f"  - {{name: {name}, id: {index}, color: {list(color)}}}"
+        f"  - {{name: {json.dumps(name, ensure_ascii=False)}, id: {index}, color: {list(color)}}}"
         for index, (name, color) in enumerate(zip(classes.names, classes.colors, strict=True))
     ]
     (root / CLASSES).write_text("\n".join(["classes:", *lines, f"ignore: [{IGNORE_INDEX}]", ""]))

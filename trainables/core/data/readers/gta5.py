@@ -21,7 +21,7 @@ _ODD_ROWS = 6
 def open_gta5(root: Path) -> Dataset:
     """List the files of GTA5 in a folder."""
     images = [(path.stem, path) for path in files_in(root / "images")]
-    labels = {path.stem: path for path in files_in(root / "labels")}
+    labels = [(path.stem, path) for path in files_in(root / "labels")]
     return Dataset(
         kind="gta5",
         root=root,

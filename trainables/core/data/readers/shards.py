@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -66,7 +67,8 @@ if hasattr(os, "register_at_fork"):
 def _damaged(location: Location, shard: Shard, reason: object) -> str:
     return (
         f"A shard must be as it was packed, but {shard.name} in {location} is not: {reason}. "
-        f"`segadapt data check shards {location}` lists all that are damaged; fetch or pack them anew."
+        f"`segadapt data check shards {shlex.quote(str(location))}` lists all that are damaged; fetch or pack them "
+        "anew."
     )
 
 
@@ -248,6 +250,10 @@ class ShardDataset(Dataset):
         rows = self._rows_of(split)
         histograms = self.index.histograms[rows]
         return ShardImages(self.location, self.manifest, rows, split.ids, self.format.values, names, histograms)
+
+    def lost_file(self, split: Split, index: int) -> str | None:
+        """Return None: rows are no files."""
+        return None
 
     def content(self, split: Split, *, labels: bool) -> bytes:
         """Return a hash of a split's content, read from the index."""

@@ -18,7 +18,7 @@ from segadapt.trainables.core.data.decoding import decode_first_channel, encode_
 def open_synthia(root: Path) -> Dataset:
     """List the files of RAND-CITYSCAPES in a folder."""
     images = [(path.stem, path) for path in files_in(root / "RGB")]
-    labels = {path.stem: path for path in files_in(root / "GT" / "LABELS")}
+    labels = [(path.stem, path) for path in files_in(root / "GT" / "LABELS")]
     return Dataset(
         kind="synthia",
         root=root,

@@ -14,14 +14,12 @@ from segadapt.trainables.core.data.streets.images import (
     labelled_streets,
     load_streets,
 )
-from segadapt.trainables.core.data.streets.sheet import contact_sheet
 
 __all__ = [
     "CLASSES",
     "StreetsConfig",
     "StreetsImages",
     "StreetsTargetImages",
-    "contact_sheet",
     "labelled_streets",
     "load_streets",
 ]
