@@ -1,10 +1,11 @@
 """Is the storage folder sound?"""
 
+import contextlib
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.record import BEGUN
 from segadapt.platform.storage import cache
 from segadapt.platform.storage.checkpoints import is_sound
+from segadapt.platform.storage.driving import driving
 from segadapt.platform.storage.files import lock, locked
 from segadapt.platform.storage.folders import Storage, open_storage
 from segadapt.platform.tracking import outbox
@@ -131,14 +133,8 @@ def _stage_cache(storage: Storage) -> Iterator[Finding]:
                 yield fault("storage", text, "Trials that load it fail", "Stop the command that runs now, then --fix")
                 continue
             advice = "--fix removes it; who needs it computes it anew"
-            yield Finding(
-                "storage",
-                "fault",
-                text,
-                "Trials that load it fail",
-                advice,
-                partial(_remove_stage, storage, stage.hash),
-            )
+            repair = partial(_undisturbed, storage, stage.needed_by, partial(_remove_stage, storage, stage.hash))
+            yield Finding("storage", "fault", text, "Trials that load it fail", advice, repair)
     yield from _begun_stages(storage, drivers)
 
 
@@ -150,6 +146,15 @@ def _remove_stage(storage: Storage, stage_hash: str) -> None:
     aside = storage.stages / f".{stage_hash}.broken"
     (storage.stages / stage_hash).rename(aside)  # at once: nobody loads half of it
     shutil.rmtree(aside)
+
+
+def _undisturbed(storage: Storage, experiments: Collection[str], repair: Callable[[], None]) -> None:
+    """Repair something that experiments need, as the only process that works on them."""
+    with contextlib.ExitStack() as held:
+        for name in sorted(experiments):
+            if (storage.experiments / name).is_dir():  # else it is a process, whose experiment is among them too
+                held.enter_context(driving(storage, name))
+        repair()
 
 
 def _begun_stages(storage: Storage, drivers: Drivers) -> Iterator[Finding]:
@@ -168,4 +173,5 @@ def _begun_stages(storage: Storage, drivers: Drivers) -> Iterator[Finding]:
             continue
         text = f"{note.parent.name} holds shared stages that were begun and never finished"
         advice = "--fix notes that it ended; its folder may be deleted"
-        yield Finding("storage", "fault", text, why, advice, note.unlink)
+        repair = partial(_undisturbed, storage, [experiment], note.unlink)
+        yield Finding("storage", "fault", text, why, advice, repair)

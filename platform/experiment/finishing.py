@@ -24,6 +24,7 @@ from segadapt.platform.storage.checkpoints import (
     configuration,
     read_metrics,
 )
+from segadapt.platform.storage.driving import driving
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.tags import CHECKPOINT_TAG, EXPERIMENT_TAG, KEY_TAG, SEED_TAG, TRIAL_ID_TAG
 from segadapt.trainables import method_class
@@ -79,7 +80,8 @@ def finish_run(request: FinishRequest, options: Options) -> tuple[list[FinishRes
         UsageError: If there is no such trial, it left no checkpoint, or its losses cannot be kept.
     """
     record, row = plan_finish(request, options.place)
-    outcome = run(record, options)
+    with driving(options.place.prepared(), record.name):
+        outcome = run(record, options)
     return _finish_results(record, row, options), outcome
 
 

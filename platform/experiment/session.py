@@ -12,8 +12,9 @@ from segadapt.platform.cluster.capacity import Capacity, resources_of
 from segadapt.platform.cluster.connection import connect, signal_handlers_kept, treat_termination_as_interrupt
 from segadapt.platform.cluster.preflight import check_nodes, data_paths
 from segadapt.platform.errors import UsageError
+from segadapt.platform.experiment.naming import Labels, claim_on_server
 from segadapt.platform.experiment.parent_run import ParentRun
-from segadapt.platform.experiment.record import Options, Outcome, Record, finished_trials, save_record
+from segadapt.platform.experiment.record import RECORD, Options, Outcome, Record, finished_trials, save_record
 from segadapt.platform.experiment.shared_stages import SharedStages
 from segadapt.platform.experiment.tune_state import TUNER, mend, of_another_version
 from segadapt.platform.results.seeds import Reranked, rerank, verdict
@@ -47,7 +48,7 @@ def check_gpu_hours(record: Record, resources: Allocation) -> None:
 
 
 def run(record: Record, options: Options) -> Outcome:
-    """Run an experiment, or go on with it if it was begun.
+    """Run an experiment, or go on with it if it was begun; whoever calls is the only one that works on it.
 
     Raises:
         UsageError: If it cannot run as asked; nothing was started then.
@@ -72,6 +73,8 @@ def run(record: Record, options: Options) -> Outcome:
         check_gpu_hours(record, resources)
         if capacity.joined:
             check_nodes(storage.root, data_paths(record.configs.values()))
+        if not (storage.experiment(record.name) / RECORD).is_file():
+            claim_on_server(record, options.place)
         record = save_record(record, storage)
         spec = TrialSpec(
             storage=storage,
@@ -164,7 +167,6 @@ class _Session:
             self.options.say(mended)
 
     def _run_trials(self) -> "list[TrialResult]":
-        from segadapt.platform.experiment.naming import Labels
         from segadapt.platform.experiment.tuning import ListPlan, SearchPlan, run_experiment
 
         record = self.record
@@ -280,7 +282,6 @@ class _Session:
         Raises:
             StageFailedError: If a shared stage fails on one of the seeds.
         """
-        from segadapt.platform.experiment.naming import Labels
         from segadapt.platform.experiment.tuning import ListPlan, run_experiment
 
         record = self.record

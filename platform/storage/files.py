@@ -2,20 +2,28 @@
 
 import contextlib
 import fcntl
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+PARTIAL = ".partial"
+"""Ending of files that are being written; a kill leaves them."""
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a file beside `path` to write to, which takes the place of `path` in one step when the context ends well.
 
-    Others see the old content or the new one, whatever is killed in between. One process at a time may write a path.
+    Others see the old content or the new one, whatever is killed in between. Of several processes that write a path at
+    once, one wins.
     """
-    partial = path.with_name(f".{path.name}")
-    yield partial
-    partial.replace(path)
+    partial = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -26,6 +26,7 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment import tune_state
 from segadapt.platform.storage import leases
 from segadapt.platform.storage.checkpoints import delete, put_away
+from segadapt.platform.storage.driving import driving
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.client import waiting_folder
 from segadapt.platform.tracking.outbox import Outbox
@@ -122,6 +123,24 @@ def test_a_search_that_runs_is_left_alone(watched: Watched) -> None:
     assert [finding.text for finding in about] == ["A command works on it now: it is left alone"]
     assert not any(finding.repaired for finding in watched.findings)
     assert "refused" not in watched.output + watched.errors
+
+
+def test_what_another_command_has_locked_is_left_alone_and_what_is_repaired_is_locked(case: Case) -> None:
+    case.forget_end("sdca-001")
+    place = Place(case.root)
+    with driving(place.folders, NAME):
+        before = (case.root / "mlflow.db").read_bytes()
+        for fix in (True, False):
+            about = [finding for finding in doctor(case.root, fix=fix) if finding.subject == NAME]
+            assert [finding.text for finding in about] == ["A command works on it now: it is left alone"]
+        assert (case.root / "mlflow.db").read_bytes() == before
+    repairing = api.doctor(place=place, fix=True)
+    assert next(finding for finding in repairing if finding.subject == NAME).repaired
+    with pytest.raises(UsageError, match="One command at a time must work on an experiment"):
+        api.search(resume=NAME, place=place)
+    with pytest.raises(UsageError, match="One `doctor --fix` at a time must repair a storage folder"):
+        doctor(case.root, fix=True)
+    assert faults(list(repairing)) == faults(doctor(case.root)) == []
 
 
 @pytest.mark.parametrize("said", [True, False], ids=["works", "begins"])
