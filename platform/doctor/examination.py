@@ -21,7 +21,7 @@ from segadapt.platform.doctor.mlflow_checks import (
     unknown_runs,
 )
 from segadapt.platform.doctor.services import cluster_findings, study_findings, tracking_findings, waiting_findings
-from segadapt.platform.doctor.storage import file_system, keeps_locks_apart, storage_findings
+from segadapt.platform.doctor.storage import storage_findings
 from segadapt.platform.doctor.study_checks import missing_proposals, study_duplicates, study_ends
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment import tune_state
@@ -29,7 +29,7 @@ from segadapt.platform.experiment.record import RECORD
 from segadapt.platform.search.study_storage import open_study_storage
 from segadapt.platform.storage.checkpoints import newest_checkpoint
 from segadapt.platform.storage.driving import driving_if_free, is_driven
-from segadapt.platform.storage.files import locked
+from segadapt.platform.storage.files import MOUNTS, file_system, keeps_locks_apart, locked
 from segadapt.platform.storage.folders import Storage
 from segadapt.platform.tracking.client import mlflow_client
 
@@ -43,7 +43,8 @@ def examine(what: Examination) -> Iterator[Finding]:
     if not what.fix or not what.storage.root.is_dir():
         yield from _examined(what)
         return
-    with locked(what.storage.root / ".doctor.lock", wait=False) as alone:
+    what.storage.locks.mkdir(exist_ok=True)
+    with locked(what.storage.locks / ".doctor", wait=False) as alone:
         if not alone:
             raise UsageError(
                 f"One `doctor --fix` at a time must repair a storage folder, but another one repairs "
@@ -79,7 +80,7 @@ def _experiments(what: Examination) -> Iterator[Finding]:
     storage = what.storage
     if what.place.tracking_uri is None and not storage.mlflow_database.is_file():
         return
-    if keeps_locks_apart(*file_system(storage.root, Path("/proc/self/mounts"))):
+    if keeps_locks_apart(*file_system(storage.root, MOUNTS)):
         return
     client = mlflow_client(what.place.tracking_url)
     studies: Any | None = None

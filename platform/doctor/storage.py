@@ -16,17 +16,12 @@ from segadapt.platform.experiment.record import BEGUN
 from segadapt.platform.storage import cache
 from segadapt.platform.storage.checkpoints import is_sound
 from segadapt.platform.storage.driving import driving
-from segadapt.platform.storage.files import lock, locked
+from segadapt.platform.storage.files import MOUNTS, file_system, keeps_locks_apart, lock, locked
 from segadapt.platform.storage.folders import Storage, open_storage
 from segadapt.platform.tracking import outbox
 
 _OLD_S = 3600.0
 """What is in work changes more often than this."""
-
-_NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse.sshfs", "9p", "afs")
-
-_OWN_LOCKS = ("nolock", "noflock", "localflock", "local_lock=all", "local_lock=flock")
-"""Mount options under which nodes do not see each other's locks."""
 
 
 # Storage.
@@ -47,33 +42,11 @@ def storage_findings(what: Examination) -> Iterator[Finding]:
         yield fault("storage", str(error), "Nothing can be run or repaired there", "")
         return
     free = shutil.disk_usage(storage.root).free / 2**30
-    kind, options = file_system(storage.root, Path("/proc/self/mounts"))
+    kind, options = file_system(storage.root, MOUNTS)
     yield Finding("storage", "ok", f"{storage.root} can be written, {free:.3g} GiB free, {kind}")
     yield from _locks(storage, kind, options)
     yield from _in_work(storage)
     yield from _stage_cache(storage)
-
-
-def file_system(path: Path, mounts: Path) -> tuple[str, str]:
-    """Return the kind of file system that a folder lies on, and how it is mounted; `unknown` where nothing tells.
-
-    Args:
-        path: The folder.
-        mounts: The system's table, `/proc/self/mounts` on Linux.
-    """
-    try:
-        lines = [line.split() for line in mounts.read_text().splitlines()]
-    except OSError:
-        return "unknown", ""
-    path = path.resolve()
-    mounted = [line for line in lines if path.is_relative_to(line[1].replace("\\040", " "))]
-    best = max(mounted, key=lambda line: len(line[1]), default=None)
-    return (best[2], best[3]) if best is not None else ("unknown", "")
-
-
-def keeps_locks_apart(kind: str, options: str) -> bool:
-    """Return whether a file system is mounted so that nodes do not see each other's locks."""
-    return kind.startswith(_NETWORK) and bool(set(options.split(",")) & set(_OWN_LOCKS))
 
 
 def _locks(storage: Storage, kind: str, options: str) -> Iterator[Finding]:

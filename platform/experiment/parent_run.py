@@ -138,5 +138,6 @@ class ParentRun:
 
         unit = "gpu" if self.spec.resources.gpus > 0 else "cpu"
         hours = spent_hours(self.spec.storage, self.record.name, unit)
-        self.tracker.log_summary(self.record.name, {f"cost/{unit}_hours": hours}, 0)
+        # At the seconds it took: MLflow shows that of the highest step, and of equals the one of the latest clock.
+        self.tracker.log_summary(self.record.name, {f"cost/{unit}_hours": hours}, round(3600 * hours))
         self.tracker.end(self.record.name, state.mlflow, {STATE_TAG: str(state)})

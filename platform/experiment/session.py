@@ -24,6 +24,8 @@ from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Allocation
 from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.checkpoints import TrialCheckpoint, best_checkpoint, checkpoint_folder
+from segadapt.platform.storage.files import MOUNTS, file_system, keeps_locks_apart
+from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.retention import CheckpointRetention
 from segadapt.platform.storage.stage_keys import code_versions, own_steps
 from segadapt.platform.storage.stages import need_no_more
@@ -59,6 +61,7 @@ def run(record: Record, options: Options) -> Outcome:
     if refusal := of_another_version(options.place.folders, record.name):
         raise UsageError(refusal)
     storage = options.place.prepared()
+    _tell_if_locks_are_apart(storage, options)
     if record.kind == "search":
         open_study_storage(options.place.study_url)  # answers, or nothing is begun
     with (
@@ -90,6 +93,14 @@ def run(record: Record, options: Options) -> Outcome:
         failed, interrupted = _Session(record, spec, tracker, options, capacity, concurrent).run(clock)
     clock.lap("tracking")
     return Outcome(failed, interrupted, clock.seconds)
+
+
+def _tell_if_locks_are_apart(storage: Storage, options: Options) -> None:
+    if keeps_locks_apart(*file_system(storage.root, MOUNTS)):
+        options.say(
+            f"{storage.root} is mounted so that nodes do not see each other's locks: use it from this node alone, or "
+            "mount it without nolock, local_lock and localflock."
+        )
 
 
 class _Clock:

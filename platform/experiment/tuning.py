@@ -11,8 +11,8 @@ from segadapt.platform.experiment.ledger import GpuHours, Ledger, Limits, spent_
 from segadapt.platform.experiment.naming import Labels
 from segadapt.platform.experiment.progress import Progress
 from segadapt.platform.experiment.trial_runs import Receivers
-from segadapt.platform.experiment.tune_state import TUNER, StateArchive
-from segadapt.platform.ray_internals.tune import set_tune_config, trials_of
+from segadapt.platform.experiment.tune_state import TUNER, StateArchive, next_session
+from segadapt.platform.ray_internals.tune import saving_as, set_tune_config, trials_of
 from segadapt.platform.search.samplers import SamplerName, make_sampler
 from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
 from segadapt.platform.search.searcher import ListedTrials, Proposals, StudySearch
@@ -118,7 +118,8 @@ def run_experiment(
     events = Events(spec, labels, receivers)
     Events.session, Limits.session = events, receivers.limits  # whom Tune's saved state stands for
     try:
-        results = _tuner(spec, plan, searcher, events, receivers.limits).fit()
+        with saving_as(next_session(spec.folder)):
+            results = _tuner(spec, plan, searcher, events, receivers.limits).fit()
     finally:
         receivers.progress.close()
         ledger.save()

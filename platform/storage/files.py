@@ -10,6 +10,14 @@ from typing import Any
 PARTIAL = ".partial"
 """Ending of files that are being written; a kill leaves them."""
 
+MOUNTS = Path("/proc/self/mounts")
+"""The system's table of mounted file systems, on Linux."""
+
+_NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse.sshfs", "9p", "afs")
+
+_OWN_LOCKS = ("nolock", "noflock", "localflock", "local_lock=all", "local_lock=flock")
+"""Mount options under which nodes do not see each other's locks."""
+
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -70,3 +78,25 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 def folder_size(folder: Path) -> int:
     """Return the bytes of all files in a folder and its sub-folders."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def file_system(path: Path, mounts: Path) -> tuple[str, str]:
+    """Return the kind of file system that a folder lies on, and how it is mounted; `unknown` where nothing tells.
+
+    Args:
+        path: The folder.
+        mounts: The system's table, such as `MOUNTS`.
+    """
+    try:
+        lines = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return "unknown", ""
+    path = path.resolve()
+    mounted = [line for line in lines if path.is_relative_to(line[1].replace("\\040", " "))]
+    best = max(mounted, key=lambda line: len(line[1]), default=None)
+    return (best[2], best[3]) if best is not None else ("unknown", "")
+
+
+def keeps_locks_apart(kind: str, options: str) -> bool:
+    """Return whether a file system is mounted so that nodes do not see each other's locks."""
+    return kind.startswith(_NETWORK) and bool(set(options.split(",")) & set(_OWN_LOCKS))
