@@ -65,11 +65,11 @@ def register(client: Any, name: str, card: Card, onnx: Path) -> str:
     source = f"{client.get_run(card.run_id).info.artifact_uri}/{place}"
     miou = card.metrics.get("target_val/miou")
     described = f"{card.run} of {card.search} at step {card.step}" + (f", target mIoU {miou:.3f}" if miou else "")
-    version = int(client.create_model_version(name, source, card.run_id, tags, description=described).version)
-    first = min(versions(), default=version)
-    if first < version:  # another export of the same checkpoint registered it meanwhile
-        client.delete_model_version(name, str(version))
-    return str(min(first, version))
+    made = int(client.create_model_version(name, source, card.run_id, tags, description=described).version)
+    first = min(versions(), default=made)
+    if first < made:  # another export of the same checkpoint registered it meanwhile
+        client.delete_model_version(name, str(made))
+    return str(min(first, made))
 
 
 def _save_pyfunc(folder: Path, card: Card, onnx: Path) -> None:
