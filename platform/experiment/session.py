@@ -12,7 +12,7 @@ from segadapt.platform.cluster.capacity import Capacity, resources_of
 from segadapt.platform.cluster.connection import connect, signal_handlers_kept, treat_termination_as_interrupt
 from segadapt.platform.cluster.preflight import check_nodes, data_paths
 from segadapt.platform.errors import UsageError
-from segadapt.platform.experiment.naming import Labels, claim_on_server
+from segadapt.platform.experiment.naming import Labels, claim_on_servers
 from segadapt.platform.experiment.parent_run import ParentRun
 from segadapt.platform.experiment.record import RECORD, Options, Outcome, Record, finished_trials, save_record
 from segadapt.platform.experiment.shared_stages import SharedStages
@@ -77,7 +77,7 @@ def run(record: Record, options: Options) -> Outcome:
         if capacity.joined:
             check_nodes(storage.root, data_paths(record.configs.values()))
         if not (storage.experiment(record.name) / RECORD).is_file():
-            claim_on_server(record, options.place)
+            claim_on_servers(record, options.place)
         record = save_record(record, storage)
         spec = TrialSpec(
             storage=storage,

@@ -268,8 +268,10 @@ def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
     storage = open_study_storage(plan.study_url)
     names = optuna.get_all_study_names(storage)
     begun = (spec.folder / TUNER).is_file()
-    if spec.experiment in names and not begun:  # left by a driver killed before its first trial
-        optuna.delete_study(study_name=spec.experiment, storage=storage)
+    if spec.experiment in names and not begun:
+        left = optuna.load_study(study_name=spec.experiment, storage=storage)
+        if left.get_trials(deepcopy=False):  # of a driver killed before its first trial
+            optuna.delete_study(study_name=spec.experiment, storage=storage)
     searcher = StudySearch(
         spaces=plan.spaces,
         first=plan.first,

@@ -9,6 +9,7 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
+import optuna
 import pytest
 from commands import COMMAND, forked
 from conftest import TINY, TINY_WORDS
@@ -17,7 +18,7 @@ from searching import Watched, steps_of, tracked
 import segadapt
 from segadapt import Place, UsageError
 from segadapt.platform.experiment.finishing import FinishRequest, plan_finish
-from segadapt.platform.experiment.naming import begun
+from segadapt.platform.experiment.naming import begun, claim_on_servers
 from segadapt.platform.experiment.planning import SearchRequest, plan_search
 from segadapt.platform.storage.driving import driving
 from segadapt.platform.storage.files import write_whole
@@ -131,6 +132,22 @@ def test_a_planned_search_whose_name_was_taken_takes_another_one_unless_it_was_a
         with pytest.raises(UsageError, match="--name must be new, but"):
             named.run()
     assert not list(place.folders.root.glob("ray/*")), "a search that did not begin leaves its name free"
+
+
+def test_searches_of_two_storage_folders_share_no_study_in_one_database(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    first, second = (Place(tmp_path / name, study_uri=url) for name in ("first", "second"))
+    record = plan_search(SearchRequest(methods=["sdca"], settings=TINY), first)
+    with begun(record, first, named=False):
+        claim_on_servers(record, first)
+    optuna.load_study(study_name=NAME, storage=url).enqueue_trial({})
+    with begun(record, second, named=False) as other:
+        assert other.name == f"{NAME}-2"
+    with pytest.raises(UsageError, match=r"--name must be new, but .* among the studies"):
+        begun(record, second, named=True).__enter__()
+    with pytest.raises(UsageError, match="was taken among the studies of --study-uri just now"):
+        claim_on_servers(record, second)
+    assert len(optuna.load_study(study_name=NAME, storage=url).trials) == 1
 
 
 def at_once(*commands: Callable[[], object]) -> list[object]:
