@@ -43,8 +43,12 @@ def examine(what: Examination) -> Iterator[Finding]:
     if not what.fix or not what.storage.root.is_dir():
         yield from _examined(what)
         return
-    what.storage.locks.mkdir(exist_ok=True)
-    with locked(what.storage.locks / ".doctor", wait=False) as alone:
+    with contextlib.ExitStack() as held:
+        try:
+            what.storage.locks.mkdir(exist_ok=True)
+            alone = held.enter_context(locked(what.storage.locks / ".doctor", wait=False))
+        except OSError:  # the look at the storage folder tells
+            alone = True
         if not alone:
             raise UsageError(
                 f"One `doctor --fix` at a time must repair a storage folder, but another one repairs "
