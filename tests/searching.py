@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import Popen
+from subprocess import CompletedProcess, Popen
 from threading import Thread
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -77,6 +77,8 @@ class Watched:
     """Address and name of each process that listened on it."""
     to_others: set[tuple[str, str]]
     """Those of them that other machines could reach."""
+    resumed: "CompletedProcess[str]"
+    """What `search --resume` said while it ran."""
 
     NAME: ClassVar[str] = "sdca-streets"
 
@@ -115,6 +117,7 @@ def watched_search(folder: Path, words: Sequence[str]) -> Watched:
             wait_for((storage / "mlflow.db").is_file, "its records")
             with patch.dict(os.environ):
                 findings = list(segadapt.doctor(place=segadapt.Place(storage), fix=True))
+            resumed = run_command(folder, "search", "--resume", Watched.NAME)
             assert search.poll() is None, "it was to be seen while it ran"
             search.wait(timeout=600)
         finally:
@@ -126,4 +129,4 @@ def watched_search(folder: Path, words: Sequence[str]) -> Watched:
     assert shown[-1].returncode == 0, shown[-1].stderr
     shutil.copytree(storage, folder / "left")
     statuses = [json.loads(line) for line in shown[-1].stdout.splitlines()]
-    return Watched(folder, printed, complaints, statuses, findings, doors.opened, doors.to_others)
+    return Watched(folder, printed, complaints, statuses, findings, doors.opened, doors.to_others, resumed)

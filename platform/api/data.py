@@ -1,5 +1,6 @@
 """Datasets: write streets, check and pack what is on disk, look at samples."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +44,17 @@ def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
     root = Path(folder)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UsageError(f"The folder to write must be new or empty, but {root} is not. Choose another.")
-    KINDS[layout].write(root, labelled_streets(config.data.streets))
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
+        whole = Path(temporary) / "whole"
+        KINDS[layout].write(whole, labelled_streets(config.data.streets))
+        try:
+            whole.rename(root)
+        except OSError as error:
+            raise UsageError(
+                f"The folder to write must be new or empty, but {root} was written by another command meanwhile. "
+                "Choose another."
+            ) from error
     return root
 
 

@@ -12,6 +12,7 @@ from segadapt.platform.results.leaderboard import (
     runs_of_search,
     study_of,
 )
+from segadapt.platform.storage.files import write_whole
 from segadapt.platform.storage.folders import HERE, Place
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def report(search: str, out: str | None = None, *, place: Place = HERE) -> Path:
     page = render(board, runs_of_search(client, search), client, study_of(search, place))
     path = Path(f"{search}.html" if out is None else out)
     try:
-        path.write_text(page)
+        write_whole(path, page)
     except OSError as error:
         raise UsageError(f"The report must be writable, but {path} is not: {error.strerror}.") from error
     return path

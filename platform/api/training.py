@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
+from segadapt.platform.experiment.naming import begun
 from segadapt.platform.experiment.planning import (
     SearchChoices,
     SearchRequest,
@@ -20,6 +22,7 @@ from segadapt.platform.results.leaderboard import (
 )
 from segadapt.platform.settings.config import Values
 from segadapt.platform.settings.resources import Resources, Tolerance
+from segadapt.platform.storage.driving import driving
 from segadapt.platform.storage.folders import HERE, Place
 
 if TYPE_CHECKING:
@@ -97,6 +100,8 @@ class Plan:
 
     record: Record
     options: Options
+    named: bool = True
+    """Whether it must have the name of the record; otherwise another that is free, if that is taken when it begins."""
 
     def estimate(self) -> "Estimate":
         """Measure a few real steps of each method and predict time, memory and disk space.
@@ -114,13 +119,13 @@ class Plan:
         return estimate(self.record, self.options)
 
     def run(self) -> Result:
-        """Run it, or go on with it if it was begun.
+        """Take its name and run it.
 
         Raises:
-            UsageError: If it cannot run as asked; nothing was started then.
+            UsageError: If it cannot run as asked, or its name was taken since; nothing was started then.
         """
-        outcome = run(self.record, self.options)
-        return Result(self.record.name, self.options.place, outcome.failed, outcome.interrupted, outcome.seconds)
+        with begun(self.record, self.options.place, named=self.named) as record:
+            return _ended(record, self.options)
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ def plan(
         dry_run=True,
         **asked,
     )
-    return Plan(plan_search(request, place), Options(place=place, **running))
+    return Plan(plan_search(request, place), Options(place=place, **running), named=name is not None)
 
 
 def search(
@@ -245,7 +250,28 @@ def search(
         name=name,
         **asked,
     )
-    return Plan(plan_search(request, place), Options(place=place, **running)).run()
+    options = Options(place=place, **running)
+    if request.resume is not None or request.extend is not None:
+        return _gone_on(partial(plan_search, request, place), options)
+    return Plan(plan_search(request, place), options, named=name is not None).run()
+
+
+def _gone_on(plan: Callable[[], Record], options: Options) -> Result:
+    """Go on with an experiment, as the only command that works on it.
+
+    Args:
+        plan: Returns what is to be done. It is asked again once nobody else can change what is there.
+        options: Where it runs and is kept.
+    """
+    name = plan().name  # what cannot be done is refused before anything is made
+    with driving(options.place.prepared(), name):
+        return _ended(plan(), options)
+
+
+def _ended(record: Record, options: Options) -> Result:
+    """Run an experiment that nobody else works on to its end."""
+    outcome = run(record, options)
+    return Result(record.name, options.place, outcome.failed, outcome.interrupted, outcome.seconds)
 
 
 def _split(choices: Choices) -> tuple[Running, SearchChoices]:
@@ -306,7 +332,10 @@ def train(
         name=name,
         resume=resume,
     )
-    return Plan(plan_training(request, place), Options(place=place, **running)).run()
+    options = Options(place=place, **running)
+    if resume is not None:
+        return _gone_on(partial(plan_training, request, place), options)
+    return Plan(plan_training(request, place), options, named=name is not None).run()
 
 
 def finish(

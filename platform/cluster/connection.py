@@ -10,7 +10,14 @@ from typing import Any
 
 from segadapt.platform.cluster.capacity import Capacity, capacity_of_cluster, this_machine
 from segadapt.platform.errors import UsageError
-from segadapt.platform.ray_internals.start import LEFT_BY_RAY, authenticated, keep_uv_out, on_loopback, variables_set
+from segadapt.platform.ray_internals.start import (
+    LEFT_BY_RAY,
+    authenticated,
+    keep_uv_out,
+    leave,
+    on_loopback,
+    variables_set,
+)
 from segadapt.platform.ray_internals.tune import memory_kills_are_deaths, no_secrets_for_trials
 from segadapt.platform.settings.resources import Allocation, Resources
 from segadapt.platform.settings.text import first_line
@@ -104,7 +111,7 @@ def _connected(address: str | None, verbose: bool, resources: Resources | None) 
             with no_secrets_for_trials(joined=address is not None), memory_kills_are_deaths():
                 yield capacity_of_cluster(joined=address is not None)
         finally:
-            ray.shutdown()
+            leave()
 
 
 def _needs_dashboard(resources: Resources | None) -> bool:

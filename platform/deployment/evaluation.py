@@ -255,10 +255,13 @@ class Submission:
 
 def new_folder(folder: Path) -> Path:
     """Make a folder and return it; it may exist if it is empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"The folder to write must be new or empty, but {folder} is not. Choose another.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)  # of commands that write to it at once, one makes it
+    except FileExistsError as error:
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise UsageError(
+                f"The folder to write must be new or empty, but {folder} is not. Choose another."
+            ) from error
     except OSError as error:
         raise UsageError(
             f"The folder {folder} must be writable, but is not: {error.strerror}. Choose another."

@@ -1,5 +1,6 @@
 """Bring a run's network into use: as files that any program can load, and in MLflow's registry."""
 
+import contextlib
 import json
 import math
 import re
@@ -141,7 +142,8 @@ def write(network: DeployedNetwork, card: Card, folder: Path) -> dict[str, float
         ExportError: If a file computes something else than the network.
     """
     target = evaluating.new_folder(folder.absolute())
-    target.rmdir()  # it appears with its content
+    with contextlib.suppress(OSError):  # another command is at it: one of both will be first
+        target.rmdir()  # it appears with its content
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         whole = Path(temporary) / "whole"
         whole.mkdir()
@@ -160,7 +162,13 @@ def write(network: DeployedNetwork, card: Card, folder: Path) -> dict[str, float
                 + ", ".join(f"those of {name} differ by {value:.3g}" for name, value in wrong.items())
                 + ". Nothing was written."
             )
-        whole.rename(target)
+        try:
+            whole.rename(target)
+        except OSError as error:
+            raise UsageError(
+                f"The folder to write must be new or empty, but {target} was written by another command meanwhile. "
+                "Choose another."
+            ) from error
     return differences
 
 

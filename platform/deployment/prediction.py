@@ -17,7 +17,7 @@ from PIL import Image
 from segadapt.platform.deployment.card import Card
 from segadapt.platform.deployment.export import Predict
 from segadapt.platform.errors import UsageError
-from segadapt.platform.storage.files import write_whole
+from segadapt.platform.storage.files import PARTIAL, write_whole
 from segadapt.trainables.core.data.decoding import UnreadableError, decode_image, header_size, read_file
 from segadapt.trainables.core.data.threads import decoding_threads, in_threads
 
@@ -234,7 +234,7 @@ def _begin(out: Path, record: Mapping[str, Any]) -> None:
                 f"{', '.join(differing)}. Choose another."
             )
         return
-    if out.exists() and (not out.is_dir() or any(entry.name != f".{RECORD}" for entry in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(entry.suffix != PARTIAL for entry in out.iterdir())):
         raise UsageError(f"OUT must be new, empty, or begun by the same command, but {out} is not. Choose another.")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=1))

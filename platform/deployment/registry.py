@@ -49,9 +49,14 @@ def register(client: Any, name: str, card: Card, onnx: Path) -> str:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    for known in client.search_model_versions(f"name = '{name}'"):
-        if known.run_id == card.run_id and tags.items() <= known.tags.items():
-            return str(known.version)
+
+    def versions() -> list[int]:
+        known = client.search_model_versions(f"name = '{name}'")
+        same = (each for each in known if each.run_id == card.run_id and tags.items() <= each.tags.items())
+        return sorted(int(each.version) for each in same)
+
+    if earlier := versions():
+        return str(earlier[0])
     place = f"exported-{card.checkpoint_sha256[:8]}"
     with tempfile.TemporaryDirectory(prefix="segadapt-") as temporary:
         with mlflow_settings():
@@ -61,7 +66,11 @@ def register(client: Any, name: str, card: Card, onnx: Path) -> str:
     miou = card.metrics.get("target_val/miou")
     described = f"{card.run} of {card.search} at step {card.step}, target mIoU "
     described += f"{miou:.3f}" if miou is not None else "unknown: no target label to measure it by"
-    return str(client.create_model_version(name, source, card.run_id, tags, description=described).version)
+    made = int(client.create_model_version(name, source, card.run_id, tags, description=described).version)
+    first = min(versions(), default=made)
+    if first < made:  # another export of the same checkpoint registered it meanwhile
+        client.delete_model_version(name, str(made))
+    return str(min(first, made))
 
 
 def _save_pyfunc(folder: Path, card: Card, onnx: Path) -> None:

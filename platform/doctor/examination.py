@@ -3,12 +3,13 @@
 Looking writes nothing but a probe that is removed. What is repaired, each check of `agreement` and this module says.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from segadapt.platform.doctor.drivers import Drivers, experiment_of
+from segadapt.platform.doctor.drivers import Drivers, experiment_of, folders_of
 from segadapt.platform.doctor.environment import environment_findings
 from segadapt.platform.doctor.findings import Examination, Finding, fault
 from segadapt.platform.doctor.ledgers import Ledgers, experiments_to_compare, read_ledgers
@@ -20,18 +21,43 @@ from segadapt.platform.doctor.mlflow_checks import (
     unknown_runs,
 )
 from segadapt.platform.doctor.services import cluster_findings, study_findings, tracking_findings, waiting_findings
-from segadapt.platform.doctor.storage import file_system, keeps_locks_apart, storage_findings
+from segadapt.platform.doctor.storage import storage_findings
 from segadapt.platform.doctor.study_checks import missing_proposals, study_duplicates, study_ends
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment import tune_state
+from segadapt.platform.experiment.record import RECORD
 from segadapt.platform.search.study_storage import open_study_storage
 from segadapt.platform.storage.checkpoints import newest_checkpoint
+from segadapt.platform.storage.driving import driving_if_free, is_driven
+from segadapt.platform.storage.files import MOUNTS, file_system, keeps_locks_apart, locked
 from segadapt.platform.storage.folders import Storage
 from segadapt.platform.tracking.client import mlflow_client
 
 
 def examine(what: Examination) -> Iterator[Finding]:
-    """Look at everything, in the order in which one thing needs another; with `fix` repair it on the way."""
+    """Look at everything, in the order in which one thing needs another; with `fix` repair it on the way.
+
+    Raises:
+        UsageError: If another process repairs the same storage folder.
+    """
+    if not what.fix or not what.storage.root.is_dir():
+        yield from _examined(what)
+        return
+    with contextlib.ExitStack() as held:
+        try:
+            what.storage.locks.mkdir(exist_ok=True)
+            alone = held.enter_context(locked(what.storage.locks / ".doctor", wait=False))
+        except OSError:  # the look at the storage folder tells
+            alone = True
+        if not alone:
+            raise UsageError(
+                f"One `doctor --fix` at a time must repair a storage folder, but another one repairs "
+                f"{what.storage.root}. Wait until it has ended."
+            )
+        yield from _examined(what)
+
+
+def _examined(what: Examination) -> Iterator[Finding]:
     checks = (
         environment_findings,
         storage_findings,
@@ -58,7 +84,7 @@ def _experiments(what: Examination) -> Iterator[Finding]:
     storage = what.storage
     if what.place.tracking_uri is None and not storage.mlflow_database.is_file():
         return
-    if keeps_locks_apart(*file_system(storage.root, Path("/proc/self/mounts"))):
+    if keeps_locks_apart(*file_system(storage.root, MOUNTS)):
         return
     client = mlflow_client(what.place.tracking_url)
     studies: Any | None = None
@@ -79,9 +105,20 @@ def _experiment(what: Examination, name: str, client: Any, studies: Any | None) 
     def books() -> Ledgers:
         return read_ledgers(name, what.place, client, studies)
 
-    if Drivers.of(what.storage).drive(name):
-        yield _driven(name)
-        return
+    with contextlib.ExitStack() as held:
+        parts = {name, *(folder.name for folder in folders_of(what.storage, name) if (folder / RECORD).is_file())}
+        if what.fix:
+            free = [held.enter_context(driving_if_free(what.storage, part)) for part in sorted(parts)]
+        else:
+            free = [not is_driven(what.storage, part) for part in parts]
+        if not all(free) or Drivers.of(what.storage).drive(name):
+            yield _driven(name)
+            return
+        yield from _compared(what, name, books)
+
+
+def _compared(what: Examination, name: str, books: Callable[[], Ledgers]) -> Iterator[Finding]:
+    """Compare the ledgers of an experiment that nobody drives."""
     for finding in _tune_states(what.storage, name):
         yield (finding := finding.mended() if what.fix else finding)
         if not finding.repaired:
@@ -92,7 +129,7 @@ def _experiment(what: Examination, name: str, client: Any, studies: Any | None) 
         for finding in findings:
             faults += finding.level == "fault"
             if what.fix and finding.repair is not None and Drivers.of(what.storage).drive(name):
-                yield _driven(name)  # it was begun meanwhile
+                yield _driven(name)  # a part of it was begun meanwhile, as a finish of one of its trials
                 return
             yield finding.mended() if what.fix else finding
         if what.fix and any(finding.repair is not None for finding in findings):

@@ -1,10 +1,11 @@
 """Is the storage folder sound?"""
 
+import contextlib
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,17 +15,13 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.record import BEGUN
 from segadapt.platform.storage import cache
 from segadapt.platform.storage.checkpoints import is_sound
-from segadapt.platform.storage.files import lock, locked
+from segadapt.platform.storage.driving import driving
+from segadapt.platform.storage.files import MOUNTS, file_system, keeps_locks_apart, lock, locked
 from segadapt.platform.storage.folders import Storage, open_storage
 from segadapt.platform.tracking import outbox
 
 _OLD_S = 3600.0
 """What is in work changes more often than this."""
-
-_NETWORK = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "glusterfs", "fuse.sshfs", "9p", "afs")
-
-_OWN_LOCKS = ("nolock", "noflock", "localflock", "local_lock=all", "local_lock=flock")
-"""Mount options under which nodes do not see each other's locks."""
 
 
 # Storage.
@@ -45,33 +42,11 @@ def storage_findings(what: Examination) -> Iterator[Finding]:
         yield fault("storage", str(error), "Nothing can be run or repaired there", "")
         return
     free = shutil.disk_usage(storage.root).free / 2**30
-    kind, options = file_system(storage.root, Path("/proc/self/mounts"))
+    kind, options = file_system(storage.root, MOUNTS)
     yield Finding("storage", "ok", f"{storage.root} can be written, {free:.3g} GiB free, {kind}")
     yield from _locks(storage, kind, options)
     yield from _in_work(storage)
     yield from _stage_cache(storage)
-
-
-def file_system(path: Path, mounts: Path) -> tuple[str, str]:
-    """Return the kind of file system that a folder lies on, and how it is mounted; `unknown` where nothing tells.
-
-    Args:
-        path: The folder.
-        mounts: The system's table, `/proc/self/mounts` on Linux.
-    """
-    try:
-        lines = [line.split() for line in mounts.read_text().splitlines()]
-    except OSError:
-        return "unknown", ""
-    path = path.resolve()
-    mounted = [line for line in lines if path.is_relative_to(line[1].replace("\\040", " "))]
-    best = max(mounted, key=lambda line: len(line[1]), default=None)
-    return (best[2], best[3]) if best is not None else ("unknown", "")
-
-
-def keeps_locks_apart(kind: str, options: str) -> bool:
-    """Return whether a file system is mounted so that nodes do not see each other's locks."""
-    return kind.startswith(_NETWORK) and bool(set(options.split(",")) & set(_OWN_LOCKS))
 
 
 def _locks(storage: Storage, kind: str, options: str) -> Iterator[Finding]:
@@ -131,14 +106,8 @@ def _stage_cache(storage: Storage) -> Iterator[Finding]:
                 yield fault("storage", text, "Trials that load it fail", "Stop the command that runs now, then --fix")
                 continue
             advice = "--fix removes it; who needs it computes it anew"
-            yield Finding(
-                "storage",
-                "fault",
-                text,
-                "Trials that load it fail",
-                advice,
-                partial(_remove_stage, storage, stage.hash),
-            )
+            repair = partial(_undisturbed, storage, stage.needed_by, partial(_remove_stage, storage, stage.hash))
+            yield Finding("storage", "fault", text, "Trials that load it fail", advice, repair)
     yield from _begun_stages(storage, drivers)
 
 
@@ -150,6 +119,15 @@ def _remove_stage(storage: Storage, stage_hash: str) -> None:
     aside = storage.stages / f".{stage_hash}.broken"
     (storage.stages / stage_hash).rename(aside)  # at once: nobody loads half of it
     shutil.rmtree(aside)
+
+
+def _undisturbed(storage: Storage, experiments: Collection[str], repair: Callable[[], None]) -> None:
+    """Repair something that experiments need, as the only process that works on them."""
+    with contextlib.ExitStack() as held:
+        for name in sorted(experiments):
+            if (storage.experiments / name).is_dir():  # else it is a process, whose experiment is among them too
+                held.enter_context(driving(storage, name))
+        repair()
 
 
 def _begun_stages(storage: Storage, drivers: Drivers) -> Iterator[Finding]:
@@ -168,4 +146,5 @@ def _begun_stages(storage: Storage, drivers: Drivers) -> Iterator[Finding]:
             continue
         text = f"{note.parent.name} holds shared stages that were begun and never finished"
         advice = "--fix notes that it ended; its folder may be deleted"
-        yield Finding("storage", "fault", text, why, advice, note.unlink)
+        repair = partial(_undisturbed, storage, [experiment], note.unlink)
+        yield Finding("storage", "fault", text, why, advice, repair)

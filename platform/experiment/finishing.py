@@ -17,6 +17,7 @@ from segadapt.platform.experiment.session import run
 from segadapt.platform.results.leaderboard import Row, leaderboard, open_client, pick_run, run_tags
 from segadapt.platform.settings.config import TrialConfig, Values, anchored, flatten, keys, resolve
 from segadapt.platform.settings.objective import Objective
+from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.checkpoints import (
     checkpoint_folder,
     checkpoint_name,
@@ -24,9 +25,10 @@ from segadapt.platform.storage.checkpoints import (
     configuration,
     read_metrics,
 )
+from segadapt.platform.storage.driving import driving
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.metric_names import true_names
-from segadapt.platform.tracking.tags import CHECKPOINT_TAG, EXPERIMENT_TAG, KEY_TAG, SEED_TAG, TRIAL_ID_TAG
+from segadapt.platform.tracking.tags import CHECKPOINT_TAG, EXPERIMENT_TAG, KEY_TAG, SEED_TAG, STATE_TAG, TRIAL_ID_TAG
 from segadapt.trainables import method_class
 from segadapt.trainables.self_training import SelfTraining
 
@@ -80,7 +82,8 @@ def finish_run(request: FinishRequest, options: Options) -> tuple[list[FinishRes
         UsageError: If there is no such trial, it left no checkpoint, or its losses cannot be kept.
     """
     record, row = plan_finish(request, options.place)
-    outcome = run(record, options)
+    with driving(options.place.prepared(), record.name):
+        outcome = run(record, options)
     return _finish_results(record, row, options), outcome
 
 
@@ -184,8 +187,8 @@ def _finish_results(record: Record, row: Row, options: Options) -> list[FinishRe
     client = open_client(options.place)
     experiment = client.get_experiment_by_name(record.search)
     runs = client.search_runs([experiment.experiment_id], f"tags.`{EXPERIMENT_TAG}` = '{record.name}'")
-    newest = {run.info.run_name: run for run in reversed(runs)}
-    results = [_finish_result(record, row, run, client, options) for run in newest.values()]
+    known = [run for run in runs if run.data.tags.get(STATE_TAG) != str(TrialState.LOST)]  # a kill may have left others
+    results = [_finish_result(record, row, run, client, options) for run in known]
     return sorted(results, key=lambda result: (math.inf if result.best is None else -result.best, result.seed))
 
 

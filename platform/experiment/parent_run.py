@@ -81,26 +81,31 @@ class ParentRun:
         if ordered:
             first = next(iter(ordered))
             best = next((result for result in ordered if ranking and result.name == ranking[0].name), first)
-            self._log_best(best, ordered[best], len(results), verdict(ranking) if ranking else None)
+            steps = _steps(ordered)
+            self._log_best(best, ordered[best], len(results), steps, verdict(ranking) if ranking else None)
         if self.record.kind == "search":
             if ordered:
-                self._log_selection({trial.name: ordered[trial].metrics for trial in results if trial in ordered})
+                kept = {trial.name: ordered[trial].metrics for trial in results if trial in ordered}
+                self._log_selection(kept, steps)
             self._log_study()
         return bool(ordered)
 
-    def _log_best(self, result: "TrialResult", best: TrialCheckpoint, trials: int, lead: str | None) -> None:
+    def _log_best(
+        self, result: "TrialResult", best: TrialCheckpoint, trials: int, steps: int, lead: str | None
+    ) -> None:
         """Put the best trial on the run.
 
         Args:
             result: The trial.
             best: Its best checkpoint.
             trials: Number of all trials.
+            steps: Where the search stands.
             lead: What its lead over the others is worth, if they were trained again.
         """
         record = self.record
         goals = {goal: best.metrics[goal] for goal in self.spec.objective.goals if goal in best.metrics}
         reached = {f"best/{goal}": value for goal, value in goals.items()}
-        self.tracker.log_summary(record.name, reached, best.metrics["step"])
+        self.tracker.log_summary(record.name, reached, steps)
         note = search_note(record.name, result.name, goals, best.metrics["step"], trials, lead)
         tags = {BEST_TRIAL_TAG: result.trial_id, BEST_NAME_TAG: result.name}
         self.tracker.set_tags(record.name, tags | ({NOTE_TAG: note} if record.kind == "search" else {}))
@@ -122,14 +127,13 @@ class ParentRun:
             self.tracker.log_summary(key, {**reached, "equal_budget/steps": compared[0].budget}, compared[0].budget)
             self.tracker.log_json(key, [dataclasses.asdict(result) for result in compared], "methods.json")
 
-    def _log_selection(self, metrics_by_trial: Mapping[str, Mapping[str, Any]]) -> None:
+    def _log_selection(self, metrics_by_trial: Mapping[str, Mapping[str, Any]], steps: int) -> None:
         """Record what label-free selection among the trials would have lost; it changes no choice."""
         from segadapt.platform.results.label_free import compare
 
         choices = compare(metrics_by_trial)
-        last = max(int(metrics["step"]) for metrics in metrics_by_trial.values())
         regrets = {f"regret/{choice.score}": choice.regret for choice in choices}
-        self.tracker.log_summary(self.record.name, regrets, last)
+        self.tracker.log_summary(self.record.name, regrets, steps)
         self.tracker.log_json(self.record.name, [dataclasses.asdict(choice) for choice in choices], "selection.json")
 
     def close(self, state: TrialState) -> None:
@@ -138,5 +142,14 @@ class ParentRun:
 
         unit = "gpu" if self.spec.resources.gpus > 0 else "cpu"
         hours = spent_hours(self.spec.storage, self.record.name, unit)
-        self.tracker.log_summary(self.record.name, {f"cost/{unit}_hours": hours}, 0)
+        # At the seconds it took: MLflow shows that of the highest step, and of equals the one of the latest clock.
+        self.tracker.log_summary(self.record.name, {f"cost/{unit}_hours": hours}, round(3600 * hours))
         self.tracker.end(self.record.name, state.mlflow, {STATE_TAG: str(state)})
+
+
+def _steps(ordered: "Mapping[TrialResult, TrialCheckpoint]") -> int:
+    """Return a step at which a search's summary comes after those of all sessions with fewer trials.
+
+    MLflow shows the value of the highest step, and of equals that of the latest clock.
+    """
+    return sum(int(best.metrics["step"]) for best in ordered.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from segadapt import search_spaces
-from segadapt.platform.errors import UsageError, redacted
+from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.candidates import (
     forked_candidates,
     new_candidates,
@@ -16,8 +16,8 @@ from segadapt.platform.experiment.candidates import (
     space_of,
     with_packed_sizes,
 )
+from segadapt.platform.experiment.naming import free_name, usual_name
 from segadapt.platform.experiment.record import Candidate, Record
-from segadapt.platform.results.leaderboard import open_client
 from segadapt.platform.search.samplers import check_sampler
 from segadapt.platform.search.schedulers import SCHEDULERS
 from segadapt.platform.settings.config import TrialConfig, Values, anchored, read_experiment, resolve
@@ -183,7 +183,7 @@ def plan_training(request: TrainRequest, place: Place) -> Record:
     config = checked_config(request.method, settings)
     record = Record(
         kind="train",
-        name=free_name(place, request.name, f"train-{request.method}-{config.data.name}"),
+        name=free_name(place, request.name, usual_name("train", [request.method], config.data.name)),
         candidates={request.method: Candidate(settings)},
         objective=str(Objective.parse(TARGET if request.objective is None else request.objective)),
     )
@@ -283,12 +283,12 @@ def _new_search(request: SearchRequest, place: Place) -> Record:
     objective = Objective.parse(base.objective if request.objective is None else request.objective)
     scheduler = "none" if objective.is_front else base.scheduler
     configs = {method: checked_config(method, {**each.fixed, **each.first}) for method, each in candidates.items()}
-    methods = "-".join(candidates) if len(candidates) <= 3 else f"{len(candidates)}-methods"
+    usual = usual_name("search", candidates, next(iter(configs.values())).data.name)
     earlier_searches = dict.fromkeys([*([request.fork] if request.fork is not None else []), *request.warm_start])
     seeds = _DEFAULT_SEEDS if request.seeds is None else request.seeds
     return Record(
         kind="search",
-        name=free_name(place, request.name, f"{methods}-{next(iter(configs.values())).data.name}"),
+        name=free_name(place, request.name, usual),
         candidates=candidates,
         objective=str(objective),
         seed=base.seed if request.seed is None else request.seed,
@@ -407,37 +407,3 @@ def _no_target_label(objective: str, location: str | None, images: int, labelled
         f"The objective {objective} must find labels of the target, but {lack}. Choose without them: "
         f"--objective {' or '.join(LABEL_FREE)}."
     )
-
-
-def free_name(place: Place, name: str | None, default: str) -> str:
-    """Return `name`, or else `default` with a number if it is taken in the storage folder or on the MLflow server.
-
-    Raises:
-        UsageError: If `name` is taken, or the server does not answer.
-    """
-    folders = place.folders
-    server = open_client(place) if place.tracking_uri is not None else None
-
-    def taken(candidate: str) -> bool:
-        if folders.experiment(candidate).exists():
-            return True
-        try:
-            return server is not None and server.get_experiment_by_name(candidate) is not None
-        except Exception as error:  # whatever the client raises for an address that is none of a server's
-            raise UsageError(
-                f"--tracking-uri must name an MLflow server that answers, but {redacted(place.tracking_uri)} does not: "
-                f"{redacted(error)}"
-            ) from error
-
-    if name is not None:
-        if taken(name):
-            raise UsageError(
-                f"--name must be new, but {name!r} exists in {folders.root} or on the MLflow server. "
-                f"Go on with it by `--resume {name}`, or choose another."
-            )
-        return name
-    candidate, number = default, 1
-    while taken(candidate):
-        number += 1
-        candidate = f"{default}-{number}"
-    return candidate

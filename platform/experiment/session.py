@@ -12,8 +12,9 @@ from segadapt.platform.cluster.capacity import Capacity, resources_of
 from segadapt.platform.cluster.connection import connect, signal_handlers_kept, treat_termination_as_interrupt
 from segadapt.platform.cluster.preflight import check_nodes, data_paths
 from segadapt.platform.errors import UsageError
+from segadapt.platform.experiment.naming import Labels, claim_on_servers
 from segadapt.platform.experiment.parent_run import ParentRun
-from segadapt.platform.experiment.record import Options, Outcome, Record, finished_trials, save_record
+from segadapt.platform.experiment.record import RECORD, Options, Outcome, Record, finished_trials, save_record
 from segadapt.platform.experiment.shared_stages import SharedStages
 from segadapt.platform.experiment.tune_state import TUNER, mend, of_another_version
 from segadapt.platform.results.seeds import Reranked, rerank, verdict
@@ -23,6 +24,8 @@ from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Allocation
 from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.checkpoints import TrialCheckpoint, best_checkpoint, checkpoint_folder
+from segadapt.platform.storage.files import MOUNTS, file_system, keeps_locks_apart
+from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.retention import CheckpointRetention
 from segadapt.platform.storage.stage_keys import code_versions, own_steps
 from segadapt.platform.storage.stages import need_no_more
@@ -62,7 +65,7 @@ def check_workers(record: Record, workers: int) -> None:
 
 
 def run(record: Record, options: Options) -> Outcome:
-    """Run an experiment, or go on with it if it was begun.
+    """Run an experiment, or go on with it if it was begun; whoever calls is the only one that works on it.
 
     Raises:
         UsageError: If it cannot run as asked; nothing was started then.
@@ -74,6 +77,7 @@ def run(record: Record, options: Options) -> Outcome:
         raise UsageError(refusal)
     check_workers(record, options.resources.workers)
     storage = options.place.prepared()
+    _tell_if_locks_are_apart(storage, options)
     if record.kind == "search":
         open_study_storage(options.place.study_url)  # answers, or nothing is begun
     with (
@@ -88,6 +92,8 @@ def run(record: Record, options: Options) -> Outcome:
         check_gpu_hours(record, resources)
         if capacity.joined:
             check_nodes(storage.root, data_paths(record.configs.values()))
+        if not (storage.experiment(record.name) / RECORD).is_file():
+            claim_on_servers(record, options.place)
         record = save_record(record, storage)
         spec = TrialSpec(
             storage=storage,
@@ -103,6 +109,14 @@ def run(record: Record, options: Options) -> Outcome:
         failed, interrupted = _Session(record, spec, tracker, options, capacity, concurrent).run(clock)
     clock.lap("tracking")
     return Outcome(failed, interrupted, clock.seconds)
+
+
+def _tell_if_locks_are_apart(storage: Storage, options: Options) -> None:
+    if keeps_locks_apart(*file_system(storage.root, MOUNTS)):
+        options.say(
+            f"{storage.root} is mounted so that nodes do not see each other's locks: use it from this node alone, or "
+            "mount it without nolock, local_lock and localflock."
+        )
 
 
 class _Clock:
@@ -180,7 +194,6 @@ class _Session:
             self.options.say(mended)
 
     def _run_trials(self) -> "list[TrialResult]":
-        from segadapt.platform.experiment.naming import Labels
         from segadapt.platform.experiment.tuning import ListPlan, SearchPlan, run_experiment
 
         record = self.record
@@ -307,7 +320,6 @@ class _Session:
         Raises:
             StageFailedError: If a shared stage fails on one of the seeds.
         """
-        from segadapt.platform.experiment.naming import Labels
         from segadapt.platform.experiment.tuning import ListPlan, run_experiment
 
         record = self.record

@@ -195,7 +195,8 @@ class TrialRuns:
         if state is not TrialState.INTERRUPTED:
             self.ended.add(trial_id)
         key = self.names.key(trial_id)
-        self._tracker.log_summary(key, {"cost/hours": self._receivers.ledger.trial_hours(trial_id)}, 0)
+        hours = self._receivers.ledger.trial_hours(trial_id)
+        self._tracker.log_summary(key, {"cost/hours": hours}, round(3600 * hours))  # of the last session, by no clock
         best = self.evaluations.best(trial_id)
         tags = end_tags(self._spec.storage, state, best, self._spec.objective, failure)
         if preemptions := noted_preemptions(self._spec.artifacts(trial_id)):

@@ -33,8 +33,9 @@ _EVERY_S = 1.0
 
 _NAME = re.compile(
     r"(experiment_state|callback-states|searcher-state|search_gen_state|basic-variant-state)-"
-    r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)\.(?:json|pkl)"
+    r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d|session-\d{6})\.(?:json|pkl)"
 )
+"""Earlier versions let Tune name a session by its local time; those names come before these."""
 
 _TEXTS = ("experiment_state", "searcher-state")
 """Kinds that are JSON; the others are pickles, which are looked at but never loaded here."""
@@ -55,11 +56,20 @@ class _File:
     path: Path
     kind: str
     session: str
-    """When the command began that wrote it."""
+    """Which command wrote it; of two, the later one comes after the other."""
 
     @property
     def is_whole(self) -> bool:
         return _is_json(self.path) if self.kind in _TEXTS else _is_pickle(self.path)
+
+
+def next_session(folder: Path) -> str:
+    """Return the name of the session of a command that goes on with an experiment, or begins it.
+
+    Sessions are counted, and no clock decides which was the last.
+    """
+    numbers = [int(file.session.removeprefix("session-")) for file in _files(folder) if "session-" in file.session]
+    return f"session-{max(numbers, default=0) + 1:06d}"
 
 
 class StateArchive:
@@ -71,7 +81,7 @@ class StateArchive:
 
     def __init__(self, folder: Path) -> None:
         self._archive = folder / ARCHIVE
-        self._kept: int | None = None
+        self._kept: list[int] = []
         self._next = 0.0
 
     def keep(self, staging: Path, *, at_once: bool = False) -> None:
@@ -86,8 +96,8 @@ class StateArchive:
             return
         self._next = now + _EVERY_S
         files = _newest(_files(staging))
-        written = max((file.path.stat().st_mtime_ns for file in files), default=None)
-        if written is None or written == self._kept:
+        written = [file.path.stat().st_mtime_ns for file in files]
+        if written == self._kept:  # nothing is written anew; which time is later says nothing
             return
         try:
             with written_whole(self._archive) as partial, zipfile.ZipFile(partial, "w") as archive:

@@ -11,8 +11,8 @@ from segadapt.platform.experiment.ledger import GpuHours, Ledger, Limits, spent_
 from segadapt.platform.experiment.naming import Labels
 from segadapt.platform.experiment.progress import Progress
 from segadapt.platform.experiment.trial_runs import Receivers
-from segadapt.platform.experiment.tune_state import TUNER, StateArchive
-from segadapt.platform.ray_internals.tune import set_tune_config, trials_of
+from segadapt.platform.experiment.tune_state import TUNER, StateArchive, next_session
+from segadapt.platform.ray_internals.tune import saving_as, set_tune_config, trials_of
 from segadapt.platform.search.samplers import SamplerName, make_sampler
 from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
 from segadapt.platform.search.searcher import ListedTrials, Proposals, StudySearch
@@ -118,7 +118,8 @@ def run_experiment(
     events = Events(spec, labels, receivers)
     Events.session, Limits.session = events, receivers.limits  # whom Tune's saved state stands for
     try:
-        results = _tuner(spec, plan, searcher, events, receivers.limits).fit()
+        with saving_as(next_session(spec.folder)):
+            results = _tuner(spec, plan, searcher, events, receivers.limits).fit()
     finally:
         receivers.progress.close()
         ledger.save()
@@ -267,8 +268,10 @@ def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
     storage = open_study_storage(plan.study_url)
     names = optuna.get_all_study_names(storage)
     begun = (spec.folder / TUNER).is_file()
-    if spec.experiment in names and not begun:  # left by a driver killed before its first trial
-        optuna.delete_study(study_name=spec.experiment, storage=storage)
+    if spec.experiment in names and not begun:
+        left = optuna.load_study(study_name=spec.experiment, storage=storage)
+        if left.get_trials(deepcopy=False):  # of a driver killed before its first trial
+            optuna.delete_study(study_name=spec.experiment, storage=storage)
     searcher = StudySearch(
         spaces=plan.spaces,
         first=plan.first,

@@ -1,9 +1,12 @@
 """How the Ray that a command starts listens and authenticates."""
 
 import contextlib
+import gc
 import os
 import secrets
 import socket
+import threading
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,41 @@ def on_loopback(*, dashboard: bool) -> Iterator[None]:
     variables |= {name: loopback for name in _INTERFACES if name not in os.environ}
     with variables_set(variables), attributes_changed(*changes, *_without_services(dashboard=dashboard)):
         yield
+
+
+def leave() -> None:
+    """Leave Ray, and end the one that was started here.
+
+    Ray ends this process with status 1 if an object reference is given up while it shuts down, as by a thread that
+    collects garbage just then. So all garbage is collected before, and none until Ray has shut down.
+    """
+    import ray
+
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        while not _garbage_collected():  # another thread is about it, and may be giving references up
+            time.sleep(0.001)
+        ray.shutdown()
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _garbage_collected() -> bool:
+    """Collect all garbage; returns False if another thread does it at this moment, at which Python does nothing."""
+    here, collections = threading.get_ident(), []
+
+    def note(phase: str, info: Mapping[str, int]) -> None:
+        if phase == "stop" and threading.get_ident() == here:
+            collections.append(info)
+
+    gc.callbacks.append(note)
+    try:
+        gc.collect()
+    finally:
+        gc.callbacks.remove(note)
+    return bool(collections)
 
 
 def _listen_beyond_loopback(error: Exception) -> None:

@@ -21,6 +21,11 @@ PRIVATE = (
     ("ray.tune.execution.tune_controller", "TuneController._checkpoint_manager", "pace how often Tune saves its state"),
     ("ray.tune.execution.tune_controller", "TuneController._storage", "pace how often Tune saves its state"),
     (
+        "ray.tune.execution.tune_controller",
+        "TuneController._session_str",
+        "have Tune go on from what it saved last, whatever the clock says",
+    ),
+    (
         "ray.train._internal.storage",
         "StorageContext.storage_fs_path",
         "begin trials where the folder of a search is now",
@@ -63,6 +68,25 @@ def pace(shown: Any) -> None:
     except (ImportError, AttributeError) as error:
         consequence = "Tune saves its state at its own pace, which takes more of the driver's time with many trials."
         warn_of_change("ray", str(error), consequence)
+
+
+@contextlib.contextmanager
+def saving_as(session: str) -> Iterator[None]:
+    """Have Tune put this into the names of the files in which it saves its state.
+
+    It goes on from those whose name comes last. By itself it puts the local time into them, so that after the clock was
+    set back, or in another time zone, it goes on from an earlier state.
+    """
+    from ray.tune.execution.tune_controller import TuneController
+
+    begin = TuneController.__init__
+
+    def begin_session(controller: Any, *words: Any, **options: Any) -> None:
+        begin(controller, *words, **options)
+        controller._session_str = session
+
+    with attributes_changed((TuneController, "__init__", begin_session)):
+        yield
 
 
 SHORT_OF_MEMORY = "its node was short of memory, so that Ray ended its process"

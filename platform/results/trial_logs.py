@@ -5,8 +5,9 @@ from typing import Any
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.results.leaderboard import find_run, open_client, runs_of
+from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.folders import Place, check_name
-from segadapt.platform.tracking.tags import EXPERIMENT_TAG, TRIAL_ID_TAG
+from segadapt.platform.tracking.tags import EXPERIMENT_TAG, STATE_TAG, TRIAL_ID_TAG
 from segadapt.platform.trial.log import entries, follow_entries, log_folder
 from segadapt.platform.trial.spec import trial_artifacts
 
@@ -31,7 +32,7 @@ def trial_log(run: str, search: str, place: Place, *, follow: bool = False) -> I
     if not chosen:
         known = ", ".join(sorted({entry.info.run_name for entry in logged})) or "none"
         raise UsageError(f"TRIAL must be `best` or a run of {search!r}, but got {run!r}. Those are: {known}.")
-    newest = max(chosen, key=lambda entry: entry.info.start_time)  # shared stages may have been begun twice
+    newest = max(chosen, key=_is_of_now)  # shared stages may have been begun twice
     tags = newest.data.tags
     check_name(tags[TRIAL_ID_TAG])  # whoever may write to MLflow chose it
     experiment = place.folders.experiment(tags[EXPERIMENT_TAG])
@@ -42,3 +43,8 @@ def trial_log(run: str, search: str, place: Place, *, follow: bool = False) -> I
             f"Once the trial has ended, its run in MLflow ({newest.info.run_id}) has it too, among the artifacts: logs."
         )
     return follow_entries(folder) if follow else iter(entries(folder))
+
+
+def _is_of_now(entry: Any) -> tuple[bool, int]:
+    """Order runs of one name: one that nobody goes on with comes first; the clock decides where nothing else does."""
+    return entry.data.tags.get(STATE_TAG) != str(TrialState.LOST), entry.info.start_time

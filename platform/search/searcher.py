@@ -31,6 +31,23 @@ FLOOR = 0.5
 _DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 
 
+def make_study(storage: Any, name: str, objective: Objective) -> bool:
+    """Make the study of a search; returns False if there is one of that name.
+
+    Args:
+        storage: Optuna's.
+        name: Of the search.
+        objective: What it maximises or minimises.
+    """
+    directions = [_DIRECTIONS[mode] for mode in objective.modes]
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # else it tells of a new study
+    try:
+        optuna.create_study(study_name=name, storage=storage, directions=directions)
+    except optuna.exceptions.DuplicatedStudyError:
+        return False
+    return True
+
+
 class StudySearch(Searcher):
     """Search over a conditional space whose whole memory is an Optuna study, in storage that outlives the driver.
 
@@ -71,14 +88,9 @@ class StudySearch(Searcher):
         self._live: set[str] | None = None
         self._paused: set[str] = set()
         self._handles: dict[str, Trial] = {}
-        is_new = study_name not in optuna.get_all_study_names(storage)
-        self._study: Any = optuna.create_study(
-            study_name=study_name,
-            storage=storage,
-            directions=[_DIRECTIONS[mode] for mode in objective.modes],
-            pruner=NopPruner(),
-            load_if_exists=True,
-        )
+        make_study(storage, study_name, objective)
+        self._study: Any = optuna.load_study(study_name=study_name, storage=storage, pruner=NopPruner())
+        is_new = not self._study.get_trials(deepcopy=False)
         points = [study_point(spaces, method, first[method]) for method in spaces] if is_new else []
         for point in filter(None, points):
             self._study.enqueue_trial(point)

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import itertools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,9 @@ PRIVATE = (
 )
 """Parts of Optuna that are not public: module, name and what they are for."""
 
+_MAKING_S = 30.0
+"""Seconds that another command may take to make the tables of a new database."""
+
 
 def open_study_storage(url: str) -> BaseStorage:
     """Connect to Optuna's storage; what is asked of it later waits while the database is away.
@@ -34,7 +39,7 @@ def open_study_storage(url: str) -> BaseStorage:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        return _patient(_remembering(RDBStorage(url, engine_kwargs={"pool_pre_ping": True})))
+        return _patient(_remembering(_made_or_found(url)))
     except (SQLAlchemyError, ImportError) as error:
         try:
             shown = make_url(url).render_as_string(hide_password=True)
@@ -44,6 +49,27 @@ def open_study_storage(url: str) -> BaseStorage:
             "--study-uri must be a database that answers, such as postgresql+psycopg://user:password@host/name (with "
             f"`pip install segadapt[postgresql]`), but {shown} does not: {_reason(error)}"
         ) from error
+
+
+def _made_or_found(url: str) -> RDBStorage:
+    """Return Optuna's storage in a database; its tables are made if there are none.
+
+    Of commands that find a new database at once, each makes what it then finds made by another.
+    """
+    from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+    def attempt() -> RDBStorage:
+        try:
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except SQLAlchemyError as error:
+            if isinstance(error, IntegrityError) or "already exists" in str(error):
+                raise _AlreadyMadeError("Another command makes the study's tables") from error
+            raise
+
+    try:
+        return retry(attempt, _AlreadyMadeError, _MAKING_S, pauses=itertools.repeat(0.2), level=logging.DEBUG)
+    except _AlreadyMadeError as error:
+        raise error.__cause__ or error from None
 
 
 def _remembering(storage: RDBStorage) -> BaseStorage:
@@ -68,6 +94,10 @@ def trial_handle(study: optuna.Study, trial: FrozenTrial) -> Trial:
 
 class _AwayError(Exception):
     """A database does not answer, or takes nothing."""
+
+
+class _AlreadyMadeError(Exception):
+    """A table, or a row of one, was made by another process since it was looked for."""
 
 
 def _patient(storage: BaseStorage) -> BaseStorage:

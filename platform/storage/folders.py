@@ -51,6 +51,11 @@ class Storage:
         return self.root / "ray"
 
     @property
+    def locks(self) -> Path:
+        """A file per experiment, locked by the command that works on it."""
+        return self.root / "locks"
+
+    @property
     def stages(self) -> Path:
         """Finished shared stages by their hash."""
         return self.root / "stages"

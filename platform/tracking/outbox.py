@@ -1,14 +1,17 @@
 """Records on their way to a server, kept on disk until it has them: they outlive their process and any outage.
 
     <server>/.taking              locked by the one process that sends what ended processes left
-    <server>/<time>-<process>/    a box per process, removed when all of it is delivered
+    <server>/.last                number of the last box; locked while one is made
+    <server>/box-<number>/        a box per process, removed when all of it is delivered
         records.jsonl             a record per line; locked as long as its process lives
         delivered                 number of the last record that the server has
         files/<number>/           what that record uploads
         refused.jsonl             what the server refused for good, and why; stays, with its files
 
-A record is in the system's hands when `append` returns, so a killed process loses none. While records wait for a server
-they are also forced to the disk, by the thread that sends them: a power cut loses at most those of the last moments.
+Boxes are counted, so that they are sent in the order in which their processes began, whatever the clocks of their nodes
+say. A record is in the system's hands when `append` returns, so a killed process loses none. While records wait for a
+server they are also forced to the disk, by the thread that sends them: a power cut loses at most those of the last
+moments.
 """
 
 import contextlib
@@ -18,13 +21,12 @@ import os
 import queue
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from segadapt.platform.storage import leases
 from segadapt.platform.storage.files import lock
 
 logger = logging.getLogger(__name__)
@@ -67,8 +69,7 @@ class Outbox:
     @classmethod
     def create(cls, server: Path) -> "Outbox":
         """Begin a box in the folder of a server."""
-        folder = server / f"{datetime.now(UTC):%Y%m%d-%H%M%S.%f}-{os.getpid()}"
-        folder.mkdir(parents=True)
+        folder = _next_box(server)
         records = (folder / ".new").open("ab+", buffering=0)
         lock(records)
         (folder / ".new").rename(folder / _RECORDS)  # nobody can find it unlocked
@@ -198,6 +199,21 @@ class Outbox:
         return Entry(content["number"], content["operation"], content["arguments"], files)
 
 
+def _next_box(server: Path) -> Path:
+    """Make the folder of a box that comes after all others."""
+    server.mkdir(parents=True, exist_ok=True)
+    with (server / ".last").open("a+b") as file:
+        lock(file)
+        file.seek(0)
+        made = [int(path.name.removeprefix("box-")) for path in server.glob("box-*")]
+        number = max(_number(file.read()), *made, 0) + 1  # a kill may have left the file empty
+        file.truncate(0)
+        file.write(b"%d" % number)
+        folder = server / f"box-{number:09d}"
+        folder.mkdir()
+    return folder
+
+
 @dataclass(frozen=True)
 class BoxContents:
     """What a box holds, seen without taking it."""
@@ -237,7 +253,7 @@ def refused(server: Path) -> dict[Path, int]:
 
 def abandoned(server: Path, older_than_s: float) -> list[Path]:
     """Return the folders of boxes that a kill left without any record, so long ago that nobody is making them."""
-    now = time.time()
+    now = leases.clock(server)  # that of the file server, which sets the times that it is compared with
     return [
         folder
         for folder in sorted(server.iterdir())

@@ -9,6 +9,8 @@ from typing import Any
 
 from segadapt.platform.settings.states import MlflowStatus, TrialState
 from segadapt.platform.storage.checkpoints import class_names, confusion, iou_table, label_table
+from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.client import mlflow_client
 from segadapt.platform.tracking.metric_names import stored_name, true_name_tags
 from segadapt.platform.tracking.outbox import Entry
 from segadapt.platform.tracking.tags import KEY_TAG, PARENT_TAG, STATE_TAG
@@ -210,3 +212,17 @@ class RunWriter:
                     self._client.set_tag(run.info.run_id, STATE_TAG, str(TrialState.LOST))
                     if run.info.status == "RUNNING":
                         self._client.set_terminated(run.info.run_id, TrialState.LOST.mlflow)
+
+
+def make_experiment(place: Place, name: str) -> bool:
+    """Make an experiment on the MLflow server of a place; returns False if there is one of that name.
+
+    True as well if the server does not answer: then the records of its runs make it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        mlflow_client(place.tracking_url).create_experiment(name, tags=_EXPERIMENT_TAGS)
+    except MlflowException as error:
+        return bool(error.error_code != "RESOURCE_ALREADY_EXISTS")
+    return True

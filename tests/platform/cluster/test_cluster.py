@@ -1,5 +1,7 @@
 """Packing trials on the nodes of a real Ray cluster, with GPUs that Ray only counts."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -84,3 +86,35 @@ def test_threads_wait_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(worker_environment()["GOMP_SPINCOUNT"]) > 0
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     assert "GOMP_SPINCOUNT" not in worker_environment()
+
+
+COLLECTS_WHILE_RAY_SHUTS_DOWN = """
+import gc, sys, threading, time
+import ray
+from segadapt.platform.cluster.connection import connect
+
+class Slow:
+    def __init__(self, core):
+        self.core = core
+    def __getattr__(self, name):
+        return getattr(self.core, name)
+    def shutdown_driver(self):
+        self.core.shutdown_driver()
+        collector = threading.Thread(target=gc.collect)
+        collector.start()
+        collector.join()
+
+with connect(None):
+    cycle = [ray.put(1)]
+    cycle.append(cycle)
+    gc.collect()  # what is old now is looked at seldom
+    del cycle
+    worker = ray._private.worker.global_worker
+    worker.core_worker = Slow(worker.core_worker)
+sys.exit(7 if gc.isenabled() else 8)
+"""
+
+
+def test_a_thread_that_collects_garbage_while_ray_shuts_down_does_not_end_the_command() -> None:
+    ended = subprocess.run([sys.executable, "-c", COLLECTS_WHILE_RAY_SHUTS_DOWN], capture_output=True, text=True)
+    assert ended.returncode == 7, ended.stdout + ended.stderr

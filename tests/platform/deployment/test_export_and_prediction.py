@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 import segadapt as api
 from segadapt.platform.cli.main import main
-from segadapt.platform.deployment import export
+from segadapt.platform.deployment import export, registry
 from segadapt.platform.deployment.card import Card
 from segadapt.platform.deployment.evaluation import evaluate_target, load_deployed, target_images
 from segadapt.platform.deployment.export import CARD, ONNX, PT2, ExportError, ExportResult, open_exported, write
@@ -111,6 +113,26 @@ def test_a_checkpoint_is_one_version_of_a_registered_model_and_names_its_run(
         api.export("best", search="tiny", out=exported.folder, place=Place(str(trained / "runs")))
     with pytest.raises(UsageError, match="--register must be letters"):
         api.export("best", search="tiny", register="a/b", place=Place(str(trained / "runs")))
+
+
+class AnotherBefore:
+    """An MLflow client before whose version of a model another command makes one."""
+
+    def __init__(self, client: MlflowClient, register: Callable[[], str]) -> None:
+        self.client, self.register = client, register
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "create_model_version":
+            self.register()
+        return getattr(self.client, name)
+
+
+def test_two_exports_of_a_checkpoint_at_once_register_one_version(trained: Path, exported: ExportResult) -> None:
+    client, folder = MlflowClient(f"sqlite:///{trained}/runs/mlflow.db"), Path(exported.folder)
+    card = Card.from_dict(json.loads((folder / CARD).read_text()))
+    other = partial(registry.register, client, "twice", card, folder / ONNX)
+    assert registry.register(AnotherBefore(client, other), "twice", card, folder / ONNX) == "1"
+    assert [str(version.version) for version in client.search_model_versions("name = 'twice'")] == ["1"]
 
 
 def test_mlflow_serves_the_registered_model(trained: Path, exported: ExportResult, tmp_path: Path) -> None:
@@ -328,8 +350,19 @@ def test_what_cannot_be_exported_or_differs_is_refused_and_nothing_is_written(
     depending = DataDependent(nn.Identity(), nn.Conv2d(3, 2, 1), **options)
     with pytest.raises(UsageError, match=r"must consist of operations that torch\.export takes, but this one does not"):
         write(DeployedNetwork(depending, None), a_card(), tmp_path / "out")
-    monkeypatch.setattr(export, "_difference", lambda network, exported: float("nan"))
     plain = Segmenter(nn.AvgPool2d(4), nn.Conv2d(3, 2, 1), **options)
+
+    def written_meanwhile(network: object, exported: object) -> float:
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "theirs").touch()
+        return 0.0
+
+    monkeypatch.setattr(export, "_difference", written_meanwhile)
+    with pytest.raises(UsageError, match=r"must be new or empty, but .*other was written by another command meanwhile"):
+        write(DeployedNetwork(plain, None), a_card(), tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["theirs"]
+    shutil.rmtree(tmp_path / "other")
+    monkeypatch.setattr(export, "_difference", lambda network, exported: float("nan"))
     with pytest.raises(
         ExportError, match=r"must be within 0\.001 of the network's, but those of model\.pt2 differ by nan"
     ):

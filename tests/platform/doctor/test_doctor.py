@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 import segadapt as api
 from segadapt.platform.cli.main import app
 from segadapt.platform.doctor.findings import Finding
-from segadapt.platform.doctor.storage import file_system, keeps_locks_apart
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment import tune_state
 from segadapt.platform.storage import leases
 from segadapt.platform.storage.checkpoints import delete, put_away
+from segadapt.platform.storage.driving import driving
+from segadapt.platform.storage.files import file_system, keeps_locks_apart
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.client import waiting_folder
 from segadapt.platform.tracking.outbox import Outbox
@@ -124,6 +125,24 @@ def test_a_search_that_runs_is_left_alone(watched: Watched) -> None:
     assert "refused" not in watched.output + watched.errors
 
 
+def test_what_another_command_has_locked_is_left_alone_and_what_is_repaired_is_locked(case: Case) -> None:
+    case.forget_end("sdca-001")
+    place = Place(case.root)
+    with driving(place.folders, NAME):
+        before = (case.root / "mlflow.db").read_bytes()
+        for fix in (True, False):
+            about = [finding for finding in doctor(case.root, fix=fix) if finding.subject == NAME]
+            assert [finding.text for finding in about] == ["A command works on it now: it is left alone"]
+        assert (case.root / "mlflow.db").read_bytes() == before
+    repairing = api.doctor(place=place, fix=True)
+    assert next(finding for finding in repairing if finding.subject == NAME).repaired
+    with pytest.raises(UsageError, match="One command at a time must work on an experiment"):
+        api.search(resume=NAME, place=place)
+    with pytest.raises(UsageError, match="One `doctor --fix` at a time must repair a storage folder"):
+        doctor(case.root, fix=True)
+    assert faults(list(repairing)) == faults(doctor(case.root)) == []
+
+
 @pytest.mark.parametrize("said", [True, False], ids=["works", "begins"])
 def test_what_a_command_works_on_or_may_begin_with_is_left_alone(said: bool, case: Case) -> None:
     case.forget_end("sdca-001")
@@ -150,7 +169,7 @@ def test_absolute_paths_of_earlier_versions_are_sound_in_a_folder_that_was_moved
 
 def test_what_is_sound_is_left_as_it_is(case: Case) -> None:
     def contents() -> dict[Path, str]:
-        files = (path for path in case.root.rglob("*") if path.is_file())
+        files = (path for path in case.root.rglob("*") if path.is_file() and path.parent.name != "locks")
         return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     before = contents()
@@ -464,7 +483,7 @@ def test_what_a_kill_left_of_tunes_files_gives_way_to_what_was_saved_before(case
             assert tune_state.damaged(folder) == [path.name]
             assert f"({path.name}): going on from" in str(tune_state.mend(folder))
             assert path.read_bytes() == whole
-    later = folder / "experiment_state-2999-01-01_00-00-00.json"
+    later = folder / "experiment_state-session-000099.json"
     later.touch()  # a session that had hardly begun
     (found,) = faults(doctor(case.root))
     assert f"{later.name}" in found

@@ -631,6 +631,7 @@ def test_an_interrupted_search_says_so_and_goes_on_when_asked(interrupt: signal.
             stdout=output,
             stderr=subprocess.STDOUT,
             process_group=0,
+            env={**os.environ, "TZ": "Etc/GMT-14"},  # as by a clock that is half a day ahead
         )
         said = lambda: (warm / "first.txt").read_text()  # noqa: E731
         wait_for(lambda: "sdca-001 step 4/" in said(), "the trial to go on")
@@ -649,6 +650,10 @@ def test_an_interrupted_search_says_so_and_goes_on_when_asked(interrupt: signal.
     runs = tracked(warm, "sdca-streets")
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert steps_of(warm, runs["sdca-001"]) == list(range(2, 61, 2)), "every step once"
+    if interrupt == signal.SIGTERM:
+        again = command(warm, "search", "--resume", "sdca-streets")
+        assert again.returncode == 0, again.stderr
+        assert "sdca-001 step" not in again.stdout, "what was saved last counts, not what has the latest local time"
 
 
 def test_more_than_the_cluster_has_is_refused_at_once(tmp_path: Path) -> None:

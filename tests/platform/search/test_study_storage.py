@@ -7,12 +7,15 @@ import sys
 import tempfile
 import time
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import optuna
+import psycopg
 import pytest
+from commands import forked
 from conftest import TINY_WORDS, GuardedMlflow
 from searching import Watched
 
@@ -99,3 +102,37 @@ def test_optuna_dashboard_opens_the_study(watched: Watched, tmp_path: Path) -> N
         server.terminate()
         server.wait(timeout=30)
     assert [study["study_name"] for study in studies] == [Watched.NAME]
+
+
+def open_together(folder: Path, url: str, number: int) -> None:
+    """Open a new database together with others."""
+    import optuna.storages._rdb.storage  # noqa: F401  # before the others are waited for
+
+    (folder / str(number)).mkdir()
+    while len(list(folder.iterdir())) < OPENERS:
+        pass
+    open_study_storage(url).get_all_studies()
+
+
+OPENERS = 4
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_commands_that_find_a_new_database_at_once_all_open_it(
+    database: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = f"sqlite:///{tmp_path / 'optuna.db'}" if database == "sqlite" else new_database(request)
+    (tmp_path / "ready").mkdir()
+    processes = [forked(open_together, tmp_path / "ready", url, number) for number in range(OPENERS)]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * OPENERS
+    assert open_study_storage(url).get_all_studies() == []
+
+
+def new_database(request: pytest.FixtureRequest) -> str:
+    socket: Path = request.getfixturevalue("postgres_socket")
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(f"host={socket} user=postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"postgresql+psycopg://postgres@/{name}?host={socket}"

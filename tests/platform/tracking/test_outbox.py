@@ -173,6 +173,36 @@ def test_a_box_is_taken_by_one_and_only_after_its_process(tmp_path: Path) -> Non
     assert not box.folder.exists()
 
 
+def make_boxes(folder: Path, number: int) -> None:
+    for _ in range(number):
+        Outbox.create(folder)
+    os._exit(0)  # as a kill leaves them
+
+
+def test_boxes_are_sent_in_the_order_in_which_they_were_made_whatever_the_clock_says(tmp_path: Path) -> None:
+    first = Outbox.create(tmp_path)
+    first.append("set_tags", {})
+    os.utime(first.folder / "records.jsonl", (2e10, 2e10))  # as by a node whose clock is ahead
+    for _ in range(2):
+        Outbox.create(tmp_path).close()  # and removed: its number is not given again
+    last = Outbox.create(tmp_path)
+    earlier_version = tmp_path / "29991231-000000.000000-1"
+    first.folder.with_name(earlier_version.name).mkdir()
+    (earlier_version / "records.jsonl").touch()
+    assert left_over(tmp_path) == [earlier_version, first.folder, last.folder]
+    assert last.folder.name == "box-000000004"
+    (tmp_path / ".last").write_bytes(b"")  # as a kill may leave it
+    assert Outbox.create(tmp_path).folder.name == "box-000000005"
+
+
+def test_processes_that_make_boxes_at_once_each_have_their_own(tmp_path: Path) -> None:
+    processes = [forked(make_boxes, tmp_path, 5) for _ in range(4)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert [path.name for path in left_over(tmp_path)] == [f"box-{number:09d}" for number in range(1, 21)]
+
+
 def test_a_line_that_a_kill_cut_off_is_no_record(tmp_path: Path) -> None:
     box = Outbox.create(tmp_path)
     box.append("set_tags", {"key": "a"})

@@ -201,22 +201,28 @@ def _plan(dataset: Dataset, splits: Mapping[str, Split], config: PackConfig) -> 
 @contextlib.contextmanager
 def _exclusively(out: Path, plan: Mapping[str, Any]) -> Iterator[None]:
     """Keep a folder for this process, having seen that it is new or of the same plan."""
+    if (out / MANIFEST).exists():  # nothing is written any more
+        _refuse_other_plan(out, json.loads((out / MANIFEST).read_text()), plan)
+        yield
+        return
     if out.exists() and not out.is_dir():
         raise ValueError(f"The folder to pack into must be a folder, but {out} is a file. Choose another.")
-    earlier_plan = next((path for path in (out / MANIFEST, out / PLAN) if path.exists()), None)
-    if earlier_plan is None and out.exists() and any(path.suffix != _PARTIAL for path in out.iterdir()):
+    is_begun = (out / PLAN).exists() or (out / MANIFEST).exists()
+    if not is_begun and out.exists() and any(path.suffix != _PARTIAL for path in out.iterdir()):
         raise ValueError(f"The folder to pack into must be new, empty or begun, but {out} is not. Choose another.")
-    if earlier_plan is not None:
-        _refuse_other_plan(out, json.loads(earlier_plan.read_text()), plan)
     out.mkdir(parents=True, exist_ok=True)
-    if earlier_plan is None:
-        _write_json(out / PLAN, plan)
-    with (out / (MANIFEST if earlier_plan is not None and earlier_plan.name == MANIFEST else PLAN)).open() as file:
+    with (out / _LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system, however this process ends
         except BlockingIOError as error:
             raise ValueError(f"A folder must be packed by one process at a time, but another packs {out}.") from error
+        begun = next((path for path in (out / MANIFEST, out / PLAN) if path.exists()), None)  # now nobody writes it
+        if begun is not None:
+            _refuse_other_plan(out, json.loads(begun.read_text()), plan)
+        else:
+            _write_json(out / PLAN, plan)
         yield
+        (out / _LOCK).unlink(missing_ok=True)  # all is written: whoever has opened it finds the manifest
 
 
 def _refuse_other_plan(out: Path, earlier_plan: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
@@ -231,6 +237,9 @@ def _refuse_other_plan(out: Path, earlier_plan: Mapping[str, Any], plan: Mapping
 
 
 _PARTIAL = ".partial"
+
+_LOCK = f".lock{_PARTIAL}"
+"""File in a folder that is being packed, locked by the process that packs."""
 
 
 @contextlib.contextmanager
