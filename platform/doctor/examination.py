@@ -24,7 +24,7 @@ from segadapt.platform.doctor.storage import file_system, keeps_locks_apart, sto
 from segadapt.platform.doctor.study_checks import missing_proposals, study_duplicates, study_ends
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment import tune_state
-from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.search.study_storage import database_file, file_fault, open_study_storage
 from segadapt.platform.storage.checkpoints import newest_checkpoint
 from segadapt.platform.storage.folders import Storage
 from segadapt.platform.tracking.client import mlflow_client
@@ -62,7 +62,8 @@ def _experiments(what: Examination) -> Iterator[Finding]:
         return
     client = mlflow_client(what.place.tracking_url)
     studies: Any | None = None
-    if what.place.study_uri is not None or storage.study_database.is_file():
+    file = database_file(what.place)
+    if file is None or file_fault(file) is None:
         try:
             studies = open_study_storage(what.place.study_url)
         except Exception:  # said before

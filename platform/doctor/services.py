@@ -13,9 +13,10 @@ from pathlib import Path
 
 from packaging.version import Version
 
+from segadapt.platform.doctor.drivers import Drivers
 from segadapt.platform.doctor.findings import Examination, Finding, fault
 from segadapt.platform.errors import UsageError, redacted
-from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.search.study_storage import database_file, file_fault, open_study_storage
 from segadapt.platform.settings.text import first_line
 from segadapt.platform.tracking import outbox
 from segadapt.platform.tracking.client import mlflow_client, waiting_folder
@@ -118,7 +119,7 @@ def _database_problems(path: Path) -> Iterator[Finding]:
     if not runs:
         text = f"{path} was left half made, without a run"
         advice = "--fix sets it aside; the next command makes it anew"
-        repair = partial(_set_aside, path)
+        repair = partial(_set_aside, path, "half-made")
         yield Finding("tracking", "fault", text, "A command was killed while it made it", advice, repair)
         return
     ours = importlib.metadata.version("mlflow")
@@ -129,8 +130,8 @@ def _database_problems(path: Path) -> Iterator[Finding]:
     )
 
 
-def _set_aside(path: Path) -> None:
-    path.rename(path.with_name(f"{path.name}.half-made-{time.time():.0f}"))
+def _set_aside(path: Path, state: str) -> None:
+    path.rename(path.with_name(f"{path.name}.{state}-{time.time():.0f}"))
 
 
 def _send(what: Examination, server: Path) -> None:
@@ -142,8 +143,19 @@ def _send(what: Examination, server: Path) -> None:
 
 def study_findings(what: Examination) -> Iterator[Finding]:
     """Look whether Optuna's database answers."""
-    if what.place.study_uri is None and not what.storage.study_database.is_file():
-        yield Finding("study", "ok", "No studies yet: the first search makes their database")
+    file = database_file(what.place)
+    lack = file_fault(file) if file is not None else None
+    if file is not None and lack in ("is missing", "is empty"):  # what that means for a search, its own line tells
+        yield Finding("study", "ok", f"{file} {lack}: the first search makes the database of studies")
+        return
+    if file is not None and lack is not None:
+        drivers = Drivers.of(what.storage)
+        text, meaning = f"{file} {lack}", "Searches cannot begin or go on"
+        if drivers.names or drivers.starting:
+            yield fault("study", text, meaning, "Put back a copy, or stop the commands that run now, then --fix")
+            return
+        advice = "Put back a copy; or --fix sets it aside and makes the studies anew from what Ray and MLflow hold"
+        yield Finding("study", "fault", text, meaning, advice, partial(_set_aside, file, "damaged"))
         return
     url = what.place.study_url
     try:

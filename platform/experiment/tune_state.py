@@ -98,6 +98,11 @@ class StateArchive:
             logger.warning("Tune's state is not kept in %s: %s", self._archive, error)
 
 
+def is_begun(folder: Path) -> bool:
+    """Return whether Tune has saved what an experiment goes on from; without it, the experiment begins anew."""
+    return (folder / TUNER).is_file() and bool(_files(folder))
+
+
 def damaged(folder: Path) -> list[str]:
     """Return what of Tune's newest state in an experiment's folder is missing or cut short; nothing is unpickled."""
     files = _files(folder)

@@ -31,6 +31,17 @@ FLOOR = 0.5
 _DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 
 
+def new_study(name: str, storage: Any, objective: Objective, *, load_if_exists: bool = False) -> Any:
+    """Make the study of a search."""
+    return optuna.create_study(
+        study_name=name,
+        storage=storage,
+        directions=[_DIRECTIONS[mode] for mode in objective.modes],
+        pruner=NopPruner(),
+        load_if_exists=load_if_exists,
+    )
+
+
 class StudySearch(Searcher):
     """Search over a conditional space whose whole memory is an Optuna study, in storage that outlives the driver.
 
@@ -72,13 +83,7 @@ class StudySearch(Searcher):
         self._paused: set[str] = set()
         self._handles: dict[str, Trial] = {}
         is_new = study_name not in optuna.get_all_study_names(storage)
-        self._study: Any = optuna.create_study(
-            study_name=study_name,
-            storage=storage,
-            directions=[_DIRECTIONS[mode] for mode in objective.modes],
-            pruner=NopPruner(),
-            load_if_exists=True,
-        )
+        self._study: Any = new_study(study_name, storage, objective, load_if_exists=True)
         points = [study_point(spaces, method, first[method]) for method in spaces] if is_new else []
         for point in filter(None, points):
             self._study.enqueue_trial(point)

@@ -528,3 +528,53 @@ def test_mounts_tell_whether_nodes_see_each_others_locks(tmp_path: Path) -> None
     found = {path: file_system(Path(path), mounts) for path in ("/home", "/data/runs", "/data/old/runs")}
     assert [kind for kind, _ in found.values()] == ["ext4", "nfs4", "nfs"]
     assert [keeps_locks_apart(*entry) for entry in found.values()] == [False, False, True]
+
+
+def as_kept(study: Any) -> list[Any]:
+    """What a study holds of its trials, but for times."""
+    return [(each.state, each.params, each.values, each.intermediate_values, each.user_attrs) for each in study.trials]
+
+
+@pytest.mark.parametrize("lost", ["is missing", "is empty", "is damaged", "holds no study"])
+def test_a_search_without_its_study_is_refused_first_and_doctor_makes_the_study_anew(lost: str, case: Case) -> None:
+    file, before = case.root / "optuna.db", as_kept(case.study)
+    whole = file.read_bytes()
+    left = {"is missing": None, "is empty": b"", "is damaged": whole[: len(whole) // 2], "holds no study": whole}[lost]
+    if left is None:
+        file.unlink()
+    else:
+        file.write_bytes(left)
+    if lost == "holds no study":
+        optuna.delete_study(study_name=NAME, storage=f"sqlite:///{file}")
+    content = file.read_bytes() if file.exists() else None
+    for goes_on in ({"resume": NAME}, {"extend": NAME}, {"fork": NAME, "name": "other"}):
+        with pytest.raises(UsageError, match=f"must be there to go on from it, but {file} {lost}.*doctor --fix"):
+            api.search(**goes_on, place=Place(case.root))
+    with pytest.raises(UsageError, match=f"{NAME}.*It is in the storage folder: omit --study-uri"):
+        api.search(resume=NAME, place=Place(case.root, study_uri=f"sqlite:///{case.root}/other.db"))
+    assert (file.read_bytes() if file.exists() else None) == content, "nothing was made in its place"
+    assert not (case.root / "other.db").exists()
+    assert not (case.root / "ray" / "other").exists()
+    named = [text for text in faults(doctor(case.root)) if f"{file} {lost}" in text]
+    assert named
+    assert (file.read_bytes() if file.exists() else None) == content, "looking changes nothing"
+    mended = doctor(case.root, fix=True)
+    assert any(finding.repaired and finding.subject == NAME for finding in mended)
+    assert faults(mended) == []
+    assert as_kept(case.study) == before
+    assert [entry.text for entry in doctor(case.root) if entry.level != "ok"] == []
+
+
+def test_a_study_that_an_earlier_version_kept_elsewhere_is_not_made_a_second_time(case: Case) -> None:
+    record = case.root / "ray" / NAME / "record.json"
+    content = json.loads(record.read_text())
+    assert content.pop("study") == "", "it is noted where the study is"
+    record.write_text(json.dumps(content))
+    before = as_kept(case.study)
+    (case.root / "optuna.db").unlink()
+    (warning,) = (finding for finding in doctor(case.root, fix=True) if finding.level == "warning")
+    assert "Give --study-uri" in warning.advice
+    assert not (case.root / "optuna.db").exists()
+    study = f"sqlite:///{case.root}/optuna.db"
+    assert any(finding.repaired for finding in api.doctor(place=Place(case.root, study_uri=study), fix=True))
+    assert as_kept(case.study) == before
