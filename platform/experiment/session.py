@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segadapt.platform.cluster.capacity import Capacity, resources_of
-from segadapt.platform.cluster.connection import connect, signal_handlers_kept, treat_termination_as_interrupt
+from segadapt.platform.cluster.connection import connect
 from segadapt.platform.cluster.preflight import check_nodes, data_paths
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.parent_run import ParentRun
@@ -22,6 +22,7 @@ from segadapt.platform.search.warm_start import Inheritance, inherit
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Allocation
 from segadapt.platform.settings.states import TrialState
+from segadapt.platform.settings.termination import signal_handlers_kept, treat_termination_as_interrupt
 from segadapt.platform.storage.checkpoints import TrialCheckpoint, best_checkpoint, checkpoint_folder
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.storage.retention import CheckpointRetention
