@@ -9,6 +9,8 @@ import sys
 import urllib.request
 
 from segadapt.platform.errors import UsageError
+from segadapt.platform.ray_internals.start import variables_set
+from segadapt.platform.settings.addresses import direct_to_loopback
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.storage.retries import retry
 from segadapt.platform.tracking.sender import send_waiting
@@ -55,7 +57,8 @@ def _wait_for_health(address: str, server: "subprocess.Popen[str]", timeout_s: f
         if server.poll() is not None:
             message = server.stderr.read() if server.stderr else ""
             raise UsageError(f"The MLflow server must start, but ended: {message.strip()[-2000:]}")
-        urllib.request.urlopen(f"{address}/health", timeout=2).close()
+        with variables_set(direct_to_loopback()):
+            urllib.request.urlopen(f"{address}/health", timeout=2).close()
 
     try:
         retry(ask, OSError, timeout_s, pauses=itertools.repeat(_POLL_S), level=logging.DEBUG)
