@@ -107,8 +107,8 @@ def _tune_states(storage: Storage, name: str) -> Iterator[Finding]:
     for folder in sorted(path for path in storage.experiments.glob(f"{name}*") if path.is_dir()):
         files = tune_state.damaged(folder) if experiment_of(storage, folder.name) == name else []
         if files:
-            text = f"What Tune saved in {folder} is cut short: {', '.join(files)}"
-            meaning = "A command was killed as it saved, or the disk was full"
+            text = f"What Tune saved in {folder} is damaged: {', '.join(files)}"
+            meaning = "A command was killed as it saved, or the disk was full or is failing"
             repair = partial(_mend, folder)
             yield Finding(name, "fault", text, meaning, "--fix puts the state before it back, as --resume does", repair)
 

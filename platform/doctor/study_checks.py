@@ -154,7 +154,7 @@ def _lost_study(ledgers: Ledgers, record: Record) -> Finding:
     if noted is not None:
         advice = f"Give --study-uri {noted}" if noted else "Leave --study-uri out"
         return Finding(ledgers.name, "warning", text, "Its study is in another database", advice)
-    own = f"sqlite:///{ledgers.storage.study_database}"
+    own = replace(ledgers.place, study_uri=None).study_url
     return Finding(
         ledgers.name,
         "warning",
@@ -168,6 +168,9 @@ def _restore_study(ledgers: Ledgers, record: Record) -> None:
     """Make a lost study anew: what it took over from others, what it is to try first, and its own trials."""
     from segadapt.platform.search.searcher import new_study
 
+    for earlier in record.warm_start:
+        if lack := why_no_study(ledgers.place, earlier):
+            raise RuntimeError(f"what it took over from {earlier} is needed first, but {lack}: repeat --fix after that")
     storage = open_study_storage(ledgers.place.study_url)
     settings = record.settings()
     study = new_study(record.name, storage, Objective.parse(record.objective))

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from segadapt.platform.doctor.findings import Finding
 from segadapt.platform.doctor.storage import file_system, keeps_locks_apart
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment import tune_state
+from segadapt.platform.ray_internals.tune import HASHES
 from segadapt.platform.storage import leases
 from segadapt.platform.storage.checkpoints import delete, put_away
 from segadapt.platform.storage.folders import Place
@@ -93,6 +95,7 @@ class Case:
                 decoded |= changes
             kept.append([json.dumps(decoded), more])
         path.write_text(json.dumps({**content, "trial_data": kept}))
+        (path.parent / HASHES).unlink(missing_ok=True)
 
     def checkpoint(self, name: str) -> Path:
         return self.root / self.run(name).data.tags["segadapt.checkpoint"]
@@ -481,6 +484,46 @@ def test_what_a_kill_left_of_tunes_files_gives_way_to_what_was_saved_before(case
     assert "beginning anew" in str(tune_state.mend(folder))
     assert not (folder / "tuner.pkl").exists()
     assert tune_state.damaged(folder) == []
+
+
+def damages(whole: bytes, count: int) -> Iterator[bytes]:
+    """Yield contents with bytes that were changed, lost or zeroed, as of a failing disk."""
+    draw = random.Random(len(whole))
+    for _ in range(count):
+        content, begin = bytearray(whole), draw.randrange(len(whole))
+        end = min(len(whole), begin + draw.choice([1, 1, 4, 512]))
+        match draw.randrange(3):
+            case 0:
+                content[begin] ^= draw.randrange(1, 256)
+            case 1:
+                content[begin:end] = bytes(byte ^ 0xFF for byte in content[begin:end])
+            case _:
+                del content[begin:end]
+        yield bytes(content)
+
+
+def test_every_damage_to_tunes_files_is_seen_and_mended(case: Case) -> None:
+    folder = case.root / "ray" / NAME
+    names = [path.name for path in folder.glob("*-*.*") if path.suffix in (".json", ".pkl")] + [tune_state.TUNER]
+    assert len(names) >= 5
+    for name in names:
+        path = folder / name
+        whole = path.read_bytes()
+        for content in damages(whole, 150):
+            path.write_bytes(content)
+            assert tune_state.damaged(folder) == [name]
+        assert f"({name}): going on from" in str(tune_state.mend(folder))
+        assert path.read_bytes() == whole
+    assert tune_state.mend(folder) is None
+    for path in (folder / HASHES, folder / f"{tune_state.TUNER}.sha256"):
+        path.unlink()  # as an earlier version leaves it
+    assert tune_state.mend(folder) is None
+    for name in names:
+        whole = (folder / name).read_bytes()
+        for content in damages(whole, 150):
+            (folder / name).write_bytes(content)
+            assert set(tune_state.damaged(folder)) <= {name}, "without a hash not all is seen, but nothing fails"
+        (folder / name).write_bytes(whole)
 
 
 def test_the_command_ends_with_1_until_all_is_repaired(case: Case) -> None:
