@@ -121,7 +121,9 @@ def study_database_name(place: Place) -> str:
         return ""
     address = make_url(place.study_uri)
     where = {key: value for key, value in address.query.items() if key in ("host", "port")}  # of a socket
-    return URL.create(address.drivername, None, None, address.host, address.port, address.database, where).render_as_string()
+    return URL.create(
+        address.drivername, None, None, address.host, address.port, address.database, where
+    ).render_as_string()
 
 
 def _remembering(storage: RDBStorage) -> BaseStorage:
