@@ -89,7 +89,7 @@ def connect(address: str | None, *, verbose: bool = False, resources: Resources 
         resources: What a trial is to take; None if no trial will run.
 
     Raises:
-        UsageError: If the cluster cannot be reached.
+        UsageError: If the cluster cannot be reached, Ray does not start, or this process is in a cluster already.
     """
     with (
         variables_set(_missing_variables() | direct_to_loopback(), LEFT_BY_RAY),
@@ -103,6 +103,11 @@ def connect(address: str | None, *, verbose: bool = False, resources: Resources 
 def _connected(address: str | None, verbose: bool, resources: Resources | None) -> Iterator[Capacity]:
     import ray
 
+    if ray.is_initialized():  # of whoever calls: leaving it would end theirs
+        raise UsageError(
+            "This process must not be in a Ray cluster yet, since it is to start or join one, but it is in one. Call "
+            "`ray.shutdown()` first, or run the command in a shell."
+        )
     keep_uv_out()
     address, named_by = _named(address)
     if address is not None:
@@ -157,7 +162,7 @@ def _start(verbose: bool, *, dashboard: bool) -> None:
             ray.shutdown()
             if seconds is not None:
                 raise UsageError(
-                    f"Ray must start on this machine, but did not within {seconds} s, at its second try: "
+                    f"Ray must start on this machine, but did not, not even with {seconds} s for it at a second try: "
                     f"{first_line(error).rstrip('.')}. Is the machine short of processors, memory or room in its "
                     "temporary folder? Free some, then repeat the command."
                 ) from error

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from segadapt.platform.errors import UsageError
-from segadapt.platform.ray_internals.tune import HASHES
+from segadapt.platform.ray_internals.trials import HASHES
 from segadapt.platform.storage.checkpoints import REMOVED, TRAIN_FOLDER
 from segadapt.platform.storage.files import write_whole, written_whole
 from segadapt.platform.storage.folders import Storage
@@ -113,19 +113,24 @@ class StateArchive:
 
 def is_begun(folder: Path) -> bool:
     """Return whether Tune has saved what an experiment goes on from; without it, the experiment begins anew."""
-    return (folder / TUNER).is_file() and bool(_files(folder))
+    return bool(_files(folder)) or _has_trials(folder)
 
 
 def damaged(folder: Path) -> list[str]:
     """Return what of Tune's newest state in an experiment's folder is missing or damaged; nothing is unpickled."""
     files, tuner = _files(folder), folder / TUNER
     newest, hashes = _newest(files), _hashes(folder)
-    begun = [] if not tuner.is_file() or _is_tuner(tuner) else [TUNER]
-    if not newest:
-        return begun
-    missing = ({file.kind for file in files} | _ALWAYS) - {file.kind for file in newest}
-    cut_short = [file.path.name for file in newest if not file.is_whole(hashes)]
-    return [f"{kind} (missing)" for kind in sorted(missing)] + sorted(cut_short) + begun
+    faults = []
+    if newest:
+        noted = {name[1] for name in map(_NAME.fullmatch, hashes) if name and name[2] == newest[0].session}
+        missing = ({file.kind for file in files} | noted | _ALWAYS) - {file.kind for file in newest}
+        faults = [f"{kind} (missing)" for kind in sorted(missing)]
+        faults += sorted(file.path.name for file in newest if not file.is_whole(hashes))
+    elif _has_trials(folder):
+        faults = ["experiment_state (missing)"]
+    if tuner.is_file():
+        return faults if _is_tuner(tuner) else [*faults, TUNER]
+    return [*faults, f"{TUNER} (missing)"] if faults or newest else []
 
 
 def mend(folder: Path) -> str | None:
@@ -140,28 +145,32 @@ def mend(folder: Path) -> str | None:
     Raises:
         UsageError: If trials left checkpoints, but Tune's state is damaged and there is no archive of it.
     """
-    tuner = folder / TUNER
-    if not tuner.is_file():
+    faults = damaged(folder)
+    if not faults and not (folder / TUNER).is_file():
         return None
     for path in folder.glob("*/error.pkl"):
         path.unlink()  # Tune would load it, damaged or not, for errors that nobody asks it for; error.txt says the same
-    faults = damaged(folder)
     archived = _archived(folder) if faults else {}
-    if archived and not (TUNER in faults and TUNER not in archived):
+    if archived and (TUNER in archived or not any(fault.startswith(TUNER) for fault in faults)):
         saved = _put_back(folder, archived)
         return f"Tune's files are damaged ({', '.join(faults)}): going on from what it saved before, {saved}."
     if not faults and _files(folder):
         return None
     names = ", ".join(faults) or "experiment_state"
-    if any(any(folder.glob(pattern)) for pattern in _REACHED):
+    if _has_trials(folder):
         raise UsageError(
             f"Tune's state of an experiment must be whole to go on, but {names} in {folder} is damaged or missing, "
             f"and there is no whole {ARCHIVE}. Put back a copy of these files, or begin anew under another name (a "
             "search with `--warm-start`, which counts the trials of this one)."
         )
-    for path in (*(file.path for file in _files(folder)), folder / HASHES, tuner, folder / _TUNER_HASH):
+    for path in (*(file.path for file in _files(folder)), folder / HASHES, folder / TUNER, folder / _TUNER_HASH):
         path.unlink(missing_ok=True)
     return f"Tune's files are damaged ({names}), and no trial had a checkpoint: beginning anew."
+
+
+def _has_trials(folder: Path) -> bool:
+    """Return whether a trial of an experiment has got anywhere."""
+    return any(any(folder.glob(pattern)) for pattern in _REACHED)
 
 
 def of_another_version(storage: Storage, name: str) -> str | None:

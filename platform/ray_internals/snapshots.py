@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
 
-from segadapt.platform.ray_internals.tune import note_hashes
+from segadapt.platform.ray_internals.trials import note_hashes
 
 PRIVATE = (
     ("ray.tune.execution.experiment_state", "_ExperimentCheckpointManager", "pace how often Tune saves its state"),

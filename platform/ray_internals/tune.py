@@ -1,8 +1,6 @@
 """Ray Tune's private parts: how often it saves its state, what it sends to trials, which errors it forgives."""
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,17 +35,6 @@ PRIVATE = (
     ),
 )
 """Parts of Ray that are not public: module, name and what they are for."""
-
-
-HASHES = "state_hashes.json"
-"""File beside those of Tune's state, with the sha256 of each: from them alone, damage to a pickle cannot be told."""
-
-
-def note_hashes(folder: Path) -> None:
-    """Write down the hashes of the state files that Tune has just written into a folder, before it copies them."""
-    files = [path for path in folder.glob("*-*") if path.suffix in (".json", ".pkl") and path.is_file()]
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    (folder / HASHES).write_text(json.dumps(hashes))
 
 
 def set_tune_config(tuner: Any, config: Any) -> None:

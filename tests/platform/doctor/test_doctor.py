@@ -25,7 +25,7 @@ from segadapt.platform.doctor.findings import Finding
 from segadapt.platform.doctor.storage import file_system, keeps_locks_apart
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment import tune_state
-from segadapt.platform.ray_internals.tune import HASHES
+from segadapt.platform.ray_internals.trials import HASHES
 from segadapt.platform.storage import leases
 from segadapt.platform.storage.checkpoints import delete, put_away
 from segadapt.platform.storage.folders import Place
@@ -514,6 +514,10 @@ def test_every_damage_to_tunes_files_is_seen_and_mended(case: Case) -> None:
             assert tune_state.damaged(folder) == [name]
         assert f"({name}): going on from" in str(tune_state.mend(folder))
         assert path.read_bytes() == whole
+    for path in (folder / name for name in names):
+        path.unlink()
+        assert "(missing)" in " ".join(tune_state.damaged(folder)), "a search without it would begin anew"
+        assert "going on from" in str(tune_state.mend(folder))
     assert tune_state.mend(folder) is None
     for path in (folder / HASHES, folder / f"{tune_state.TUNER}.sha256"):
         path.unlink()  # as an earlier version leaves it
