@@ -166,8 +166,11 @@ def _lost_study(ledgers: Ledgers, record: Record) -> Finding:
 
 def _restore_study(ledgers: Ledgers, record: Record) -> None:
     """Make a lost study anew: what it took over from others, what it is to try first, and its own trials."""
+    import optuna
+
     from segadapt.platform.search.searcher import new_study
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     for earlier in record.warm_start:
         if lack := why_no_study(ledgers.place, earlier):
             raise RuntimeError(f"what it took over from {earlier} is needed first, but {lack}: repeat --fix after that")
