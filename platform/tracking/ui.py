@@ -1,5 +1,6 @@
 """MLflow's pages for a storage folder."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -43,13 +44,23 @@ def serve(place: Place, port: int) -> int:
     try:
         _wait_for_health(f"http://127.0.0.1:{port}", server)
         print(f"MLflow shows {opened.root} at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-        server.communicate()
+        _wait_for_end(server)
     except KeyboardInterrupt:
         pass
     finally:
         server.terminate()
         server.wait(timeout=30)
     return 0
+
+
+def _wait_for_end(server: "subprocess.Popen[str]") -> None:
+    """Read what a server tells until it ends, looking up now and then.
+
+    A signal that comes between two reads is seen when the next one returns, which without a limit may be never.
+    """
+    while server.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.communicate(timeout=_POLL_S)
 
 
 def _wait_for_health(address: str, server: "subprocess.Popen[str]", timeout_s: float = 90.0) -> None:
