@@ -94,14 +94,14 @@ def test_a_command_that_waits_for_a_cluster_obeys_sigterm(silent: socket.socket,
 def test_servers_that_say_nothing_are_not_waited_for(silent: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
         monkeypatch.setenv(f"AWS_{name}", "none")
-    address = address_of(silent)
+    address, unused = address_of(silent), f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
     asked: dict[str, Callable[[], object]] = {
         "^RAY_ADDRESS must name .* says nothing within": lambda: connect(None).__enter__(),
         "^--study-uri must be a database that answers": lambda: open_study_storage(f"postgresql+psycopg://{address}/s"),
-        f"the server {address} does not answer": lambda: open_dataset(
-            "shards", f"s3://bucket/set?scheme=http&endpoint_override={address}"
+        f"the server {unused} does not answer": lambda: open_dataset(
+            "shards", f"s3://bucket/set?scheme=http&endpoint_override={unused}"
         ),
         f"the server http://{address} does not answer": lambda: open_dataset("shards", "s3://bucket/set"),
         "^--address must be Ray's dashboard": lambda: api.jobs(address=f"http://{address}"),
