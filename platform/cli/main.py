@@ -7,6 +7,7 @@ import typer
 
 from segadapt.platform.cli import cache, data, doctor, jobs, models, runs, search
 from segadapt.platform.cli.options import LateHelp
+from segadapt.platform.settings.termination import treat_termination_as_interrupt
 
 app = typer.Typer(
     name="segadapt",
@@ -39,6 +40,7 @@ app.command()(doctor.doctor)
 
 def main() -> None:
     """Run the command line; see `app` for the exit status."""
+    treat_termination_as_interrupt()
     try:
         app()
     except Exception as error:

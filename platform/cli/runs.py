@@ -103,7 +103,5 @@ def report(
 def ui(place: "Place", port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
     """Serve MLflow in the browser on this storage, bound to 127.0.0.1."""
     from segadapt.platform.api import operation
-    from segadapt.platform.cluster.connection import treat_termination_as_interrupt
 
-    treat_termination_as_interrupt()
     sys.exit(operation.ui(place=place, port=port))

@@ -3,23 +3,30 @@
 import contextlib
 import logging
 import os
-import signal
-import threading
+import socket
+import time
 from collections.abc import Iterator
-from typing import Any
 
 from segadapt.platform.cluster.capacity import Capacity, capacity_of_cluster, this_machine
 from segadapt.platform.errors import UsageError
 from segadapt.platform.ray_internals.start import (
     LEFT_BY_RAY,
     authenticated,
+    cluster_address,
     keep_uv_out,
     leave,
     on_loopback,
+    patience_with_ray,
     variables_set,
 )
 from segadapt.platform.ray_internals.tune import memory_kills_are_deaths, no_secrets_for_trials
+from segadapt.platform.settings.addresses import direct_to_loopback
 from segadapt.platform.settings.resources import Allocation, Resources
+from segadapt.platform.settings.termination import (
+    hangup_held_back,
+    signal_handlers_kept,
+    treat_termination_as_interrupt,
+)
 from segadapt.platform.settings.text import first_line
 
 _DEFAULTS = {
@@ -37,6 +44,20 @@ _DEFAULTS = {
     "OMP_NUM_THREADS": "1",
     "GOMP_SPINCOUNT": "10000",  # 0.25 ms: spinning for long slows busy machines down, without it threads wake late
 }
+
+_PATIENCE_S = 120
+"""Seconds that Ray has to start at the second try; at the first one it has the 30 of its own."""
+
+_ANSWER_S = 10.0
+"""Seconds in which whoever listens at a cluster's address must say that it understands HTTP/2, as Ray does."""
+
+_HTTP2_FRAME_BYTES = 9
+"""Length of the head of a frame; its fourth byte is the kind."""
+
+_HTTP2_SETTINGS = b"\x04"
+
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _HTTP2_SETTINGS + b"\0\0\0\0\0"
+"""What a client says first (RFC 9113, section 3.4), and no settings; a server answers with its own."""
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +90,10 @@ def connect(address: str | None, *, verbose: bool = False, resources: Resources 
         resources: What a trial is to take; None if no trial will run.
 
     Raises:
-        UsageError: If the cluster cannot be reached.
+        UsageError: If the cluster cannot be reached, Ray does not start, or this process is in a cluster already.
     """
     with (
-        variables_set(_missing_variables(), LEFT_BY_RAY),
+        variables_set(_missing_variables() | direct_to_loopback(), LEFT_BY_RAY),
         signal_handlers_kept(),
         _connected(address, verbose, resources) as capacity,
     ):
@@ -83,25 +104,24 @@ def connect(address: str | None, *, verbose: bool = False, resources: Resources 
 def _connected(address: str | None, verbose: bool, resources: Resources | None) -> Iterator[Capacity]:
     import ray
 
+    if ray.is_initialized():  # of whoever calls: leaving it would end theirs
+        raise UsageError(
+            "This process must not be in a Ray cluster yet, since it is to start or join one, but it is in one. Call "
+            "`ray.shutdown()` first, or run the command in a shell."
+        )
     keep_uv_out()
-    address = os.environ.get("RAY_ADDRESS") or None if address is None else address
+    address, named_by = _named(address)
     if address is not None:
-        check_address(address)
+        check_address(address, named_by)
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
-    local: dict[str, Any] = {} if address else {"include_dashboard": _needs_dashboard(resources)}
     with authenticated(local=address is None):
         try:
-            with contextlib.nullcontext() if address else on_loopback(dashboard=local["include_dashboard"]):
-                # "local", or Ray would join whatever cluster was started on this machine last
-                ray.init(address=address or "local", log_to_driver=verbose, logging_level=logging.ERROR, **local)
-        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise UsageError(
-                f"--address must name a running Ray cluster that takes this machine's token, but {address!r} did not "
-                f"answer: {first_line(error).rstrip('.')}. Is it started, and is its token in ~/.ray/auth_token or "
-                "RAY_AUTH_TOKEN_PATH? Without --address Ray is started here."
-            ) from error
-        treat_termination_as_interrupt()
-        try:
+            with hangup_held_back():
+                if address is None:
+                    _start(verbose, dashboard=_needs_dashboard(resources))
+                else:
+                    _join(address, named_by, verbose)
+                treat_termination_as_interrupt()
             if address is not None and os.environ.get("RAY_AUTH_MODE") == "disabled":
                 logger.warning(
                     "The Ray cluster %s is joined without a token: if it needs none, whoever reaches its ports runs "
@@ -112,6 +132,96 @@ def _connected(address: str | None, verbose: bool, resources: Resources | None) 
                 yield capacity_of_cluster(joined=address is not None)
         finally:
             leave()
+
+
+def _named(address: str | None) -> tuple[str | None, str]:
+    """Return the address of the cluster to join, None if there is none, and what named it."""
+    if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):  # which Ray takes for `auto` as well
+        return os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
+    return address, "--address"
+
+
+def _start(verbose: bool, *, dashboard: bool) -> None:
+    """Start Ray on this machine; a busy one is given more time at a second try.
+
+    Raises:
+        UsageError: If Ray does not start either time.
+    """
+    import ray
+
+    for seconds in (None, _PATIENCE_S):
+        try:
+            with on_loopback(dashboard=dashboard), patience_with_ray(seconds):
+                # "local", or Ray would join whatever cluster was started on this machine last
+                ray.init(
+                    address="local", log_to_driver=verbose, logging_level=logging.ERROR, include_dashboard=dashboard
+                )
+            return
+        except UsageError:
+            raise
+        except Exception as error:  # Ray has no type of its own for what did not come up in time
+            ray.shutdown()
+            if seconds is not None:
+                raise UsageError(
+                    f"Ray must start on this machine, but did not, not even with {seconds} s for it at a second try: "
+                    f"{first_line(error).rstrip('.')}. Is the machine short of processors, memory or room in its "
+                    "temporary folder? Free some, then repeat the command."
+                ) from error
+            logger.warning(
+                "Ray did not start (%s); trying again, with %d s for it.", first_line(error).rstrip("."), _PATIENCE_S
+            )
+
+
+def _join(address: str, named_by: str, verbose: bool) -> None:
+    """Join a cluster.
+
+    Raises:
+        UsageError: If it does not answer, or refuses.
+    """
+    import ray
+
+    try:
+        if (lack := why_no_cluster(address)) is not None:  # Ray itself would try for minutes, deaf to signals
+            raise ConnectionError(lack)
+        ray.init(address=address, log_to_driver=verbose, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        instead = "Without --address" if named_by == "--address" else f"Without it (`unset {named_by}`)"
+        raise UsageError(
+            f"{named_by} must name a running Ray cluster that takes this machine's token, but {address!r} did not "
+            f"answer: {first_line(error).rstrip('.')}. Is it started, and is its token in ~/.ray/auth_token or "
+            f"RAY_AUTH_TOKEN_PATH? {instead} Ray is started here."
+        ) from error
+
+
+def why_no_cluster(address: str) -> str | None:
+    """Return why there can be no Ray cluster at an address, found within `_ANSWER_S` seconds; None if there may be one.
+
+    Args:
+        address: `auto` or HOST:PORT.
+
+    Raises:
+        ConnectionError: If there is none that `auto` could mean.
+        ValueError: If it is no address.
+    """
+    if (where := cluster_address(address)) is None:
+        return None
+    host, _, port = where.rpartition(":")
+    deadline, answer = time.monotonic() + _ANSWER_S, b""
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):  # it says nothing to who does not
+                return None
+            connection.sendall(_HTTP2_GREETING)
+            while len(answer) < _HTTP2_FRAME_BYTES:
+                connection.settimeout(max(0.01, deadline - time.monotonic()))
+                if not (part := connection.recv(_HTTP2_FRAME_BYTES - len(answer))):
+                    break
+                answer += part
+    except TimeoutError:
+        return f"{where} says nothing within {_ANSWER_S:.0f} s"
+    except OSError as error:
+        return f"nothing listens at {where} ({error.strerror or error})"
+    return None if answer[3:4] == _HTTP2_SETTINGS else f"what listens at {where} is no Ray cluster"
 
 
 def _needs_dashboard(resources: Resources | None) -> bool:
@@ -129,40 +239,15 @@ def _needs_dashboard(resources: Resources | None) -> bool:
     return not workers_are_in_the_trial()
 
 
-def check_address(address: str) -> None:
+def check_address(address: str, named_by: str = "--address") -> None:
     """Refuse the addresses of Ray's other services.
 
     Raises:
         UsageError: If the address is neither `auto` nor HOST:PORT.
     """
-    if not address or "://" in address:
+    if not address or address == "local" or "://" in address:
         raise UsageError(
-            f"--address must be auto or HOST:PORT, on a machine of the cluster, but got {address!r}. A search needs a "
+            f"{named_by} must be auto or HOST:PORT, on a machine of the cluster, but got {address!r}. A search needs a "
             "process there: `segadapt submit --address http://127.0.0.1:8265 -- search ...` starts it from here, "
             "through a tunnel to the head's port 8265."
         )
-
-
-def treat_termination_as_interrupt() -> None:
-    """Make SIGTERM end this process as Ctrl-C does, with everything it started; Ray's own handler aborts it instead."""
-    if threading.current_thread() is threading.main_thread():  # Python allows it there alone
-        signal.signal(signal.SIGTERM, _interrupt)
-
-
-@contextlib.contextmanager
-def signal_handlers_kept() -> Iterator[None]:
-    """Restore what Ray, Tune and this module replace meanwhile: a notebook or prompt lives on."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                if handler is not None:  # else it was set outside of Python
-                    signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell script's background jobs
-        raise KeyboardInterrupt
-    signal.raise_signal(signal.SIGINT)

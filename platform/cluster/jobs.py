@@ -16,7 +16,9 @@ from urllib.parse import urlsplit
 
 from segadapt.platform.errors import UsageError, redacted
 from segadapt.platform.ray_internals.start import LEFT_BY_RAY, authenticated, variables_set
+from segadapt.platform.settings.addresses import direct_to_loopback
 from segadapt.platform.settings.config import read_experiment
+from segadapt.platform.settings.text import first_line
 from segadapt.platform.storage.folders import check_name
 from segadapt.platform.storage.retries import retry
 
@@ -27,6 +29,9 @@ _ENDED = ("succeeded", "failed", "stopped")
 
 _POLL_S = 1.0
 """Seconds between two looks at a job's log."""
+
+_ANSWER_S = 10.0
+"""Seconds in which Ray's dashboard must answer."""
 
 _READY_S = 120.0
 """Seconds that a head which was just started may need until it takes jobs."""
@@ -143,7 +148,6 @@ def _client(address: str) -> Iterator[Any]:
     """
     with variables_set({}, LEFT_BY_RAY):
         from ray.exceptions import RayError
-        from ray.job_submission import JobSubmissionClient
 
     if not is_jobs_address(address):
         raise UsageError(
@@ -151,9 +155,10 @@ def _client(address: str) -> Iterator[Any]:
             "`ssh -N -L 8265:127.0.0.1:8265 HEAD` brings it here."
         )
     logging.getLogger("ray").setLevel(logging.ERROR)
-    with authenticated(local=False):
+    with authenticated(local=False), variables_set(direct_to_loopback()):
         try:
-            yield JobSubmissionClient(address)
+            _wait_for_answer(address)
+            yield _connected(address)
         except (ConnectionError, RuntimeError, RayError) as error:
             answer = redacted(error).strip().splitlines()[0]
             raise UsageError(
@@ -161,6 +166,34 @@ def _client(address: str) -> Iterator[Any]:
                 "Is the tunnel open (`ssh -N -L 8265:127.0.0.1:8265 HEAD`), and the cluster's token in "
                 "~/.ray/auth_token, RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN?"
             ) from error
+
+
+def _connected(address: str) -> Any:
+    """Return Ray's client.
+
+    Raises:
+        ConnectionError: If what answers is something else.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (KeyError, ValueError) as error:  # it looks for a version in whatever comes
+        raise ConnectionError(f"not as Ray's dashboard does ({error!r})") from error
+
+
+def _wait_for_answer(address: str) -> None:
+    """Wait until somebody answers at an address: Ray's own client would wait for ever.
+
+    Raises:
+        ConnectionError: If nobody does within `_ANSWER_S` seconds.
+    """
+    import requests
+
+    try:
+        requests.head(address, timeout=_ANSWER_S).close()  # whatever the answer says, a missing token included
+    except requests.RequestException as error:
+        raise ConnectionError(f"nothing within {_ANSWER_S:.0f} s ({first_line(error)})") from error
 
 
 def _known(client: Any, name: str) -> Job:

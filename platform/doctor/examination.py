@@ -26,7 +26,7 @@ from segadapt.platform.doctor.study_checks import missing_proposals, study_dupli
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment import tune_state
 from segadapt.platform.experiment.record import RECORD
-from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.search.study_storage import database_file, file_fault, open_study_storage
 from segadapt.platform.storage.checkpoints import newest_checkpoint
 from segadapt.platform.storage.driving import driving_if_free, is_driven
 from segadapt.platform.storage.files import MOUNTS, file_system, keeps_locks_apart, locked
@@ -88,7 +88,8 @@ def _experiments(what: Examination) -> Iterator[Finding]:
         return
     client = mlflow_client(what.place.tracking_url)
     studies: Any | None = None
-    if what.place.study_uri is not None or storage.study_database.is_file():
+    file = database_file(what.place)
+    if file is None or file_fault(file) is None:
         try:
             studies = open_study_storage(what.place.study_url)
         except Exception:  # said before
@@ -143,8 +144,8 @@ def _tune_states(storage: Storage, name: str) -> Iterator[Finding]:
     for folder in sorted(path for path in storage.experiments.glob(f"{name}*") if path.is_dir()):
         files = tune_state.damaged(folder) if experiment_of(storage, folder.name) == name else []
         if files:
-            text = f"What Tune saved in {folder} is cut short: {', '.join(files)}"
-            meaning = "A command was killed as it saved, or the disk was full"
+            text = f"What Tune saved in {folder} is damaged: {', '.join(files)}"
+            meaning = "A command was killed as it saved, or the disk was full or is failing"
             repair = partial(_mend, folder)
             yield Finding(name, "fault", text, meaning, "--fix puts the state before it back, as --resume does", repair)
 

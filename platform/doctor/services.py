@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import os
-import socket
 import sqlite3
 import time
 import urllib.request
@@ -13,12 +12,14 @@ from pathlib import Path
 
 from packaging.version import Version
 
+from segadapt.platform.cluster.connection import check_address, connect, why_no_cluster
+from segadapt.platform.doctor.drivers import Drivers
 from segadapt.platform.doctor.findings import Examination, Finding, fault
 from segadapt.platform.errors import UsageError, redacted
-from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.search.study_storage import database_file, file_fault, open_study_storage
 from segadapt.platform.settings.text import first_line
 from segadapt.platform.tracking import outbox
-from segadapt.platform.tracking.client import mlflow_client, waiting_folder
+from segadapt.platform.tracking.client import mlflow_client, mlflow_settings, waiting_folder
 from segadapt.platform.tracking.mlflow_internals import newest_schema
 from segadapt.platform.tracking.sender import send_waiting
 
@@ -78,7 +79,7 @@ def _server_version(uri: str | None, shown: str) -> Iterator[Finding]:
         yield Finding("tracking", "ok", f"{shown} answers, schema of MLflow {ours}")
         return
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=5) as answer:
+        with mlflow_settings(), urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=5) as answer:
             theirs = answer.read().decode().strip()
     except OSError:
         yield Finding("tracking", "ok", f"{shown} answers, but does not tell its version")
@@ -118,7 +119,7 @@ def _database_problems(path: Path) -> Iterator[Finding]:
     if not runs:
         text = f"{path} was left half made, without a run"
         advice = "--fix sets it aside; the next command makes it anew"
-        repair = partial(_set_aside, path)
+        repair = partial(_set_aside, path, "half-made")
         yield Finding("tracking", "fault", text, "A command was killed while it made it", advice, repair)
         return
     ours = importlib.metadata.version("mlflow")
@@ -129,8 +130,8 @@ def _database_problems(path: Path) -> Iterator[Finding]:
     )
 
 
-def _set_aside(path: Path) -> None:
-    path.rename(path.with_name(f"{path.name}.half-made-{time.time():.0f}"))
+def _set_aside(path: Path, state: str) -> None:
+    path.rename(path.with_name(f"{path.name}.{state}-{time.time():.0f}"))
 
 
 def _send(what: Examination, server: Path) -> None:
@@ -142,8 +143,19 @@ def _send(what: Examination, server: Path) -> None:
 
 def study_findings(what: Examination) -> Iterator[Finding]:
     """Look whether Optuna's database answers."""
-    if what.place.study_uri is None and not what.storage.study_database.is_file():
-        yield Finding("study", "ok", "No studies yet: the first search makes their database")
+    file = database_file(what.place)
+    lack = file_fault(file) if file is not None else None
+    if file is not None and lack in ("is missing", "is empty"):  # what that means for a search, its own line tells
+        yield Finding("study", "ok", f"{file} {lack}: the first search makes the database of studies")
+        return
+    if file is not None and lack is not None:
+        drivers = Drivers.of(what.storage)
+        text, meaning = f"{file} {lack}", "Searches cannot begin or go on"
+        if drivers.names or drivers.starting:
+            yield fault("study", text, meaning, "Put back a copy, or stop the commands that run now, then --fix")
+            return
+        advice = "Put back a copy; or --fix sets it aside and makes the studies anew from what Ray and MLflow hold"
+        yield Finding("study", "fault", text, meaning, advice, partial(_set_aside, file, "damaged"))
         return
     url = what.place.study_url
     try:
@@ -170,18 +182,21 @@ def _studies(url: str) -> int:
 
 def cluster_findings(what: Examination) -> Iterator[Finding]:
     """Look whether the cluster answers, and what its nodes have and see."""
-    address = os.environ.get("RAY_ADDRESS") or None if what.address is None else what.address
+    address, named_by = what.address, "--address"
+    if address is None:
+        address, named_by = os.environ.get("RAY_ADDRESS") or None, "RAY_ADDRESS"
     if address is None:
         yield Finding("cluster", "ok", "No --address: commands start Ray on this machine, and end it with themselves")
         return
-    host, _, port = address.rpartition(":")
-    if host and port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-        except OSError as error:
-            advice = "Start it with `ray start --head`, or correct --address"
-            yield fault("cluster", f"Nothing listens at {address}: {error}", "No search can join it", advice)
-            return
+    try:
+        check_address(address, named_by)
+        lack = why_no_cluster(address)
+    except (UsageError, ConnectionError, ValueError) as error:
+        lack = str(error)
+    if lack is not None:
+        advice = f"Start it with `ray start --head`, or correct or unset {named_by}"
+        yield fault("cluster", f"{named_by}={address}: {lack}", "No search can join it", advice)
+        return
     try:
         yield from _nodes(what, address)
     except Exception as error:  # whatever Ray raises for a cluster that refuses or does not answer
@@ -193,7 +208,6 @@ def cluster_findings(what: Examination) -> Iterator[Finding]:
 
 def _nodes(what: Examination, address: str) -> Iterator[Finding]:
     """Join the cluster, and have its nodes look at what they have installed and see."""
-    from segadapt.platform.cluster.connection import connect
     from segadapt.platform.cluster.preflight import node_problems
 
     with connect(address) as capacity:

@@ -1,6 +1,7 @@
 """Does Optuna's study agree with Ray's state?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,20 @@ from segadapt.platform.doctor.findings import Finding
 from segadapt.platform.doctor.ledgers import DUPLICATES, Ledgers, ledger_fault, proposals_by_trial
 from segadapt.platform.doctor.ray_state import RayTrial
 from segadapt.platform.experiment.record import Record
-from segadapt.platform.search.study import LOST, TRIAL_ID, study_name, study_point, values_by_step
-from segadapt.platform.search.study_storage import trial_handle
+from segadapt.platform.experiment.session import inheritances
+from segadapt.platform.experiment.tune_state import is_begun
+from segadapt.platform.search.study import (
+    LOST,
+    RUNG,
+    TRIAL_ID,
+    study_name,
+    study_point,
+    values_as_kept,
+    values_by_step,
+)
+from segadapt.platform.search.study_storage import open_study_storage, study_database_name, trial_handle, why_no_study
 from segadapt.platform.settings.config import METHOD
+from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.states import TrialState
 
 
@@ -111,14 +123,8 @@ def missing_proposals(ledgers: Ledgers) -> Iterator[Finding]:
     if record is None or record.kind != "search":
         return
     if ledgers.study is None:
-        if ledgers.trials:
-            yield Finding(
-                ledgers.name,
-                "warning",
-                "Optuna's storage has no study of it",
-                "Its study is in another database, or was lost: the search cannot go on without it",
-                "Give --study-uri, if it was made with one",
-            )
+        if is_begun(ledgers.storage.experiment(ledgers.name)):
+            yield _lost_study(ledgers, record)
         return
     known = {trial.user_attrs.get(TRIAL_ID) for trial in ledgers.study.get_trials(deepcopy=False)}
     for key, trial in ledgers.trials.items():
@@ -131,6 +137,56 @@ def missing_proposals(ledgers: Ledgers) -> Iterator[Finding]:
                 "--fix adds it with the values that Ray saved",
                 partial(_add_proposal, ledgers, record, trial),
             )
+
+
+def _lost_study(ledgers: Ledgers, record: Record) -> Finding:
+    """Return what there is to say of a search whose study is not in the database that was looked at."""
+    noted, here = record.study, study_database_name(ledgers.place)
+    text = f"Its study is gone: {why_no_study(ledgers.place, ledgers.name)}"
+    if noted == here or (noted is None and here):  # an address that is given says where it was
+        return ledger_fault(
+            ledgers,
+            text,
+            "It was lost: the search cannot go on without it",
+            "Put back a copy; or --fix makes it anew from what Ray and MLflow hold of its trials",
+            partial(_restore_study, ledgers, record),
+        )
+    if noted is not None:
+        advice = f"Give --study-uri {noted}" if noted else "Leave --study-uri out"
+        return Finding(ledgers.name, "warning", text, "Its study is in another database", advice)
+    own = replace(ledgers.place, study_uri=None).study_url
+    return Finding(
+        ledgers.name,
+        "warning",
+        text,
+        "It is in another database or was lost; an earlier version of segadapt did not note which it was",
+        f"Give --study-uri, if it was made with one; otherwise `--fix --study-uri {own}` makes it anew",
+    )
+
+
+def _restore_study(ledgers: Ledgers, record: Record) -> None:
+    """Make a lost study anew: what it took over from others, what it is to try first, and its own trials."""
+    import optuna
+
+    from segadapt.platform.search.searcher import make_study
+
+    for earlier in record.warm_start:
+        if lack := why_no_study(ledgers.place, earlier):
+            raise RuntimeError(f"what it took over from {earlier} is needed first, but {lack}: repeat --fix after that")
+    storage = open_study_storage(ledgers.place.study_url)
+    settings = record.settings()
+    make_study(storage, record.name, Objective.parse(record.objective))
+    study = optuna.load_study(study_name=record.name, storage=storage)
+    for inherited in inheritances(record, ledgers.place):
+        study.add_trials(inherited.trials)
+        for point in inherited.points:
+            study.enqueue_trial(point)
+    trials = [trial for key, trial in ledgers.trials.items() if key.rpartition("/")[0] == record.name]
+    for method in list(settings.spaces)[len(trials) :]:
+        study.enqueue_trial(study_point(settings.spaces, method, record.candidates[method].first))
+    restored = replace(ledgers, study=study)
+    for trial in trials:
+        _add_proposal(restored, record, trial)
 
 
 def _add_proposal(ledgers: Ledgers, record: Record, trial: RayTrial) -> None:
@@ -151,13 +207,47 @@ def _add_proposal(ledgers: Ledgers, record: Record, trial: RayTrial) -> None:
     if len(reached) < len(goals) and trial.state is not None:
         state = OptunaState.FAIL
     pruned = state == OptunaState.PRUNED
+    by_step = _history(ledgers, trial)
+    intermediate, attributes = values_as_kept(by_step, goals)
     ledgers.study.add_trial(
         create_trial(
             state=state,
             values=reached if state == OptunaState.COMPLETE or (pruned and len(goals) == 1) else None,
             params=study_point(spaces, method, values),
             distributions=distributions,
-            user_attrs={TRIAL_ID: trial.trial_id},
-            intermediate_values={trial.step or 0: reached[0]} if len(goals) == len(reached) == 1 else {},
+            user_attrs={TRIAL_ID: trial.trial_id, **attributes, **_decisions(ledgers, record, trial, by_step)},
+            intermediate_values=intermediate,
         )
     )
+
+
+def _history(ledgers: Ledgers, trial: RayTrial) -> dict[int, dict[str, float]]:
+    """Return what a trial reached at each step: as MLflow has it, and at its last report as Ray has it."""
+    goals = ledgers.objective(ledgers.name).goals
+    by_step: dict[int, dict[str, float]] = {}
+    for run in ledgers.by_key.get(f"{ledgers.name}/{trial.trial_id}", ())[:1]:
+        for goal in goals:
+            for entry in ledgers.client.get_metric_history(run.info.run_id, goal):
+                by_step.setdefault(entry.step, {})[goal] = entry.value
+    if trial.step is not None:
+        by_step[trial.step] = {goal: trial.metrics[goal] for goal in goals if goal in trial.metrics}
+    return {step: by_step[step] for step in sorted(by_step) if len(by_step[step]) == len(goals)}
+
+
+def _decisions(
+    ledgers: Ledgers, record: Record, trial: RayTrial, by_step: Mapping[int, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Return what was decided about a trial at each rung, as it followed from that: it went on, or its steps end."""
+    from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
+
+    horizon = Horizon(record.grace_steps, record.steps, record.concurrent or 1)
+    scheduler = SCHEDULERS[record.scheduler].of(ledgers.study, ledgers.objective(ledgers.name), horizon)
+    halted = trial.state is TrialState.STOPPED_EARLY or trial.status == "PAUSED"
+    last = max(by_step, default=0)
+    attributes: dict[str, Any] = {}
+    for step, values in by_step.items():
+        rung = None if trial.state is TrialState.FINISHED and step == last else scheduler.rung_of(step)
+        if rung is not None:
+            decision = {"values": dict(values), "continues": not (halted and step == last)}
+            attributes.setdefault(f"{RUNG}{rung}", decision)
+    return attributes

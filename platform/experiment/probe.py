@@ -5,9 +5,13 @@ Started as `python -m segadapt.platform.experiment.probe REQUEST ANSWER`, it is 
 
 import dataclasses
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +24,7 @@ import torch
 from segadapt.platform.cluster.connection import worker_environment
 from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.config import TrialConfig, flatten, resolve
+from segadapt.platform.settings.termination import signal_handlers_kept, treat_termination_as_interrupt
 from segadapt.platform.storage.files import folder_size
 from segadapt.platform.storage.stage_keys import split_plan
 from segadapt.platform.trial.training import build_method
@@ -88,19 +93,32 @@ def run_probe(method: str, config: TrialConfig, threads: float, shared_threads: 
         values = dict(flatten(config.as_dict()))
         asked = {"method": values.pop("method_name"), "values": values, "threads": threads}
         request.write_text(json.dumps(asked | {"shared_threads": shared_threads}))
-        done = subprocess.run(
-            [sys.executable, "-m", "segadapt.platform.experiment.probe", str(request), str(answer)],
-            cwd=name,
-            env=worker_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = _run_in_process(Path(name), request, answer)
         if done.returncode == 0:
             return Probe.from_dict(json.loads(answer.read_text()))
     lines = done.stderr.strip().splitlines()
     reason = "it was killed, as a rule for want of memory" if done.returncode < 0 else lines[-1] if lines else "unknown"
     raise UsageError(f"A few steps of {method} must run on this machine, but: {reason}. Change its settings.")
+
+
+def _run_in_process(folder: Path, request: Path, answer: Path) -> "subprocess.CompletedProcess[str]":
+    """Run this module in a process of its own, which ends when this one does, in whatever way."""
+    ends_with_us, ours = os.pipe()
+    try:
+        with signal_handlers_kept():
+            treat_termination_as_interrupt()
+            return subprocess.run(
+                [sys.executable, "-m", "segadapt.platform.experiment.probe", str(request), str(answer)],
+                cwd=folder,
+                env=worker_environment(),
+                stdin=ends_with_us,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+    finally:
+        os.close(ends_with_us)
+        os.close(ours)
 
 
 @dataclass
@@ -269,12 +287,20 @@ def peak_memory() -> int:
 
 def main(request: str, answer: str) -> None:
     """Measure what the file `request` asks for and write the result to the file `answer`."""
+    threading.Thread(target=_end_with_starter, args=(Path(request).parent,), daemon=True).start()
     import ray.tune  # noqa: F401  # a trial's process holds it as well
 
     asked = json.loads(Path(request).read_text())
     config = resolve(asked["method"], asked["values"])
     probe = measure(config, Path(request).parent, asked["threads"], asked["shared_threads"])
     Path(answer).write_text(json.dumps(dataclasses.asdict(probe)))
+
+
+def _end_with_starter(folder: Path) -> None:
+    """End this process, and remove its folder, once the one that started it has gone: it can no longer do that."""
+    os.read(sys.stdin.fileno(), 1)  # nothing is ever written to it
+    shutil.rmtree(folder, ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

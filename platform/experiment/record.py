@@ -19,6 +19,7 @@ from segadapt.platform.storage.checkpoints import checkpoint_folder, trial_of
 from segadapt.platform.storage.files import write_whole
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.storage.retention import locked
+from segadapt.platform.storage.stage_keys import own_steps
 from segadapt.platform.tracking.tags import FORKED_FROM_TAG, TRIALS_TAG, WARM_START_TAG
 
 RECORD = "record.json"
@@ -106,6 +107,19 @@ class Record:
     from_name: str | None = None
     number: int = 1
     """Of a finish: which of those of its trial, as it is numbered when it begins."""
+    study: str | None = None
+    """Database of its study, as `study_database_name` notes it; None before it runs, and where an earlier version ran
+    it."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the longest trial."""
+        return max(own_steps(config) for config in self.configs.values())
+
+    @property
+    def grace_steps(self) -> int:
+        """Steps before a trial may be stopped: the first rung."""
+        return min(self.steps, *(config.trainer.eval_every for config in self.configs.values()))
 
     @property
     def methods(self) -> str:

@@ -9,25 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segadapt.platform.cluster.capacity import Capacity, resources_of
-from segadapt.platform.cluster.connection import connect, signal_handlers_kept, treat_termination_as_interrupt
+from segadapt.platform.cluster.connection import connect
 from segadapt.platform.cluster.preflight import check_nodes, data_paths
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.naming import Labels, claim_on_servers
 from segadapt.platform.experiment.parent_run import ParentRun
 from segadapt.platform.experiment.record import RECORD, Options, Outcome, Record, finished_trials, save_record
 from segadapt.platform.experiment.shared_stages import SharedStages
-from segadapt.platform.experiment.tune_state import TUNER, mend, of_another_version
+from segadapt.platform.experiment.tune_state import TUNER, is_begun, mend, of_another_version
 from segadapt.platform.results.seeds import Reranked, rerank, verdict
-from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.search.study_storage import open_study_storage, study_database_name, why_no_study
 from segadapt.platform.search.warm_start import Inheritance, inherit
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Allocation
 from segadapt.platform.settings.states import TrialState
+from segadapt.platform.settings.termination import signal_handlers_kept, treat_termination_as_interrupt
 from segadapt.platform.storage.checkpoints import TrialCheckpoint, best_checkpoint, checkpoint_folder
 from segadapt.platform.storage.files import MOUNTS, file_system, keeps_locks_apart
-from segadapt.platform.storage.folders import Storage
+from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.storage.retention import CheckpointRetention
-from segadapt.platform.storage.stage_keys import code_versions, own_steps
+from segadapt.platform.storage.stage_keys import code_versions
 from segadapt.platform.storage.stages import need_no_more
 from segadapt.platform.tracking.tags import FROM_TAG, VERDICT_TAG
 from segadapt.platform.trial.spec import TrialSpec
@@ -76,10 +77,13 @@ def run(record: Record, options: Options) -> Outcome:
     if refusal := of_another_version(options.place.folders, record.name):
         raise UsageError(refusal)
     check_workers(record, options.resources.workers)
+    if record.kind == "search":
+        check_studies(record, options.place)
     storage = options.place.prepared()
     _tell_if_locks_are_apart(storage, options)
     if record.kind == "search":
         open_study_storage(options.place.study_url)  # answers, or nothing is begun
+        record = dataclasses.replace(record, study=study_database_name(options.place))
     with (
         signal_handlers_kept(),
         contextlib.ExitStack() as ending,
@@ -117,6 +121,41 @@ def _tell_if_locks_are_apart(storage: Storage, options: Options) -> None:
             f"{storage.root} is mounted so that nodes do not see each other's locks: use it from this node alone, or "
             "mount it without nolock, local_lock and localflock."
         )
+
+
+def check_studies(record: Record, place: Place) -> None:
+    """Refuse to go on with a search whose study is gone, or to begin one with the trials of such a search.
+
+    Raises:
+        UsageError: If a study is not there; nothing was made in its place.
+    """
+    begun = is_begun(place.folders.experiment(record.name))
+    for name in [record.name] if begun else record.warm_start:
+        lack = why_no_study(place, name)
+        if lack is None:
+            continue
+        noted = Record.load(place.folders, name).study
+        if noted is not None and noted != study_database_name(place):
+            advice = f"It is in {noted}: give --study-uri" if noted else "It is in the storage folder: omit --study-uri"
+        else:
+            advice = (
+                "Put back a copy; or `segadapt doctor --fix` makes it anew from what Tune and MLflow keep of its "
+                "trials: settings, values and decisions"
+            )
+            advice += "" if noted is not None else ". If it was made with --study-uri, give that"
+        raise UsageError(f"The study of {name!r} must be there to go on from it, but {lack}. {advice}.")
+
+
+def inheritances(record: Record, place: Place) -> list[Inheritance]:
+    """Return what a search takes over from the earlier ones that it was asked to begin with."""
+    from segadapt.platform.experiment.tuning import load_study
+
+    inherited = []
+    for name in record.warm_start:
+        earlier = Record.load(place.folders, name)
+        trials = load_study(name, place.study_url).get_trials(deepcopy=False)
+        inherited.append(inherit(name, earlier.settings(), record.settings(), trials))
+    return inherited
 
 
 class _Clock:
@@ -217,12 +256,7 @@ class _Session:
         )
         title = f"{record.kind} {record.name} ({record.methods}"
         title += f", {self.concurrent} at a time)" if record.kind == "search" else ")"
-        return run_experiment(self.spec, labels, self._steps, self.tracker, title, plan, self._retention(record.name))
-
-    @property
-    def _steps(self) -> int:
-        """Steps of the longest trial."""
-        return max(own_steps(config) for config in self.record.configs.values())
+        return run_experiment(self.spec, labels, record.steps, self.tracker, title, plan, self._retention(record.name))
 
     def _say_if_spent(self) -> None:
         """Say that no trial starts if the GPU hours of the search are spent."""
@@ -245,8 +279,8 @@ class _Session:
             trials=record.trials,
             concurrent=self.concurrent,
             seed=record.seed,
-            steps=self._steps,
-            grace_steps=min(self._steps, *(config.trainer.eval_every for config in record.configs.values())),
+            steps=record.steps,
+            grace_steps=record.grace_steps,
             study_url=self.study_url,
             sampler=record.sampler,
             scheduler=record.scheduler,
@@ -272,16 +306,11 @@ class _Session:
 
     def _inherited(self) -> list[Inheritance]:
         """Return what a search that is new takes over from earlier ones, and say so."""
-        from segadapt.platform.experiment.tuning import load_study
-
         if (self.spec.folder / TUNER).is_file():
             return []
-        inherited = []
-        for name in self.record.warm_start:
-            earlier = Record.load(self.spec.storage, name)
-            trials = load_study(name, self.study_url).get_trials(deepcopy=False)
-            inherited.append(inherit(name, earlier.settings(), self.record.settings(), trials))
-            self.options.say(str(inherited[-1]))
+        inherited = inheritances(self.record, self.options.place)
+        for each in inherited:
+            self.options.say(str(each))
         return inherited
 
     @property
@@ -333,7 +362,7 @@ class _Session:
         plan = ListPlan([{**result.values, "seed": seed} for result, seed in runs], self.concurrent)
         self._mend(spec.folder)
         title, retention = f"rerank {record.name}", self._retention(spec.experiment)
-        again = run_experiment(spec, labels, self._steps, self.tracker, title, plan, retention)
+        again = run_experiment(spec, labels, record.steps, self.tracker, title, plan, retention)
         values: dict[str, dict[int, float]] = {}
         for (result, seed), run in zip(runs, again, strict=False):  # trials are in the order of the list
             best = run.best or best_checkpoint(spec.folder, run.trial_id, spec.objective.keeps)

@@ -12,13 +12,16 @@ import pickletools
 import re
 import time
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from segadapt.platform.errors import UsageError
+from segadapt.platform.ray_internals.trials import HASHES
 from segadapt.platform.storage.checkpoints import REMOVED, TRAIN_FOLDER
 from segadapt.platform.storage.files import write_whole, written_whole
 from segadapt.platform.storage.folders import Storage
+from segadapt.trainables.core.training.checkpoint import file_hash
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,8 @@ ARCHIVE = "tune_state.zip"
 
 TUNER = "tuner.pkl"
 """What Tune writes once, before the first trial: with it, an experiment was begun."""
+
+_TUNER_HASH = f"{TUNER}.sha256"
 
 _EVERY_S = 1.0
 """Between two looks at whether Tune has saved, which it does no more often."""
@@ -58,8 +63,14 @@ class _File:
     session: str
     """Which command wrote it; of two, the later one comes after the other."""
 
-    @property
-    def is_whole(self) -> bool:
+    def is_whole(self, hashes: Mapping[str, str]) -> bool:
+        """Return whether it is as it was written; without its hash, whether it ends as it must.
+
+        Args:
+            hashes: By name; earlier versions noted none.
+        """
+        if (expected := hashes.get(self.path.name)) is not None:
+            return file_hash(self.path) == expected
         return _is_json(self.path) if self.kind in _TEXTS else _is_pickle(self.path)
 
 
@@ -81,6 +92,7 @@ class StateArchive:
 
     def __init__(self, folder: Path) -> None:
         self._archive = folder / ARCHIVE
+        self._tuner = folder / TUNER
         self._kept: list[int] = []
         self._next = 0.0
 
@@ -101,22 +113,34 @@ class StateArchive:
             return
         try:
             with written_whole(self._archive) as partial, zipfile.ZipFile(partial, "w") as archive:
-                for file in files:
-                    archive.write(file.path, file.path.name)
+                for path in (*(file.path for file in files), staging / HASHES, self._tuner):
+                    if path.is_file():  # where Tune saves at its own pace, there are no hashes
+                        archive.write(path, path.name)
             self._kept = written
         except OSError as error:  # tried again soon: storage that is away for a while ends no search
             logger.warning("Tune's state is not kept in %s: %s", self._archive, error)
 
 
+def is_begun(folder: Path) -> bool:
+    """Return whether Tune has saved what an experiment goes on from; without it, the experiment begins anew."""
+    return bool(_files(folder)) or _has_trials(folder)
+
+
 def damaged(folder: Path) -> list[str]:
-    """Return what of Tune's newest state in an experiment's folder is missing or cut short; nothing is unpickled."""
-    files = _files(folder)
-    newest = _newest(files)
-    if not newest:
-        return []
-    missing = ({file.kind for file in files} | _ALWAYS) - {file.kind for file in newest}
-    cut_short = [file.path.name for file in newest if not file.is_whole]
-    return [f"{kind} (missing)" for kind in sorted(missing)] + sorted(cut_short)
+    """Return what of Tune's newest state in an experiment's folder is missing or damaged; nothing is unpickled."""
+    files, tuner = _files(folder), folder / TUNER
+    newest, hashes = _newest(files), _hashes(folder)
+    faults = []
+    if newest:
+        noted = {name[1] for name in map(_NAME.fullmatch, hashes) if name and name[2] == newest[0].session}
+        missing = ({file.kind for file in files} | noted | _ALWAYS) - {file.kind for file in newest}
+        faults = [f"{kind} (missing)" for kind in sorted(missing)]
+        faults += sorted(file.path.name for file in newest if not file.is_whole(hashes))
+    elif _has_trials(folder):
+        faults = ["experiment_state (missing)"]
+    if tuner.is_file():
+        return faults if _is_tuner(tuner) else [*faults, TUNER]
+    return [*faults, f"{TUNER} (missing)"] if faults or newest else []
 
 
 def mend(folder: Path) -> str | None:
@@ -131,27 +155,32 @@ def mend(folder: Path) -> str | None:
     Raises:
         UsageError: If trials left checkpoints, but Tune's state is damaged and there is no archive of it.
     """
-    tuner = folder / TUNER
-    if not tuner.is_file():
-        return None
     faults = damaged(folder)
-    if not _is_pickle(tuner):
-        faults.append(TUNER)
-    elif archived := _archived(folder) if faults else {}:
+    if not faults and not (folder / TUNER).is_file():
+        return None
+    for path in folder.glob("*/error.pkl"):
+        path.unlink()  # Tune would load it, damaged or not, for errors that nobody asks it for; error.txt says the same
+    archived = _archived(folder) if faults else {}
+    if archived and (TUNER in archived or not any(fault.startswith(TUNER) for fault in faults)):
         saved = _put_back(folder, archived)
-        return f"A kill cut Tune's files short ({', '.join(faults)}): going on from what it saved before, {saved}."
+        return f"Tune's files are damaged ({', '.join(faults)}): going on from what it saved before, {saved}."
     if not faults and _files(folder):
         return None
     names = ", ".join(faults) or "experiment_state"
-    if any(any(folder.glob(pattern)) for pattern in _REACHED):
+    if _has_trials(folder):
         raise UsageError(
-            f"Tune's state of an experiment must be whole to go on, but {names} in {folder} is cut short or missing, "
+            f"Tune's state of an experiment must be whole to go on, but {names} in {folder} is damaged or missing, "
             f"and there is no whole {ARCHIVE}. Put back a copy of these files, or begin anew under another name (a "
             "search with `--warm-start`, which counts the trials of this one)."
         )
-    for path in (*(file.path for file in _files(folder)), tuner):
-        path.unlink()
-    return f"A kill cut Tune's files short ({names}) before a trial had a checkpoint: beginning anew."
+    for path in (*(file.path for file in _files(folder)), folder / HASHES, folder / TUNER, folder / _TUNER_HASH):
+        path.unlink(missing_ok=True)
+    return f"Tune's files are damaged ({names}), and no trial had a checkpoint: beginning anew."
+
+
+def _has_trials(folder: Path) -> bool:
+    """Return whether a trial of an experiment has got anywhere."""
+    return any(any(folder.glob(pattern)) for pattern in _REACHED)
 
 
 def of_another_version(storage: Storage, name: str) -> str | None:
@@ -173,10 +202,8 @@ def of_another_version(storage: Storage, name: str) -> str | None:
 
 def _is_readable(tuner: Path) -> bool:
     """Return whether a pickle of Tune's is of this version; one that is missing or cut short is `mend`'s."""
-    try:
-        with tuner.open("rb") as file:
-            texts = {text for _, text, _ in pickletools.genops(file) if isinstance(text, str)}
-    except (OSError, ValueError):
+    texts = _texts_of_pickle(tuner) if tuner.is_file() else None
+    if texts is None or not _is_tuner(tuner):
         return True
     modules = {text for text in texts if _MODULE.fullmatch(text)}
     return _EVENTS in texts and all(map(_is_module, modules))
@@ -200,6 +227,27 @@ def _newest(files: list[_File]) -> list[_File]:
     return [file for file in files if file.session == newest]
 
 
+def note_tuner(folder: Path) -> None:
+    """Keep a hash beside what Tune has just written of an experiment, once for all its sessions."""
+    write_whole(folder / _TUNER_HASH, file_hash(folder / TUNER))
+
+
+def _is_tuner(tuner: Path) -> bool:
+    """Return whether what Tune wrote first is as it was written; without its hash, whether it ends as a pickle must."""
+    try:
+        return (tuner.parent / _TUNER_HASH).read_text() == file_hash(tuner)
+    except FileNotFoundError:  # an earlier version wrote it, or a kill came in between
+        return _is_pickle(tuner)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Return the hashes of Tune's state by the names of its files; none where they are missing or cut short."""
+    try:
+        return {str(name): str(value) for name, value in json.loads((folder / HASHES).read_bytes()).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_bytes())
@@ -209,20 +257,27 @@ def _is_json(path: Path) -> bool:
 
 
 def _is_pickle(path: Path) -> bool:
+    return _texts_of_pickle(path) is not None
+
+
+def _texts_of_pickle(path: Path) -> set[str] | None:
+    """Return the texts in a pickle, which is gone through and never loaded; None if it is none."""
+    content = path.read_bytes()
     try:
-        with path.open("rb") as file:
-            for _ in pickletools.genops(file):
-                pass
-    except ValueError:
-        return False
-    return True
+        return {text for _, text, _ in pickletools.genops(content) if isinstance(text, str)}
+    except Exception:  # it reads lengths that damage may have made anything of
+        return None
 
 
 def _archived(folder: Path) -> dict[str, bytes]:
     """Return the archived files by name; none if there is no archive, or it is damaged itself."""
     with contextlib.suppress(FileNotFoundError, zipfile.BadZipFile), zipfile.ZipFile(folder / ARCHIVE) as archive:
-        return {name: archive.read(name) for name in archive.namelist() if _NAME.fullmatch(name)}
+        return {name: archive.read(name) for name in archive.namelist() if _is_state(name)}
     return {}
+
+
+def _is_state(name: str) -> bool:
+    return name in (HASHES, TUNER) or _NAME.fullmatch(name) is not None
 
 
 def _put_back(folder: Path, archived: dict[str, bytes]) -> str:

@@ -11,7 +11,7 @@ from segadapt.platform.experiment.ledger import GpuHours, Ledger, Limits, spent_
 from segadapt.platform.experiment.naming import Labels
 from segadapt.platform.experiment.progress import Progress
 from segadapt.platform.experiment.trial_runs import Receivers
-from segadapt.platform.experiment.tune_state import TUNER, StateArchive, next_session
+from segadapt.platform.experiment.tune_state import TUNER, StateArchive, next_session, note_tuner
 from segadapt.platform.ray_internals.tune import saving_as, set_tune_config, trials_of
 from segadapt.platform.search.samplers import SamplerName, make_sampler
 from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
@@ -150,7 +150,7 @@ def _tuner(
         )
         set_tune_config(tuner, config)  # the study remembers; what was pickled may be out of date
         return tuner
-    return tune.Tuner(
+    tuner = tune.Tuner(
         trainable,
         tune_config=config,
         run_config=tune.RunConfig(
@@ -165,6 +165,8 @@ def _tuner(
             ),
         ),
     )
+    note_tuner(spec.folder)
+    return tuner
 
 
 def _trial_result(trial: Any, events: Events) -> TrialResult:

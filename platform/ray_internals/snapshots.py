@@ -2,9 +2,12 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray.tune.execution.experiment_state import _ExperimentCheckpointManager
+
+from segadapt.platform.ray_internals.trials import note_hashes
 
 PRIVATE = (
     ("ray.tune.execution.experiment_state", "_ExperimentCheckpointManager", "pace how often Tune saves its state"),
@@ -17,6 +20,11 @@ PRIVATE = (
         "ray.tune.execution.experiment_state",
         "_ExperimentCheckpointManager._checkpoint_period",
         "pace how often Tune saves its state",
+    ),
+    (
+        "ray.train._internal.storage",
+        "StorageContext.experiment_driver_staging_path",
+        "hash Tune's state as it is saved",
     ),
 )
 """Parts of Tune that are not public: module, name and what they are for."""
@@ -37,6 +45,7 @@ class Snapshots(_ExperimentCheckpointManager):
 
     def __init__(self, storage: Any) -> None:
         super().__init__(storage=storage, checkpoint_period=_LEAST_S)
+        self._staging = Path(storage.experiment_driver_staging_path)
 
     def sync_up_experiment_state(self, save_fn: Callable[[], None], force: bool = False, wait: bool = False) -> None:
         """Save by `save_fn` if it is time, or at once if forced."""
@@ -44,6 +53,7 @@ class Snapshots(_ExperimentCheckpointManager):
         def save() -> None:
             begun = time.thread_time()  # whatever else the machine does
             save_fn()
+            note_hashes(self._staging)
             self._checkpoint_period = max(_LEAST_S, _PAUSE * (time.thread_time() - begun))
 
         super().sync_up_experiment_state(save, force=force, wait=wait)

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from segadapt.platform.errors import UsageError, warn_of_change
 
 LEFT_BY_RAY = ("PYTHONBREAKPOINT", "RAY_CLIENT_MODE")
@@ -24,10 +26,22 @@ PRIVATE = (
     ("ray._private.ray_constants", "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "have workers use the environment that is there"),
     ("ray._private.node", "Node.start_monitor", "start Ray without its autoscaler"),
     ("ray._private.services", "start_api_server", "start Ray without its dashboard"),
+    (
+        "ray._private.services",
+        "canonicalize_bootstrap_address",
+        "see whether a cluster answers before Ray waits for it",
+    ),
+    ("ray._private.services", "get_node", "wait longer for a Ray that starts on a busy machine"),
 )
 """Parts of Ray that are not public: module, name and what they are for."""
 
 _LOOPBACK = "127.0.0.1"
+
+_POLL_S = 0.5
+"""Between two looks at whether a node is known."""
+
+_END_S = 10.0
+"""Seconds that processes of Ray have to end."""
 
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where the workers of a trial listen for each other; without it, where the machine's name leads."""
@@ -165,6 +179,73 @@ def _garbage_collected() -> bool:
     finally:
         gc.callbacks.remove(note)
     return bool(collections)
+
+
+def cluster_address(address: str) -> str | None:
+    """Return HOST:PORT of the cluster that Ray would join; None if Ray cannot be had to tell.
+
+    Args:
+        address: `auto` or HOST:PORT.
+
+    Raises:
+        ConnectionError: If no cluster was started on this machine, and `auto` asks for it.
+        ValueError: If it is no address.
+    """
+    try:
+        from ray._private.services import canonicalize_bootstrap_address
+    except ImportError as error:
+        warn_of_change("ray", str(error), "at an address where nothing listens, it may be waited for minutes.")
+        return None
+    return str(canonicalize_bootstrap_address(address))
+
+
+@contextlib.contextmanager
+def patience_with_ray(seconds: int | None) -> Iterator[None]:
+    """Have the Ray that is started meanwhile so much time for that; what was started is ended if it does not suffice.
+
+    Args:
+        seconds: For each part that is waited for; None leaves Ray's own 30.
+    """
+    before = set(psutil.Process().children())
+    changes: list[tuple[Any, str, Any]] = []
+    variables: dict[str, str] = {}
+    if seconds is not None:
+        variables = {"RAY_gcs_server_port_wait_time_s": str(seconds)}
+        changes = _waiting_for_node(seconds)
+    try:
+        with variables_set(variables), attributes_changed(*changes):
+            yield
+    except Exception:
+        started = [process for process in psutil.Process().children() if process not in before]
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started, timeout=_END_S)
+        raise
+
+
+def _waiting_for_node(seconds: int) -> list[tuple[Any, str, Any]]:
+    """Return what to change so that Ray waits so long until a node that starts is known."""
+    try:
+        from ray._private import services
+        from ray._private.services import get_node
+    except ImportError as error:
+        warn_of_change("ray", str(error), "Ray has no more time to start at a second try than at the first.")
+        return []
+
+    ask: Any = get_node
+
+    def patient(*arguments: Any, **options: Any) -> Any:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return ask(*arguments, **options)
+            except RuntimeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_S)
+
+    return [(services, "get_node", patient)]
 
 
 def _listen_beyond_loopback(error: Exception) -> None:

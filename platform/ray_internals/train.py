@@ -4,8 +4,10 @@ Importing this takes seconds.
 """
 
 import functools
+import json
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +19,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from segadapt.platform.errors import warn_of_change
 from segadapt.trainables.core.training import interruption as preemption
 
-PRIVATE = (("ray.train.torch.config", "get_address_and_port", "have the workers of a trial meet on one address alone"),)
+PRIVATE = (
+    ("ray.train.torch.config", "get_address_and_port", "have the workers of a trial meet on one address alone"),
+    (
+        "ray.train.v2._internal.constants",
+        "CHECKPOINT_MANAGER_SNAPSHOT_FILENAME",
+        "start a trial again whose list of checkpoints was cut short",
+    ),
+)
 """Parts of Ray Train that are not public: module, name and what they are for."""
 
 
@@ -52,6 +61,29 @@ def trainer_in_trial(with_checkpoint: Callable[[dict[str, Any], str], dict[str, 
     from ray.tune.integration.ray_train import TuneReportCallback
 
     return TorchTrainer, TuneReportCallback()  # type: ignore[no-untyped-call]
+
+
+def forget_damaged_list(folder: Path) -> None:
+    """Set aside Ray Train's list of a trial's checkpoints, if a kill or a full disk cut it short.
+
+    Ray Train writes it in place, and a trial whose list cannot be read would fail each time it is started. Workers
+    look for the checkpoint that they go on from themselves.
+
+    Args:
+        folder: Where Ray Train keeps the trial.
+    """
+    try:
+        from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    except ImportError as error:
+        warn_of_change("ray", str(error), "a trial whose list of checkpoints was cut short fails.")
+        return
+    listed = folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    try:
+        json.loads(listed.read_bytes())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        listed.replace(listed.with_name(f"broken_{listed.name}"))
 
 
 def workers_are_in_the_trial() -> bool:

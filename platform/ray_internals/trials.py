@@ -1,5 +1,7 @@
 """Tune's own record of a trial, in the driver: how often it may fail, its process, its files and its checkpoints."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,17 @@ PRIVATE = (
     ),
 )
 """Parts of Ray that are not public: module, name and what they are for."""
+
+
+HASHES = "state_hashes.json"
+"""File beside those of Tune's state, with the sha256 of each: from them alone, damage to a pickle cannot be told."""
+
+
+def note_hashes(folder: Path) -> None:
+    """Write down the hashes of the state files that Tune has just written into a folder, before it copies them."""
+    files = [path for path in folder.glob("*-*") if path.suffix in (".json", ".pkl") and path.is_file()]
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (folder / HASHES).write_text(json.dumps(hashes))
 
 
 def staging_folder(trial: Any) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 from segadapt.platform.errors import UsageError
 from segadapt.platform.results.label_free import Choice, compare
 from segadapt.platform.results.seeds import Reranked, rerank, verdict
-from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.search.study_storage import database_file, file_fault, open_study_storage
 from segadapt.platform.settings.objective import GOALS, LABEL_FREE, TARGET, Objective
 from segadapt.platform.storage.checkpoints import checkpoint_folder
 from segadapt.platform.storage.folders import Place, Storage
@@ -129,10 +129,11 @@ def runs_of_search(client: Any, name: str) -> list[Any]:
 
 
 def study_of(name: str, place: Place) -> Any:
-    """Return the study of a search; None where only MLflow is at hand."""
+    """Return the study of a search; None where only MLflow is at hand, or the database of studies is damaged."""
     import optuna
 
-    if place.study_uri is None and not place.folders.study_database.is_file():
+    file = database_file(place)
+    if file is not None and file_fault(file) is not None:
         return None
     try:
         return optuna.load_study(study_name=name, storage=open_study_storage(place.study_url))

@@ -91,6 +91,10 @@ class StudyScheduler(FIFOScheduler):
             return str(self.CONTINUE)
         return self._decide(tune_controller, trial, reported.step, values)
 
+    def rung_of(self, step: int) -> int | None:
+        """Return the rung under which the study holds what was decided at a step; None where nothing is decided."""
+        return None
+
     def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
         return str(self.CONTINUE)
 
@@ -120,6 +124,10 @@ class StudyPruner(StudyScheduler):
     def __init__(self, study: Any, objective: Objective, pruner: Any) -> None:
         super().__init__(study, objective)
         self._pruner = pruner
+
+    def rung_of(self, step: int) -> int | None:
+        """Return the step itself: the pruner looks at each."""
+        return step
 
     def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
         recorded = self._recorded(trial.trial_id)
@@ -178,11 +186,14 @@ class StudyRungs(StudyScheduler):
         self._rungs = tuple(rungs)
         self._reached: defaultdict[str, list[Mapping[str, float]]] | None = None
 
+    def rung_of(self, step: int) -> int | None:
+        """Return the highest rung at or below a step."""
+        return max((rung for rung in self._rungs if rung <= step), default=None)
+
     def _decide(self, tune_controller: Any, trial: Any, step: int, values: Mapping[str, float]) -> str:
-        reached = [rung for rung in self._rungs if rung <= step]
-        if not reached:
+        if (reached := self.rung_of(step)) is None:
             return str(self.CONTINUE)
-        rung = f"{RUNG}{reached[-1]}"
+        rung = f"{RUNG}{reached}"
         decision = self._recorded(trial.trial_id).user_attrs.get(rung)
         if decision is None:
             return self._arrive(tune_controller, trial, rung, values)

@@ -44,6 +44,15 @@ def record_values(trial: Any, known: FrozenTrial, step: int, values: Mapping[str
         trial.set_user_attr(f"{_VALUES}{step}", dict(values))
 
 
+def values_as_kept(
+    by_step: Mapping[int, Mapping[str, float]], goals: Sequence[str]
+) -> tuple[dict[int, float], dict[str, Any]]:
+    """Return what a trial reached at each step as a study keeps it: intermediate values, and attributes."""
+    if len(goals) == 1:
+        return {step: values[goals[0]] for step, values in by_step.items()}, {}
+    return {}, {f"{_VALUES}{step}": dict(values) for step, values in by_step.items()}
+
+
 def values_by_step(trial: FrozenTrial, goals: Sequence[str]) -> dict[int, Mapping[str, float]]:
     """Return what a trial reached at each step, by goal."""
     if len(goals) == 1:

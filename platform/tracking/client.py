@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from segadapt.platform.ray_internals.start import variables_set
+from segadapt.platform.settings.addresses import direct_to_loopback
 from segadapt.platform.storage.folders import Place
 
 _SETTINGS = {
@@ -80,7 +81,7 @@ class _Settings:
         with self._lock:
             if self._needed == 0:
                 unset = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
-                self._variables.enter_context(variables_set(unset, _LEFT_BY_MLFLOW))
+                self._variables.enter_context(variables_set(unset | direct_to_loopback(), _LEFT_BY_MLFLOW))
             self._needed += 1
 
     def __exit__(self, *error: object) -> None:

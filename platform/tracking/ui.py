@@ -1,5 +1,6 @@
 """MLflow's pages for a storage folder."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -9,6 +10,8 @@ import sys
 import urllib.request
 
 from segadapt.platform.errors import UsageError
+from segadapt.platform.ray_internals.start import variables_set
+from segadapt.platform.settings.addresses import direct_to_loopback
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.storage.retries import retry
 from segadapt.platform.tracking.sender import send_waiting
@@ -41,7 +44,7 @@ def serve(place: Place, port: int) -> int:
     try:
         _wait_for_health(f"http://127.0.0.1:{port}", server)
         print(f"MLflow shows {opened.root} at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-        server.communicate()
+        _wait_for_end(server)
     except KeyboardInterrupt:
         pass
     finally:
@@ -50,12 +53,23 @@ def serve(place: Place, port: int) -> int:
     return 0
 
 
+def _wait_for_end(server: "subprocess.Popen[str]") -> None:
+    """Read what a server tells until it ends, looking up now and then.
+
+    A signal that comes between two reads is seen when the next one returns, which without a limit may be never.
+    """
+    while server.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.communicate(timeout=_POLL_S)
+
+
 def _wait_for_health(address: str, server: "subprocess.Popen[str]", timeout_s: float = 90.0) -> None:
     def ask() -> None:
         if server.poll() is not None:
             message = server.stderr.read() if server.stderr else ""
             raise UsageError(f"The MLflow server must start, but ended: {message.strip()[-2000:]}")
-        urllib.request.urlopen(f"{address}/health", timeout=2).close()
+        with variables_set(direct_to_loopback()):
+            urllib.request.urlopen(f"{address}/health", timeout=2).close()
 
     try:
         retry(ask, OSError, timeout_s, pauses=itertools.repeat(_POLL_S), level=logging.DEBUG)

@@ -89,7 +89,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
     import ray.train
     from ray import tune
 
-    from segadapt.platform.ray_internals.train import PreemptibleTorchConfig, trainer_in_trial
+    from segadapt.platform.ray_internals.train import PreemptibleTorchConfig, forget_damaged_list, trainer_in_trial
 
     trial_id = tune.get_context().get_trial_id()
     if _had_ended(spec, trial_id):
@@ -118,6 +118,7 @@ def run_with_ray_train(values: dict[str, Any], spec: TrialSpec) -> None:
             ),
         ).fit()
 
+    forget_damaged_list(spec.folder / TRAIN_FOLDER / trial_id)
     with _reporting_failure(tune.report), logged(spec.artifacts(trial_id), "train", trial_id):
         trial = spec.trial(trial_id, values)
         result = _again_if_not_at_fault(partial(fit, trial), trial.artifacts, spec.tolerance.max_failures)

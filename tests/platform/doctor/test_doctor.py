@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from segadapt.platform.cli.main import app
 from segadapt.platform.doctor.findings import Finding
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment import tune_state
+from segadapt.platform.ray_internals.trials import HASHES
 from segadapt.platform.storage import leases
 from segadapt.platform.storage.checkpoints import delete, put_away
 from segadapt.platform.storage.driving import driving
@@ -94,6 +96,7 @@ class Case:
                 decoded |= changes
             kept.append([json.dumps(decoded), more])
         path.write_text(json.dumps({**content, "trial_data": kept}))
+        (path.parent / HASHES).unlink(missing_ok=True)
 
     def checkpoint(self, name: str) -> Path:
         return self.root / self.run(name).data.tags["segadapt.checkpoint"]
@@ -502,6 +505,50 @@ def test_what_a_kill_left_of_tunes_files_gives_way_to_what_was_saved_before(case
     assert tune_state.damaged(folder) == []
 
 
+def damages(whole: bytes, count: int) -> Iterator[bytes]:
+    """Yield contents with bytes that were changed, lost or zeroed, as of a failing disk."""
+    draw = random.Random(len(whole))
+    for _ in range(count):
+        content, begin = bytearray(whole), draw.randrange(len(whole))
+        end = min(len(whole), begin + draw.choice([1, 1, 4, 512]))
+        match draw.randrange(3):
+            case 0:
+                content[begin] ^= draw.randrange(1, 256)
+            case 1:
+                content[begin:end] = bytes(byte ^ 0xFF for byte in content[begin:end])
+            case _:
+                del content[begin:end]
+        yield bytes(content)
+
+
+def test_every_damage_to_tunes_files_is_seen_and_mended(case: Case) -> None:
+    folder = case.root / "ray" / NAME
+    names = [path.name for path in folder.glob("*-*.*") if path.suffix in (".json", ".pkl")] + [tune_state.TUNER]
+    assert len(names) >= 5
+    for name in names:
+        path = folder / name
+        whole = path.read_bytes()
+        for content in damages(whole, 150):
+            path.write_bytes(content)
+            assert tune_state.damaged(folder) == [name]
+        assert f"({name}): going on from" in str(tune_state.mend(folder))
+        assert path.read_bytes() == whole
+    for path in (folder / name for name in names):
+        path.unlink()
+        assert "(missing)" in " ".join(tune_state.damaged(folder)), "a search without it would begin anew"
+        assert "going on from" in str(tune_state.mend(folder))
+    assert tune_state.mend(folder) is None
+    for path in (folder / HASHES, folder / f"{tune_state.TUNER}.sha256"):
+        path.unlink()  # as an earlier version leaves it
+    assert tune_state.mend(folder) is None
+    for name in names:
+        whole = (folder / name).read_bytes()
+        for content in damages(whole, 150):
+            (folder / name).write_bytes(content)
+            assert set(tune_state.damaged(folder)) <= {name}, "without a hash not all is seen, but nothing fails"
+        (folder / name).write_bytes(whole)
+
+
 def test_the_command_ends_with_1_until_all_is_repaired(case: Case) -> None:
     checkpoint_gone(case)
     called = [
@@ -547,3 +594,53 @@ def test_mounts_tell_whether_nodes_see_each_others_locks(tmp_path: Path) -> None
     found = {path: file_system(Path(path), mounts) for path in ("/home", "/data/runs", "/data/old/runs")}
     assert [kind for kind, _ in found.values()] == ["ext4", "nfs4", "nfs"]
     assert [keeps_locks_apart(*entry) for entry in found.values()] == [False, False, True]
+
+
+def as_kept(study: Any) -> list[Any]:
+    """What a study holds of its trials, but for times."""
+    return [(each.state, each.params, each.values, each.intermediate_values, each.user_attrs) for each in study.trials]
+
+
+@pytest.mark.parametrize("lost", ["is missing", "is empty", "is damaged", "holds no study"])
+def test_a_search_without_its_study_is_refused_first_and_doctor_makes_the_study_anew(lost: str, case: Case) -> None:
+    file, before = case.root / "optuna.db", as_kept(case.study)
+    whole = file.read_bytes()
+    left = {"is missing": None, "is empty": b"", "is damaged": whole[: len(whole) // 2], "holds no study": whole}[lost]
+    if left is None:
+        file.unlink()
+    else:
+        file.write_bytes(left)
+    if lost == "holds no study":
+        optuna.delete_study(study_name=NAME, storage=f"sqlite:///{file}")
+    content = file.read_bytes() if file.exists() else None
+    for goes_on in ({"resume": NAME}, {"extend": NAME}, {"fork": NAME, "name": "other"}):
+        with pytest.raises(UsageError, match=f"must be there to go on from it, but {file} {lost}.*doctor --fix"):
+            api.search(**goes_on, place=Place(case.root))
+    with pytest.raises(UsageError, match=f"{NAME}.*It is in the storage folder: omit --study-uri"):
+        api.search(resume=NAME, place=Place(case.root, study_uri=f"sqlite:///{case.root}/other.db"))
+    assert (file.read_bytes() if file.exists() else None) == content, "nothing was made in its place"
+    assert not (case.root / "other.db").exists()
+    assert not (case.root / "ray" / "other").exists()
+    named = [text for text in faults(doctor(case.root)) if f"{file} {lost}" in text]
+    assert named
+    assert (file.read_bytes() if file.exists() else None) == content, "looking changes nothing"
+    mended = doctor(case.root, fix=True)
+    assert any(finding.repaired and finding.subject == NAME for finding in mended)
+    assert faults(mended) == []
+    assert as_kept(case.study) == before
+    assert [entry.text for entry in doctor(case.root) if entry.level != "ok"] == []
+
+
+def test_a_study_that_an_earlier_version_kept_elsewhere_is_not_made_a_second_time(case: Case) -> None:
+    record = case.root / "ray" / NAME / "record.json"
+    content = json.loads(record.read_text())
+    assert content.pop("study") == "", "it is noted where the study is"
+    record.write_text(json.dumps(content))
+    before = as_kept(case.study)
+    (case.root / "optuna.db").unlink()
+    (warning,) = (finding for finding in doctor(case.root, fix=True) if finding.level == "warning")
+    assert "Give --study-uri" in warning.advice
+    assert not (case.root / "optuna.db").exists()
+    study = f"sqlite:///{case.root}/optuna.db"
+    assert any(finding.repaired for finding in api.doctor(place=Place(case.root, study_uri=study), fix=True))
+    assert as_kept(case.study) == before

@@ -140,3 +140,20 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(tmp_path: Path) -> No
     state.write_bytes(state.read_bytes()[:-10])
     assert newest_checkpoint(tmp_path, "trial") == tmp_path / "trial" / "checkpoint_000002"
     assert newest_checkpoint(tmp_path, "absent") is None
+
+
+def test_ray_trains_list_of_checkpoints_is_set_aside_once_it_is_cut_short(tmp_path: Path) -> None:
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+    from segadapt.platform.ray_internals.train import forget_damaged_list
+
+    forget_damaged_list(tmp_path)
+    assert not list(tmp_path.iterdir())
+    listed, whole = tmp_path / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, '{"checkpoint_results": []}'
+    listed.write_text(whole)
+    forget_damaged_list(tmp_path)
+    assert listed.read_text() == whole
+    for size in (len(whole) // 2, 0):
+        listed.write_text(whole[:size])
+        forget_damaged_list(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [f"broken_{listed.name}"]

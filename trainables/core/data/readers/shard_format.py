@@ -11,11 +11,15 @@ The folder is a path or a URI of `pyarrow.fs` (s3://, gs://, hdfs://, file://). 
 
 import hashlib
 import json
+import os
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +31,9 @@ MANIFEST = "manifest.json"
 INDEX = "index.parquet"
 
 FORMAT_VERSION = 1
+
+_ANSWER_S = 10.0
+"""Seconds in which the server of a bucket must answer."""
 
 COLUMNS = ("id", "split", "height", "width", "histogram", "image", "label")
 """`histogram`: pixels of each class of the manifest; null, as is `label`, where the image has no label."""
@@ -140,8 +147,39 @@ class Location:
     def _filesystem(self) -> tuple[Any, str]:
         from pyarrow import fs
 
+        _check_server(self.root)
         filesystem, folder = fs.FileSystem.from_uri(self.root)
         return filesystem, folder
+
+
+def _check_server(uri: str) -> None:
+    """Make sure that the server of a bucket answers, if one is named: pyarrow would ask it for minutes.
+
+    Args:
+        uri: Names it by `endpoint_override`, or else the environment may by AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL.
+
+    Raises:
+        OSError: If it does not.
+    """
+    parts = urlsplit(uri)
+    options = parse_qs(parts.query)
+    variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if parts.scheme == "s3" else ()
+    named = [*options.get("endpoint_override", ()), *(os.environ.get(name, "") for name in variables)]
+    server = next(filter(None, named), None)
+    if server is None:
+        return
+    scheme = server.partition("://")[0] if "://" in server else options.get("scheme", ["https"])[0]
+    protocol = HTTPConnection if scheme == "http" else HTTPSConnection
+    connection = protocol(server.rpartition("://")[2].rstrip("/"), timeout=_ANSWER_S)
+    try:
+        connection.request("HEAD", "/")
+        connection.getresponse()
+    except (ssl.SSLError, HTTPException):  # it answers; what it says, pyarrow judges
+        pass
+    except OSError as error:
+        raise OSError(f"the server {server} does not answer: {error}") from error
+    finally:
+        connection.close()
 
 
 def read_manifest(location: Location) -> Manifest:
