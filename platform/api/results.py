@@ -12,7 +12,7 @@ from segadapt.platform.results.leaderboard import (
     runs_of_search,
     study_of,
 )
-from segadapt.platform.storage.folders import HERE, Place
+from segadapt.platform.storage.folders import HERE, Place, user_path
 
 if TYPE_CHECKING:
     from segadapt.platform.results.status import SearchStatus
@@ -64,7 +64,7 @@ def report(search: str, out: str | None = None, *, place: Place = HERE) -> Path:
 
     board, client = leaderboard(search, place, selection=True), open_client(place)
     page = render(board, runs_of_search(client, search), client, study_of(search, place))
-    path = Path(f"{search}.html" if out is None else out)
+    path = user_path("--out", f"{search}.html" if out is None else out)
     try:
         path.write_text(page)
     except OSError as error:

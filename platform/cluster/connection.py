@@ -10,7 +10,16 @@ from typing import Any
 
 from segadapt.platform.cluster.capacity import Capacity, capacity_of_cluster, this_machine
 from segadapt.platform.errors import UsageError
-from segadapt.platform.ray_internals.start import LEFT_BY_RAY, authenticated, keep_uv_out, on_loopback, variables_set
+from segadapt.platform.ray_internals.start import (
+    LEFT_BY_RAY,
+    authenticated,
+    empty_variables,
+    keep_uv_out,
+    on_loopback,
+    private_session,
+    variable,
+    variables_set,
+)
 from segadapt.platform.ray_internals.tune import memory_kills_are_deaths, no_secrets_for_trials
 from segadapt.platform.settings.resources import Allocation, Resources
 from segadapt.platform.settings.text import first_line
@@ -31,18 +40,22 @@ _DEFAULTS = {
     "GOMP_SPINCOUNT": "10000",  # 0.25 ms: spinning for long slows busy machines down, without it threads wake late
 }
 
+_READ_BY_RAY = ("RAY_", "TUNE_", "OMP_", "GOMP_", "GLOO_", "NCCL_")
+"""How variables begin that Ray and the processes of trials read. An empty one is as one that is not set."""
+
 logger = logging.getLogger(__name__)
 
 
 def worker_environment() -> dict[str, str]:
     """Return the environment that trials run in."""
-    return {**os.environ, **_missing_variables()}
+    given = {name: value for name, value in os.environ.items() if name not in empty_variables(*_READ_BY_RAY)}
+    return {**given, **_missing_variables()}
 
 
 def _missing_variables() -> dict[str, str]:
     """Return the variables that trials need and the user has not set."""
-    missing = {name: value for name, value in _DEFAULTS.items() if name not in os.environ}
-    if "OMP_WAIT_POLICY" in os.environ:  # the user's, which the number of spins would override
+    missing = {name: value for name, value in _DEFAULTS.items() if variable(name) is None}
+    if variable("OMP_WAIT_POLICY") is not None:  # the user's, which the number of spins would override
         missing.pop("GOMP_SPINCOUNT", None)
     return missing
 
@@ -65,7 +78,7 @@ def connect(address: str | None, *, verbose: bool = False, resources: Resources 
         UsageError: If the cluster cannot be reached.
     """
     with (
-        variables_set(_missing_variables(), LEFT_BY_RAY),
+        variables_set(empty_variables(*_READ_BY_RAY) | _missing_variables(), LEFT_BY_RAY),
         signal_handlers_kept(),
         _connected(address, verbose, resources) as capacity,
     ):
@@ -77,12 +90,12 @@ def _connected(address: str | None, verbose: bool, resources: Resources | None) 
     import ray
 
     keep_uv_out()
-    address = os.environ.get("RAY_ADDRESS") or None if address is None else address
+    address = variable("RAY_ADDRESS") if address is None else address
     if address is not None:
         check_address(address)
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
     local: dict[str, Any] = {} if address else {"include_dashboard": _needs_dashboard(resources)}
-    with authenticated(local=address is None):
+    with authenticated(local=address is None), contextlib.nullcontext() if address else private_session():
         try:
             with contextlib.nullcontext() if address else on_loopback(dashboard=local["include_dashboard"]):
                 # "local", or Ray would join whatever cluster was started on this machine last
@@ -95,7 +108,7 @@ def _connected(address: str | None, verbose: bool, resources: Resources | None) 
             ) from error
         treat_termination_as_interrupt()
         try:
-            if address is not None and os.environ.get("RAY_AUTH_MODE") == "disabled":
+            if address is not None and variable("RAY_AUTH_MODE") == "disabled":
                 logger.warning(
                     "The Ray cluster %s is joined without a token: if it needs none, whoever reaches its ports runs "
                     "code on it. docs/security.md tells how to close it.",

@@ -37,8 +37,9 @@ def test_a_ray_that_is_started_here_listens_on_loopback_and_knows_its_own_alone(
     import grpc
     import ray
 
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 30)))  # longer than the path of a socket may be
     with connect(None):
         assert ray.get(ray.remote(lambda: os.environ["RAY_AUTH_MODE"]).remote()) == "token"
         token = os.environ["RAY_AUTH_TOKEN"]
@@ -59,7 +60,12 @@ def test_a_ray_that_is_started_here_listens_on_loopback_and_knows_its_own_alone(
         session = Path(ray._private.worker._global_node.get_session_dir_path())
         written = [path for path in session.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
         assert written == [], "the token is in no file"
-    assert "RAY_AUTH_TOKEN" not in os.environ
+        assert session.resolve().is_relative_to(tmp_path), "on the disk that the user named"
+        closed = [folder for folder in session.parents if folder.stat().st_mode & 0o777 == 0o700]
+        assert tmp_path / ("long" * 30) / f"segadapt-{os.getuid()}" in [folder.resolve() for folder in closed], (
+            "nobody else reaches its logs and sockets"
+        )
+    assert os.environ["RAY_AUTH_TOKEN"] == ""
 
 
 class _Attack:
@@ -100,6 +106,7 @@ def test_nothing_unpickles_but_through_the_checks() -> None:
     assert not [
         call for call in calls if call[0] in ("pickle.load", "pickle.loads", "cloudpickle.loads", "joblib.load")
     ]
+    assert [name for name, _ in calls if name.endswith("export.load")] == ["torch.export.load"], "of our own file"
     torch_loads = [words for name, words in calls if name == "torch.load"]
     assert torch_loads
     assert all(ast.unparse(words["weights_only"]) == "True" for words in torch_loads)

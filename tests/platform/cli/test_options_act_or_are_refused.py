@@ -180,7 +180,7 @@ ALONE = [
         "--search, --storage and --tracking-uri say where a run",
     ),
     (
-        ("predict", "model.pt2", "photos", "out", "--storage", "x"),
+        ("predict", "model.onnx", "photos", "out", "--storage", "x"),
         "--search, --storage and --tracking-uri say where a run",
     ),
     (("data", "pack", "folder", "town", "out", "--quality", "50"), "--quality must come with --format jpeg"),
