@@ -143,10 +143,11 @@ def predict(
     """
     from segadapt.platform.deployment import prediction
 
+    shown, written = user_path("IMAGES", images), user_path("OUT", out)
     return prediction.predict(
         _labeller(source, search, place),
-        user_path("IMAGES", images),
-        user_path("OUT", out),
+        shown,
+        written,
         batch_size=batch_size,
         overlay=overlay,
         confidence=confidence,

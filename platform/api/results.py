@@ -62,9 +62,9 @@ def report(search: str, out: str | None = None, *, place: Place = HERE) -> Path:
     """
     from segadapt.platform.results.report import render
 
+    path = user_path("--out", f"{search}.html" if out is None else out)
     board, client = leaderboard(search, place, selection=True), open_client(place)
     page = render(board, runs_of_search(client, search), client, study_of(search, place))
-    path = user_path("--out", f"{search}.html" if out is None else out)
     try:
         path.write_text(page)
     except OSError as error:

@@ -301,10 +301,10 @@ def export_run(run: str, search: str, out: str | None, register: str | None, pla
     """Export a run's network and register it in MLflow; see `api.export`."""
     name = search if register is None else register
     registry.check_name(name)
+    folder = None if out is None else user_path("--out", out)
     origin = origin_of(run, search, place)
     network, card = load_network(origin, torch.device("cpu"))
-    default = re.sub(r"[^\w.-]", "-", f"{origin.search}-{origin.run}")  # a server named it
-    folder = user_path("--out", default if out is None else out)
+    folder = folder or Path(re.sub(r"[^\w.-]", "-", f"{origin.search}-{origin.run}"))  # a server named it
     with variables_set({}, ("TORCHINDUCTOR_CACHE_DIR",)):  # PyTorch's exporter leaves it behind
         differences = write(network, card, folder)
     version = registry.register(open_client(place), name, card, folder / ONNX)

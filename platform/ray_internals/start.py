@@ -88,20 +88,21 @@ def _own_folder(base: Path, variable_name: str | None) -> Path:
 @contextlib.contextmanager
 def authenticated(*, local: bool) -> Iterator[None]:
     """Decide how Ray authenticates: its own default depends on what ran before on the machine."""
-    if variable("RAY_AUTH_MODE") is not None:
-        variables = {}
-    elif local:
-        variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    else:
-        variables = {"RAY_AUTH_MODE": "token" if has_token() else "disabled"}
-    if variables and not _reads_again():
-        variables = {}  # processes that are started would ask for a token that this one does not show
-    try:
-        with variables_set(variables):
+    with variables_set(empty_variables("RAY_")):  # at one that should be a number, Ray ends the process
+        variables: dict[str, str] = {}
+        if variable("RAY_AUTH_MODE") is None:
+            if local:
+                variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            else:
+                variables = {"RAY_AUTH_MODE": "token" if has_token() else "disabled"}
+        if variables and not _reads_again():
+            variables = {}  # processes that are started would ask for a token that this one does not show
+        try:
+            with variables_set(variables):
+                _read_again()
+                yield
+        finally:
             _read_again()
-            yield
-    finally:
-        _read_again()
 
 
 def has_token() -> bool:

@@ -19,6 +19,7 @@ import segadapt as api
 from segadapt.platform.cli.main import app
 from segadapt.platform.cluster.connection import connect
 from segadapt.platform.deployment.evaluation import load_deployed
+from segadapt.platform.doctor.ray_state import ray_trials
 from segadapt.platform.errors import UsageError, redacted
 from segadapt.platform.experiment.finishing import FinishRequest, plan_finish
 from segadapt.platform.storage.folders import Place
@@ -176,6 +177,32 @@ def test_a_password_in_the_servers_address_is_neither_shown_nor_kept(
     done = CliRunner().invoke(app, ["search", "sdca", "--tracking-uri", uri, "--storage", str(tmp_path)])
     assert isinstance(done.exception, UsageError)
     assert "hunter2" not in done.output + str(done.exception)
+
+
+def test_a_key_in_an_address_of_data_is_refused_before_it_is_kept(tmp_path: Path) -> None:
+    root, place = "s3://KEY:hunter2@bucket/town", Place(tmp_path / "runs")
+    settings = {"data.source": f"shards:{root}", "data.target": f"shards:{root}"}
+    for use in (
+        lambda: api.plan("sdca", settings, place=place),
+        lambda: api.train("sdca", settings, place=place),
+        lambda: api.evaluate("best", "town", settings, place=place),
+        lambda: api.data_check("shards", root),
+        lambda: api.data_pack("folder", root, str(tmp_path / "out")),
+    ):
+        with pytest.raises(UsageError, match=r"must hold no password or key.*s3://bucket/town\. Set AWS_") as refused:
+            use()
+        assert "hunter2" not in str(refused.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_names_in_rays_state_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
+    for trial_id, error_file in (("../../outside", None), ("a", "/etc/passwd"), ("a", "../b")):
+        trial = {"trial_id": trial_id, "status": "ERROR", "config": {}, "experiment_tag": "1"}
+        more = {"last_result": {}, "last_result_time": 0, "error_filename": error_file}
+        content = {"trial_data": [[json.dumps(trial), json.dumps(more)]]}
+        (tmp_path / "experiment_state-1.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="names that lead elsewhere"):
+            ray_trials(tmp_path)
 
 
 @pytest.mark.slow
