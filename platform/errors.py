@@ -12,8 +12,11 @@ logger = logging.getLogger(__name__)
 class UsageError(Exception):
     """Something asked for cannot be done as asked; the message says what must hold, what came and what to do.
 
-    The command line prints it without a traceback and exits with status 2.
+    The command line prints it without a traceback and exits with status 2. Of addresses in it, secrets are left out.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 _ADDRESS = re.compile(r"(?<=://)\S+")

@@ -36,7 +36,7 @@ def open_study_storage(url: str) -> BaseStorage:
         return _patient(_remembering(RDBStorage(url, engine_kwargs={"pool_pre_ping": True})))
     except (SQLAlchemyError, ImportError) as error:
         raise UsageError(
-            "--study-uri must be a database that answers, such as postgresql+psycopg://user:password@host/name (with "
+            "--study-uri must be a database that answers, such as postgresql+psycopg://host/name (with "
             f"`pip install segadapt[postgresql]`), but {redacted(url)} does not: {_reason(error)}"
         ) from error
 

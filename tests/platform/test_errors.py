@@ -104,3 +104,9 @@ def test_a_password_in_what_is_kept_is_refused_unseen() -> None:
     with pytest.raises(UsageError, match=r"data\.source must hold no password .* in shards:s3://bucket/x\.") as refused:
         check_no_password("data.source", "shards:s3://KEY:hunter2@bucket/x")
     assert "hunter2" not in str(refused.value)
+
+
+def test_no_message_for_users_shows_a_password() -> None:
+    assert str(UsageError("--address must be HOST:PORT, but got 'ray://me:hunter2@head'")) == (
+        "--address must be HOST:PORT, but got 'ray://head'"
+    )
