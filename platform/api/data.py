@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from segadapt.platform.errors import UsageError
+from segadapt.platform.errors import UsageError, check_no_password
 from segadapt.platform.settings.config import Values, resolve
-from segadapt.platform.settings.text import path_of
+from segadapt.platform.storage.folders import user_path
 
 if TYPE_CHECKING:
     from segadapt.trainables.core.data.checking import DatasetReport
@@ -41,7 +41,7 @@ def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
     if layout not in KINDS:
         raise UsageError(f"--format must be one of {', '.join(KINDS)}, but got {layout!r}.")
     config = resolve("source_only", values)
-    root = Path(folder)
+    root = user_path("FOLDER", folder)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UsageError(f"The folder to write must be new or empty, but {root} is not. Choose another.")
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def data_check(
     from segadapt.trainables.core.data.checking import check_dataset
 
     try:
-        return check_dataset(kind, root, progress)
+        return check_dataset(kind, _root(root), progress)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -137,9 +137,10 @@ def data_pack(
             f"--size resizes the split train alone, but got --size {size[0]} {size[1]} for {', '.join(splits)}. "
             "Leave it out."
         )
+    out_folder = user_path("OUT", out)
     try:
         config = PackConfig(size, image_format, 95 if quality is None else quality)  # type: ignore[arg-type]  # checked
-        return pack(open_dataset(kind, root), Path(out), config, splits=splits, progress=progress)
+        return pack(open_dataset(kind, _root(root)), out_folder, config, splits=splits, progress=progress)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -175,7 +176,7 @@ def data_show(
             "What is shown must be named by KIND and ROOT or by KEY=VALUE, but got "
             f"{' '.join(filter(None, (kind, root, *(values or {}))))}."
         )
-    target = path_of(path or f"{kind or config.name}.png")
+    target = user_path("PATH", f"{kind or config.name}.png" if path is None else path)
     if not target.parent.is_dir():
         raise UsageError(f"The folder of the picture must exist, but {target.parent} does not. Make it first.")
     if target.is_dir():
@@ -186,3 +187,13 @@ def data_show(
         raise UsageError(str(error)) from error
     contact_sheet(panels, target)
     return target
+
+
+def _root(root: str) -> str:
+    """Return the root of a dataset: a folder, or an address as it stands.
+
+    Raises:
+        UsageError: If it is empty, or an address that holds a password.
+    """
+    check_no_password("ROOT", root)
+    return root if "://" in root else str(user_path("ROOT", root))

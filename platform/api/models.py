@@ -1,13 +1,11 @@
 """Evaluate, export and use a trained network."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.config import Values
-from segadapt.platform.settings.text import path_of
-from segadapt.platform.storage.folders import HERE, Place
+from segadapt.platform.storage.folders import HERE, Place, user_path
 
 if TYPE_CHECKING:
     from segadapt.platform.deployment.evaluation import EvaluationResult
@@ -118,7 +116,8 @@ def predict(
     """Label an image or a folder of images, on a GPU if there is one, and go on if that was interrupted.
 
     Args:
-        source: An exported .onnx or .pt2 file; or, with `search`, `best` or the name or id of a trial or finish.
+        source: An exported .onnx file, or a checkpoint folder; or, with `search`, `best` or the name or id of a trial
+            or finish.
         images: An image, or a folder that is searched recursively.
         out: New, empty, or begun by the same command. Gets `labels`, `overlays` and `confidence`, with the images'
             paths.
@@ -134,8 +133,7 @@ def predict(
         a palette PNG (H, W) of class indices, of the image's size.
 
     Raises:
-        UsageError: If there is no such run or file, there are no images, `out` holds something else, or a search is
-            named beside a file.
+        UsageError: If there is no such run, file or folder, there are no images, or `out` holds something else.
 
     Example:
         >>> import segadapt
@@ -145,10 +143,11 @@ def predict(
     """
     from segadapt.platform.deployment import prediction
 
+    shown, written = user_path("IMAGES", images), user_path("OUT", out)
     return prediction.predict(
         _labeller(source, search, place),
-        path_of(images),
-        path_of(out),
+        shown,
+        written,
         batch_size=batch_size,
         overlay=overlay,
         confidence=confidence,
@@ -163,16 +162,25 @@ def _labeller(source: str, search: str | None, place: Place) -> "Labeller":
     from segadapt.platform.deployment import export, prediction
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if source.endswith((".onnx", ".pt2")):
-        if search is not None or place != HERE:
-            raise UsageError(
-                f"--search, --storage and --tracking-uri say where a run is, but got the file {source!r}. "
-                "Leave them out."
-            )
-        return prediction.Labeller(*export.open_exported(Path(source), device))
-    if search is None:
+    path = user_path("RUN", source)
+    if path.suffix == ".pt2":
         raise UsageError(
-            f"RUN needs --search NAME, and a file must end in .onnx or .pt2, but got {source!r} alone. "
-            "`segadapt runs NAME` shows the runs of a search."
+            f"A network to predict with must be a run, a .onnx file or a checkpoint folder, but got {source!r}: opening"
+            " a .pt2 file runs what its maker put into it. Name the model.onnx that `segadapt export` writes beside it."
         )
-    return prediction.Labeller(*export.from_run(export.origin_of(source, search, place), device))
+    is_file = path.suffix == ".onnx"
+    if search is not None and not is_file:
+        return prediction.Labeller(*export.from_run(export.origin_of(source, search, place), device))
+    if search is not None or place != HERE:
+        raise UsageError(
+            f"--search, --storage and --tracking-uri say where a run is, but got {source!r}"
+            f"{'' if is_file else ' without --search'}. Leave them out{'' if is_file else ', or name its search'}."
+        )
+    if is_file:
+        return prediction.Labeller(*export.open_exported(path, device))
+    if path.is_dir():
+        return prediction.Labeller(*export.from_run(export.Origin(path), device))
+    raise UsageError(
+        f"RUN needs --search NAME, a file must end in .onnx and a checkpoint be a folder, but got {source!r} alone. "
+        "`segadapt runs NAME` shows the runs of a search."
+    )

@@ -13,7 +13,7 @@ from segadapt.platform.results.leaderboard import (
     study_of,
 )
 from segadapt.platform.storage.files import write_whole
-from segadapt.platform.storage.folders import HERE, Place
+from segadapt.platform.storage.folders import HERE, Place, user_path
 
 if TYPE_CHECKING:
     from segadapt.platform.results.status import SearchStatus
@@ -63,9 +63,9 @@ def report(search: str, out: str | None = None, *, place: Place = HERE) -> Path:
     """
     from segadapt.platform.results.report import render
 
+    path = user_path("--out", f"{search}.html" if out is None else out)
     board, client = leaderboard(search, place, selection=True), open_client(place)
     page = render(board, runs_of_search(client, search), client, study_of(search, place))
-    path = Path(f"{search}.html" if out is None else out)
     try:
         write_whole(path, page)
     except OSError as error:

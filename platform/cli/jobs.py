@@ -29,9 +29,10 @@ def submit(
     Example: segadapt submit -- search sdca --storage /mnt/segadapt/runs
     """
     from segadapt.platform.api import operation
+    from segadapt.platform.errors import redacted
 
     job = operation.submit(words, address=address, name=name)
-    where = "" if address == JOBS else f" --address {address}"
+    where = "" if address == JOBS else f" --address {redacted(address)}"
     print(f"{job} is submitted. Next:\n  segadapt logs {job} --follow{where}\n  segadapt stop {job}{where}", flush=True)
     if follow_job:
         follow(job, address)
@@ -111,9 +112,10 @@ def hand_over(address: str | None) -> None:
     if not is_jobs_address(address):
         return
     from segadapt.platform.api.operation import submit
+    from segadapt.platform.errors import redacted
 
     job = submit(without_option(sys.argv[1:], "--address"), address=address)
-    print(f"{job} runs on {address}; Ctrl-C leaves it running, `segadapt stop {job}` ends it", flush=True)
+    print(f"{job} runs on {redacted(address)}; Ctrl-C leaves it running, `segadapt stop {job}` ends it", flush=True)
     follow(job, address)
 
 

@@ -115,7 +115,11 @@ def predict(
     place: "Place",
     _debug: bool,
     source: Annotated[
-        str, typer.Argument(metavar="RUN|FILE", help="`best`, a run's name or id, or an exported .onnx or .pt2 file.")
+        str,
+        typer.Argument(
+            metavar="RUN|FILE|FOLDER",
+            help="`best`, a run's name or id; an exported .onnx file; or a checkpoint folder.",
+        ),
     ],
     images: Annotated[str, typer.Argument(help="An image, or a folder that is searched recursively.")],
     out: Annotated[str, typer.Argument(help="A new folder, or one in which this was interrupted.")],

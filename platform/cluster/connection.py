@@ -13,10 +13,13 @@ from segadapt.platform.ray_internals.start import (
     LEFT_BY_RAY,
     authenticated,
     cluster_address,
+    empty_variables,
     keep_uv_out,
     leave,
     on_loopback,
     patience_with_ray,
+    private_session,
+    variable,
     variables_set,
 )
 from segadapt.platform.ray_internals.tune import memory_kills_are_deaths, no_secrets_for_trials
@@ -59,18 +62,22 @@ _HTTP2_SETTINGS = b"\x04"
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _HTTP2_SETTINGS + b"\0\0\0\0\0"
 """What a client says first (RFC 9113, section 3.4), and no settings; a server answers with its own."""
 
+_READ_BY_RAY = ("RAY_", "TUNE_", "OMP_", "GOMP_", "GLOO_", "NCCL_")
+"""How variables begin that Ray and the processes of trials read. An empty one is as one that is not set."""
+
 logger = logging.getLogger(__name__)
 
 
 def worker_environment() -> dict[str, str]:
     """Return the environment that trials run in."""
-    return {**os.environ, **_missing_variables()}
+    given = {name: value for name, value in os.environ.items() if name not in empty_variables(*_READ_BY_RAY)}
+    return {**given, **_missing_variables()}
 
 
 def _missing_variables() -> dict[str, str]:
     """Return the variables that trials need and the user has not set."""
-    missing = {name: value for name, value in _DEFAULTS.items() if name not in os.environ}
-    if "OMP_WAIT_POLICY" in os.environ:  # the user's, which the number of spins would override
+    missing = {name: value for name, value in _DEFAULTS.items() if variable(name) is None}
+    if variable("OMP_WAIT_POLICY") is not None:  # the user's, which the number of spins would override
         missing.pop("GOMP_SPINCOUNT", None)
     return missing
 
@@ -93,7 +100,7 @@ def connect(address: str | None, *, verbose: bool = False, resources: Resources 
         UsageError: If the cluster cannot be reached, Ray does not start, or this process is in a cluster already.
     """
     with (
-        variables_set(_missing_variables() | direct_to_loopback(), LEFT_BY_RAY),
+        variables_set(empty_variables(*_READ_BY_RAY) | _missing_variables() | direct_to_loopback(), LEFT_BY_RAY),
         signal_handlers_kept(),
         _connected(address, verbose, resources) as capacity,
     ):
@@ -114,7 +121,7 @@ def _connected(address: str | None, verbose: bool, resources: Resources | None) 
     if address is not None:
         check_address(address, named_by)
     logging.getLogger("ray").setLevel(logging.INFO if verbose else logging.ERROR)
-    with authenticated(local=address is None):
+    with authenticated(local=address is None), contextlib.nullcontext() if address else private_session():
         try:
             with hangup_held_back():
                 if address is None:
@@ -122,7 +129,7 @@ def _connected(address: str | None, verbose: bool, resources: Resources | None) 
                 else:
                     _join(address, named_by, verbose)
                 treat_termination_as_interrupt()
-            if address is not None and os.environ.get("RAY_AUTH_MODE") == "disabled":
+            if address is not None and variable("RAY_AUTH_MODE") == "disabled":
                 logger.warning(
                     "The Ray cluster %s is joined without a token: if it needs none, whoever reaches its ports runs "
                     "code on it. docs/security.md tells how to close it.",
@@ -136,8 +143,8 @@ def _connected(address: str | None, verbose: bool, resources: Resources | None) 
 
 def _named(address: str | None) -> tuple[str | None, str]:
     """Return the address of the cluster to join, None if there is none, and what named it."""
-    if address in (None, "auto") and os.environ.get("RAY_ADDRESS"):  # which Ray takes for `auto` as well
-        return os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
+    if address in (None, "auto") and (set_for_all := variable("RAY_ADDRESS")):  # which Ray takes for `auto` as well
+        return set_for_all, "RAY_ADDRESS"
     return address, "--address"
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from segadapt.platform.errors import UsageError, redacted
-from segadapt.platform.ray_internals.start import LEFT_BY_RAY, authenticated, variables_set
+from segadapt.platform.errors import UsageError, holds_password, redacted
+from segadapt.platform.ray_internals.start import LEFT_BY_RAY, authenticated, empty_variables, variables_set
 from segadapt.platform.settings.addresses import direct_to_loopback
 from segadapt.platform.settings.config import read_experiment
 from segadapt.platform.settings.text import first_line
@@ -76,6 +75,7 @@ def submit(words: Sequence[str], *, address: str, name: str | None = None) -> st
     if name is not None:
         check_name(name)
     words = _self_contained(words)
+    _check_passwords(words)
     name = name or f"{words[0]}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     command = shlex.join(["python", "-m", "segadapt.platform.cli", *words])
     with _client(address) as client:
@@ -146,7 +146,7 @@ def _client(address: str) -> Iterator[Any]:
     Raises:
         UsageError: If it does not answer, or refuses a request.
     """
-    with variables_set({}, LEFT_BY_RAY):
+    with variables_set(empty_variables("RAY_"), LEFT_BY_RAY):
         from ray.exceptions import RayError
 
     if not is_jobs_address(address):
@@ -206,7 +206,8 @@ def _known(client: Any, name: str) -> Job:
 def _job(details: Any) -> Job:
     started = details.start_time and f"{datetime.fromtimestamp(details.start_time / 1000, UTC):%Y-%m-%d %H:%M:%S}"
     command = details.entrypoint.partition(" -m segadapt.platform.cli ")[2] or details.entrypoint
-    return Job(details.submission_id, str(details.status.value).lower(), command, started, details.message or "")
+    state, message = str(details.status.value).lower(), redacted(details.message or "")
+    return Job(details.submission_id, state, redacted(command), started, message)
 
 
 def _check_command(words: Sequence[str]) -> None:
@@ -216,37 +217,37 @@ def _check_command(words: Sequence[str]) -> None:
             f"A command to submit must be one of {', '.join(_COMMANDS)}, but got {' '.join(words[:1]) or 'none'}. "
             "Example: segadapt submit -- search sdca --storage /mnt/segadapt/runs"
         )
-    if _option(words, "--address") is not None:
+    if _values(words, "--address"):
         raise UsageError("A command to submit must have no --address, since it runs where it is sent to. Leave it out.")
-    storage = _option(words, "--storage")
-    if storage is None or not Path(storage).is_absolute():
+    storages = _values(words, "--storage")
+    if not storages or not all(Path(storage).is_absolute() for storage in storages):
         raise UsageError(
             "A command to submit must have --storage with an absolute path, a folder that all nodes see, but "
-            f"got {storage or 'none'}. Example: --storage /mnt/segadapt/runs"
+            f"got {' and '.join(storages) or 'none'}. Example: --storage /mnt/segadapt/runs"
         )
-    for option in ("--study-uri", "--tracking-uri"):
-        if urlsplit(_option(words, option) or "").password is not None:
+
+
+def _check_passwords(words: Sequence[str]) -> None:
+    """Refuse a password in any word of a command: the cluster shows commands to whoever reaches it."""
+    for word in words:
+        if holds_password(word):
             raise UsageError(
-                f"{option} of a command to submit must hold no password, since the cluster shows commands to whoever "
-                "reaches it. PostgreSQL's is read from ~/.pgpass or PGPASSWORD on the head, MLflow's from "
-                "MLFLOW_TRACKING_PASSWORD."
+                "A command to submit must hold no password, since the cluster shows commands to whoever reaches it, "
+                f"but got one in {redacted(word)}. PostgreSQL's is read from ~/.pgpass or PGPASSWORD on the head, "
+                "MLflow's from MLFLOW_TRACKING_PASSWORD, and those of buckets from AWS_*."
             )
 
 
-def _option(words: Sequence[str], name: str) -> str | None:
-    """Return the value of an option in a command."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == name:
-            return following
-        if word.startswith(f"{name}="):
-            return word.removeprefix(f"{name}=")
-    return None
+def _values(words: Sequence[str], name: str) -> list[str]:
+    """Return the values of an option in a command; it may be repeated, and the last one would count."""
+    following = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == name]
+    return following + [word.removeprefix(f"{name}=") for word in words if word.startswith(f"{name}=")]
 
 
 def without_option(words: Sequence[str], name: str) -> list[str]:
     """Return a command without an option and its value."""
     kept = [word for word in words if not word.startswith(f"{name}=")]
-    if name in kept:
+    while name in kept:
         index = kept.index(name)
         del kept[index : index + 2]
     return kept
@@ -254,10 +255,12 @@ def without_option(words: Sequence[str], name: str) -> list[str]:
 
 def _self_contained(words: Sequence[str]) -> list[str]:
     """Return a command that holds the settings of its experiment file: the cluster does not have the file."""
-    path = _option(words, "--config")
-    if path is None:
+    paths = _values(words, "--config")
+    if not paths:
         return list(words)
+    if len(paths) > 1:
+        raise UsageError(f"--config must be given once, but got {' and '.join(paths)}. Keep one.")
     kept = without_option(words, "--config")
     typed = {word.partition("=")[0] for word in kept}
-    settings = read_experiment(Path(path))
+    settings = read_experiment(Path(paths[0]))
     return [*kept, *(f"{key}={json.dumps(value)}" for key, value in settings.items() if key not in typed)]

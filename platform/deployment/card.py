@@ -2,13 +2,22 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from segadapt.trainables.core.evaluation.deployed import SMALLEST_SIDE
 
 _PREFIX = "segadapt."
+
+_LABELS = 255
+"""A label is a byte, and 255 stands for none."""
+
+_LEAST_PART = 64
+"""Least height and width, in pixels, of the parts in which a large image is looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +66,19 @@ class Card:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Card":
-        """Rebuild what `as_dict` returned, also after a way through JSON."""
-        size = content["input_size"]
-        rebuilt = {
-            "classes": tuple(content["classes"]),
-            "colors": tuple(tuple(color) for color in content["colors"]),
-            "input_size": None if size is None else tuple(size),
-            "unknown": tuple(content.get("unknown", ())),
-        }
-        return cls(**{**content, **rebuilt})
+        """Rebuild what `as_dict` returned, also after a way through JSON.
+
+        Raises:
+            ValueError: If it is something else: the file may be anybody's.
+        """
+        card = TypeAdapter(cls).validate_python(dict(content))
+        if not 0 < len(card.classes) == len(card.colors) <= _LABELS:
+            raise ValueError(f"{len(card.classes)} classes and {len(card.colors)} colours do not fit together")
+        if not all(0 <= value < 256 for color in card.colors for value in color):
+            raise ValueError("colours are not of 8 bits")
+        if not (0 < card.smallest_side <= _LEAST_PART <= math.isqrt(max(0, card.whole_pixels))):
+            raise ValueError(f"no image can have {card.smallest_side} and {card.whole_pixels} pixels")
+        return card
 
     @classmethod
     def from_strings(cls, content: Mapping[str, str]) -> "Card":

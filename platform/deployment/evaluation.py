@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from segadapt.platform.errors import UsageError
+from segadapt.platform.errors import UsageError, check_no_password
 from segadapt.platform.results.leaderboard import find_run, run_tags
 from segadapt.platform.settings.config import TrialConfig, Values, flatten, keys, resolve
+from segadapt.platform.settings.text import first_line
 from segadapt.platform.storage.checkpoints import checkpoint_name, class_names, configuration, read_metrics
-from segadapt.platform.storage.folders import Place
+from segadapt.platform.storage.folders import Place, user_path
 from segadapt.platform.tracking.tags import KEY_TAG
 from segadapt.platform.tracking.tracker import Tracker
 from segadapt.platform.trial.training import build_method
@@ -68,6 +69,8 @@ def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> 
         content = configuration(checkpoint)
         state = load_state(checkpoint)
         names, step = class_names(checkpoint), int(read_metrics(checkpoint)["step"])
+        method, prefix = str(content.pop("method_name")), state["deployed"] + "."
+        weights = {name.removeprefix(prefix): part for name, part in state["state"].items() if name.startswith(prefix)}
     except OSError as error:
         raise UsageError(
             f"The checkpoint of the run must lie in {checkpoint}, but cannot be read: {error.strerror}. "
@@ -75,17 +78,26 @@ def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> 
         ) from error
     except CorruptCheckpointError as error:
         raise UsageError(str(error)) from error
-    method = content.pop("method_name")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _foreign(checkpoint, error) from error
     if AGGREGATION in overrides and AGGREGATION not in keys(method):
         raise UsageError(
             f"--aggregation must be left out for a network that was trained by {method}: it does not offer aggregation."
         )
     config = resolve(method, {**dict(flatten(content)), **overrides})
-    prefix = state["deployed"] + "."
-    weights = {name.removeprefix(prefix): value for name, value in state["state"].items() if name.startswith(prefix)}
     built = build_method(dataclasses.replace(config, network=_untrained(config.network, weights)), len(names))
-    built.deployed.load_state_dict(weights)
+    try:
+        built.deployed.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise _foreign(checkpoint, error) from error
     return Deployed(built.deployed.to(device).eval(), config, names, step)
+
+
+def _foreign(checkpoint: Path, error: Exception) -> UsageError:
+    return UsageError(
+        f"A checkpoint must be as segadapt wrote it, but what {checkpoint} holds does not fit together: "
+        f"{type(error).__name__}: {first_line(error).rstrip('.')}. Name another."
+    )
 
 
 def _untrained(network: NetworkConfig, deployed: Collection[str]) -> NetworkConfig:
@@ -105,8 +117,10 @@ def data_settings(values: Values) -> Values:
     """Return `values` if an evaluation may change them.
 
     Raises:
-        UsageError: If one decides more than what is evaluated.
+        UsageError: If one decides more than what is evaluated, or holds a password: they are kept in MLflow.
     """
+    for key, value in values.items():
+        check_no_password(key, value)
     others = [key for key in values if not key.startswith(_SETTINGS)]
     if others:
         raise UsageError(
@@ -364,6 +378,7 @@ def evaluate_run(
     except ValueError as error:
         raise UsageError(str(error)) from error
     settings = data_settings(settings)
+    predictions = user_path("--save-predictions", save_predictions) if save_predictions is not None else None
     overrides = dict(settings) if aggregation is None else {**settings, AGGREGATION: float(aggregation)}
     row = find_run(run, search, place, kinds=("trial", "finish"))
     assert row.checkpoint is not None
@@ -372,7 +387,7 @@ def evaluate_run(
     deployed = load_deployed(Path(row.checkpoint), overrides, device)
     images, labelled = target_images(deployed.config, deployed.names)
     chosen = protocol_of(protocol, deployed.names, labelled)
-    submission = Submission(Path(save_predictions), deployed.names) if save_predictions is not None else None
+    submission = Submission(predictions, deployed.names) if predictions is not None else None
     inference = dataclasses.replace(inference, window=deployed.config.trainer.eval_window)
     confusion = evaluate_target(deployed, images, inference, device, submission).confusion
     scored = score(confusion, deployed.names, chosen)

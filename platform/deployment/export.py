@@ -22,9 +22,9 @@ from segadapt.platform.ray_internals.start import variables_set
 from segadapt.platform.results.leaderboard import find_run, open_client, run_tags
 from segadapt.platform.settings.config import TrialConfig
 from segadapt.platform.settings.objective import MIOUS
-from segadapt.platform.settings.text import path_of
+from segadapt.platform.settings.text import first_line
 from segadapt.platform.storage.checkpoints import class_colors, read_metrics, state_hash
-from segadapt.platform.storage.folders import Place
+from segadapt.platform.storage.folders import Place, user_path
 from segadapt.platform.tracking.tags import DATA_TAG
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.evaluation.deployed import SMALLEST_SIDE, DeployedNetwork, stride
@@ -65,13 +65,13 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a network comes from."""
+    """Where a network comes from; of a checkpoint alone, the rest is not known."""
 
-    search: str
-    run: str
-    run_id: str
     checkpoint: Path
-    data_fingerprint: str
+    search: str = ""
+    run: str = ""
+    run_id: str = ""
+    data_fingerprint: str = ""
 
 
 def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork, Card]:
@@ -154,7 +154,10 @@ def write(network: DeployedNetwork, card: Card, folder: Path) -> dict[str, float
             program = _program(network)
             torch.export.save(program, whole / PT2, extra_files={CARD: content})
             _write_onnx(program, card, whole / ONNX)
-        differences = {name: _difference(network, open_exported(whole / name)[0]) for name in (PT2, ONNX)}
+        differences = {
+            PT2: _difference(network, _open_own_pt2(whole / PT2)),
+            ONNX: _difference(network, open_exported(whole / ONNX)[0]),
+        }
         wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
         if wrong:
             raise ExportError(
@@ -209,7 +212,7 @@ def _not_exportable(form: str, error: Exception) -> UsageError:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UsageError(
         f"A network must consist of operations that {form} takes, but this one does not: {reason} "
-        "`segadapt predict` takes the run itself."
+        "`segadapt predict` takes the run itself, or its checkpoint folder."
     )
 
 
@@ -233,24 +236,23 @@ Predict = Callable[[Tensor], Tensor]
 
 
 def open_exported(path: Path, device: torch.device | None = None) -> tuple[Predict, Card]:
-    """Open a file that `write` made.
+    """Open an ONNX file that `write` made. Whoever made it, nothing in it is run but its operators.
 
     Args:
-        path: Ends in .onnx or .pt2.
-        device: Where it computes; None for the CPU. ONNX takes a GPU only with a build of onnxruntime for it.
+        path: Ends in .onnx.
+        device: Where it computes; None for the CPU. A GPU is taken only with a build of onnxruntime for it.
 
     Raises:
         UsageError: If it is missing, damaged, or was made by another program.
     """
     if not path.is_file():
         raise UsageError(f"An exported network must be a file, but there is none at {path}. Correct the path.")
-    device = device or torch.device("cpu")
     try:
-        return _open_onnx(path, device) if path.suffix == ".onnx" else _open_pt2(path, device)
-    except Exception as error:  # both libraries have many, and the file may hold anything
+        return _open_onnx(path, device or torch.device("cpu"))
+    except Exception as error:  # onnxruntime has many, and the file may hold anything
         raise UsageError(
             f"An exported network must be a whole file that `segadapt export` wrote, but {path} is not: "
-            f"{type(error).__name__}: {error}. Export the run again."
+            f"{type(error).__name__}: {first_line(error).rstrip('.')}. Export the run again."
         ) from error
 
 
@@ -269,23 +271,18 @@ def _open_onnx(path: Path, device: torch.device) -> tuple[Predict, Card]:
     return predict, Card.from_strings(session.get_modelmeta().custom_metadata_map)
 
 
-def _open_pt2(path: Path, device: torch.device) -> tuple[Predict, Card]:
-    from torch.export.passes import move_to_device_pass
-
-    extra = {CARD: ""}
+def _open_own_pt2(path: Path) -> Predict:
+    """Open a .pt2 file that this process has just written: loading one unpickles and evaluates what is in it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.load(path, extra_files=extra)
-    if device.type != "cpu":
-        program = move_to_device_pass(program, device)
-    module = program.module()
+        module = torch.export.load(path).module()
 
     def predict(images: Tensor) -> Tensor:
         with torch.no_grad():
-            probabilities: Tensor = module(images.to(device))
+            probabilities: Tensor = module(images)
         return probabilities
 
-    return predict, Card.from_dict(json.loads(extra[CARD]))
+    return predict
 
 
 @dataclass(frozen=True)
@@ -311,17 +308,17 @@ def origin_of(run: str, search: str, place: Place) -> Origin:
     row = find_run(run, search, place, kinds=("trial", "finish"))
     assert row.checkpoint is not None
     fingerprint = run_tags(row, place).get(DATA_TAG, "")
-    return Origin(search, row.name, row.run_id, Path(row.checkpoint), fingerprint)
+    return Origin(Path(row.checkpoint), search, row.name, row.run_id, fingerprint)
 
 
 def export_run(run: str, search: str, out: str | None, register: str | None, place: Place) -> ExportResult:
     """Export a run's network and register it in MLflow; see `api.export`."""
     name = search if register is None else register
     registry.check_name(name)
+    folder = None if out is None else user_path("--out", out)
     origin = origin_of(run, search, place)
     network, card = load_network(origin, torch.device("cpu"))
-    default = re.sub(r"[^\w.-]", "-", f"{origin.search}-{origin.run}")  # a server named it
-    folder = path_of(default if out is None else out)
+    folder = folder or Path(re.sub(r"[^\w.-]", "-", f"{origin.search}-{origin.run}"))  # a server named it
     with variables_set({}, ("TORCHINDUCTOR_CACHE_DIR",)):  # PyTorch's exporter leaves it behind
         differences = write(network, card, folder)
     version = registry.register(open_client(place), name, card, folder / ONNX)

@@ -84,7 +84,7 @@ def _save_pyfunc(folder: Path, card: Card, onnx: Path) -> None:
     mlflow.pyfunc.save_model(
         str(folder),
         python_model=str(Path(__file__).with_name("served_model.py")),
-        artifacts={"network": str(onnx)},
+        artifacts={"network": onnx.absolute().as_uri()},
         signature=ModelSignature(Schema([images]), Schema([labels])),
         input_example=np.random.default_rng(0).integers(0, 256, (1, 3, *_SERVED_EXAMPLE_SIZE), np.uint8),
         pip_requirements=[f"{package}=={version(package)}" for package in ("mlflow", "numpy", "onnxruntime")],

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from segadapt.platform.errors import redacted
 from segadapt.platform.storage.folders import Place, Storage
 
 Level = Literal["ok", "warning", "fault"]
@@ -24,6 +25,10 @@ class Finding:
     repair: Callable[[], None] | None = field(default=None, repr=False, compare=False)
     """Mends it; None where nothing can without the user."""
     repaired: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("text", "meaning", "advice"):  # they quote errors of whatever was asked
+            object.__setattr__(self, name, redacted(getattr(self, name)))
 
     def mended(self) -> "Finding":
         """Repair it; returns what there is to say then."""

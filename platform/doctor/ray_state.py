@@ -9,6 +9,7 @@ from typing import Any
 from segadapt.platform.settings.config import Values
 from segadapt.platform.settings.reported import End, Reported
 from segadapt.platform.settings.states import TrialState
+from segadapt.platform.storage.folders import is_name
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ def ray_trials(folder: Path) -> dict[str, RayTrial] | None:
         return None
     try:
         pairs = [[json.loads(part) for part in pair] for pair in json.loads(saved.read_text())["trial_data"]]
+        for trial, more in pairs:  # both become paths
+            names = (trial["trial_id"], *filter(None, (more["error_filename"],)))
+            if not all(is_name(name) for name in names):
+                raise ValueError(f"names that lead elsewhere: {names}")
         pairs.sort(key=lambda pair: int(pair[0]["experiment_tag"].partition("_")[0]))  # `2_lr=0.1` is the second
         return {
             trial["trial_id"]: RayTrial(

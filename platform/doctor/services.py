@@ -2,22 +2,24 @@
 
 import contextlib
 import importlib.metadata
-import os
+import shlex
 import sqlite3
 import time
-import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from packaging.version import Version
+import requests
+from packaging.version import InvalidVersion, Version
 
 from segadapt.platform.cluster.connection import check_address, connect, why_no_cluster
 from segadapt.platform.doctor.drivers import Drivers
 from segadapt.platform.doctor.findings import Examination, Finding, fault
 from segadapt.platform.errors import UsageError, redacted
+from segadapt.platform.ray_internals.start import variable
 from segadapt.platform.search.study_storage import database_file, file_fault, open_study_storage
 from segadapt.platform.settings.text import first_line
+from segadapt.platform.storage.folders import database_url
 from segadapt.platform.tracking import outbox
 from segadapt.platform.tracking.client import mlflow_client, mlflow_settings, waiting_folder
 from segadapt.platform.tracking.mlflow_internals import newest_schema
@@ -62,7 +64,7 @@ def tracking_findings(what: Examination) -> Iterator[Finding]:
         if problem is not None:
             yield problem
             return
-    shown = redacted(what.place.tracking_url)
+    shown = redacted(what.place.tracking_uri or what.storage.mlflow_database)
     try:
         mlflow_client(what.place.tracking_url).search_experiments(max_results=1)
     except Exception as error:  # whatever the client raises for what does not answer
@@ -79,12 +81,14 @@ def _server_version(uri: str | None, shown: str) -> Iterator[Finding]:
         yield Finding("tracking", "ok", f"{shown} answers, schema of MLflow {ours}")
         return
     try:
-        with mlflow_settings(), urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=5) as answer:
-            theirs = answer.read().decode().strip()
-    except OSError:
+        with mlflow_settings():
+            answer = requests.get(f"{uri.rstrip('/')}/version", timeout=5)  # takes the login that an address may hold
+        answer.raise_for_status()
+        theirs = Version(answer.text.strip())
+    except (OSError, InvalidVersion):
         yield Finding("tracking", "ok", f"{shown} answers, but does not tell its version")
         return
-    if Version(theirs).release[:2] == Version(ours).release[:2]:
+    if theirs.release[:2] == Version(ours).release[:2]:
         yield Finding("tracking", "ok", f"{shown} answers, MLflow {theirs}, {ours} here")
     else:
         text = f"{shown} runs MLflow {theirs}, but {ours} is here"
@@ -124,7 +128,8 @@ def _database_problems(path: Path) -> Iterator[Finding]:
         return
     ours = importlib.metadata.version("mlflow")
     text = f"{path} holds {runs} runs in another schema ({version}) than MLflow {ours} has ({schema.revision})"
-    advice = f"Use the MLflow that wrote it; or, if it is older, copy it and `mlflow db upgrade sqlite:///{path}`"
+    upgrade = f"mlflow db upgrade {shlex.quote(database_url(path))}"
+    advice = f"Use the MLflow that wrote it; or, if it is older, copy it and `{upgrade}`"
     yield fault(
         "tracking", text, "It was written by another version of MLflow, or a change of it was cut short", advice
     )
@@ -157,17 +162,17 @@ def study_findings(what: Examination) -> Iterator[Finding]:
         advice = "Put back a copy; or --fix sets it aside and makes the studies anew from what Ray and MLflow hold"
         yield Finding("study", "fault", text, meaning, advice, partial(_set_aside, file, "damaged"))
         return
-    url = what.place.study_url
+    shown = redacted(what.place.study_uri or what.storage.study_database)
     try:
-        names = _studies(url)
+        names = _studies(what.place.study_url)
     except UsageError as error:
         yield fault("study", str(error), "Searches cannot begin or go on", "")
     except Exception as error:  # of another version, or no database of Optuna's
         reason = first_line(error)
-        text = f"{redacted(url)} cannot be used: {reason}"
+        text = f"{shown} cannot be used: {reason}"
         yield fault("study", text, "Searches cannot begin or go on", "Use the Optuna that made it, or a backup")
     else:
-        yield Finding("study", "ok", f"{redacted(url)} answers, {names} studies")
+        yield Finding("study", "ok", f"{shown} answers, {names} studies")
 
 
 def _studies(url: str) -> int:
@@ -184,7 +189,7 @@ def cluster_findings(what: Examination) -> Iterator[Finding]:
     """Look whether the cluster answers, and what its nodes have and see."""
     address, named_by = what.address, "--address"
     if address is None:
-        address, named_by = os.environ.get("RAY_ADDRESS") or None, "RAY_ADDRESS"
+        address, named_by = variable("RAY_ADDRESS"), "RAY_ADDRESS"
     if address is None:
         yield Finding("cluster", "ok", "No --address: commands start Ray on this machine, and end it with themselves")
         return
@@ -211,7 +216,7 @@ def _nodes(what: Examination, address: str) -> Iterator[Finding]:
     from segadapt.platform.cluster.preflight import node_problems
 
     with connect(address) as capacity:
-        authenticated = "with a token" if os.environ.get("RAY_AUTH_MODE") == "token" else "without a token"
+        authenticated = "with a token" if variable("RAY_AUTH_MODE") == "token" else "without a token"
         yield Finding("cluster", "ok", f"{address} answers, {authenticated}: {capacity}")
         if not what.storage.root.is_dir():
             return

@@ -2,9 +2,11 @@
 
 import contextlib
 import gc
+import hashlib
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -47,23 +49,77 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where the workers of a trial listen for each other; without it, where the machine's name leads."""
 
 
+_SOCKET_PATH_BYTES = 107
+"""Most that the path of a socket may have."""
+
+_BELOW_BYTES = 80
+"""Of these, what Ray may need below its folder: /ray/session_<date>_<process>/sockets/plasma_store."""
+
+_SHORT = Path("/tmp")
+
+
+@contextlib.contextmanager
+def private_session() -> Iterator[None]:
+    """Have the Ray that is started meanwhile keep its sockets and logs where no other user of the machine reaches them.
+
+    Ray makes its folders writable for all, so they lie in one that is closed to others.
+
+    Raises:
+        UsageError: If there can be no such folder.
+    """
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if variable(name) is not None), None)
+    base = Path(variable(name) or _SHORT).absolute() if name is not None else _SHORT
+    folder = _own_folder(base, name)
+    if len(os.fsencode(folder)) > _SOCKET_PATH_BYTES - _BELOW_BYTES:
+        link = _own_folder(_SHORT, None) / hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(folder)
+        folder = link
+    with variables_set({"RAY_TMPDIR": str(folder)}):
+        yield
+
+
+def _own_folder(base: Path, variable_name: str | None) -> Path:
+    """Make the folder in `base` that only this user may enter, and return it.
+
+    Raises:
+        UsageError: If `base` cannot be written, or another user made that folder.
+    """
+    folder = base / f"segadapt-{os.getuid()}"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if status.st_uid == os.getuid() and stat.S_ISDIR(status.st_mode):
+            folder.chmod(0o700)
+            return folder
+        reason = "it is another user's, or a link"
+    except OSError as error:
+        reason = str(error.strerror)
+    raise UsageError(
+        f"Ray must have a folder of this user alone at {folder}, but: {reason}. "
+        + (f"Correct {variable_name}." if variable_name else "Set RAY_TMPDIR to a folder of yours.")
+    )
+
+
 @contextlib.contextmanager
 def authenticated(*, local: bool) -> Iterator[None]:
     """Decide how Ray authenticates: its own default depends on what ran before on the machine."""
-    if "RAY_AUTH_MODE" in os.environ:
-        variables = {}
-    elif local:
-        variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    else:
-        variables = {"RAY_AUTH_MODE": "token" if has_token() else "disabled"}
-    if variables and not _reads_again():
-        variables = {}  # processes that are started would ask for a token that this one does not show
-    try:
-        with variables_set(variables):
+    with variables_set(empty_variables("RAY_")):  # at one that should be a number, Ray ends the process
+        variables: dict[str, str] = {}
+        if variable("RAY_AUTH_MODE") is None:
+            if local:
+                variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            else:
+                variables = {"RAY_AUTH_MODE": "token" if has_token() else "disabled"}
+        if variables and not _reads_again():
+            variables = {}  # processes that are started would ask for a token that this one does not show
+        try:
+            with variables_set(variables):
+                _read_again()
+                yield
+        finally:
             _read_again()
-            yield
-    finally:
-        _read_again()
 
 
 def has_token() -> bool:
@@ -71,8 +127,8 @@ def has_token() -> bool:
     try:
         from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
     except ImportError:
-        file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-        return bool(os.environ.get("RAY_AUTH_TOKEN")) or file.is_file()
+        file = Path(variable("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+        return variable("RAY_AUTH_TOKEN") is not None or file.is_file()
     return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
 
@@ -141,7 +197,7 @@ def on_loopback(*, dashboard: bool) -> Iterator[None]:
         variables[ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # on all systems: Ray then takes 127.0.0.1 as its address
         changes.append((ray_constants, "ENABLE_RAY_CLUSTER", False))  # Ray read it when it was imported
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    variables |= {name: loopback for name in _INTERFACES if name not in os.environ}
+    variables |= {name: loopback for name in _INTERFACES if variable(name) is None}
     with variables_set(variables), attributes_changed(*changes, *_without_services(dashboard=dashboard)):
         yield
 
@@ -254,7 +310,7 @@ def _listen_beyond_loopback(error: Exception) -> None:
     Raises:
         UsageError: If it does not ask for a token there.
     """
-    if os.environ.get("RAY_AUTH_MODE") != "token":
+    if variable("RAY_AUTH_MODE") != "token":
         raise UsageError(
             "The Ray that is started here must listen on 127.0.0.1 alone or ask for a token, but this version of Ray "
             f"can be had to do neither ({error}): whoever reaches this machine would run code on it. Set "
@@ -296,16 +352,35 @@ def attributes_changed(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def variable(name: str) -> str | None:
+    """Return a variable of the environment; None if it is not set, or empty, which means the same."""
+    return os.environ.get(name) or None
+
+
+def empty_variables(*prefixes: str) -> dict[str, str | None]:
+    """Return the variables that are set to nothing and begin so; the programs they are for would stumble over them."""
+    return {name: None for name, value in os.environ.items() if value == "" and name.startswith(prefixes)}
+
+
 @contextlib.contextmanager
-def variables_set(variables: Mapping[str, str], left_by_others: Collection[str] = ()) -> Iterator[None]:
-    """Set variables of this process's environment meanwhile, and restore those that others set in it meanwhile."""
+def variables_set(variables: Mapping[str, str | None], left_by_others: Collection[str] = ()) -> Iterator[None]:
+    """Set variables of this process's environment meanwhile, and restore those that others set in it meanwhile.
+
+    Args:
+        variables: Values by name; None unsets one.
+        left_by_others: Names of those that others set.
+    """
     before = {name: os.environ.get(name) for name in (*variables, *left_by_others)}
-    os.environ.update(variables)
+    _set_variables(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_variables(before)
+
+
+def _set_variables(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -1,7 +1,6 @@
 """Pictures of studies."""
 
 import contextlib
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from segadapt.platform.ray_internals.start import variable
 from segadapt.platform.search.study import decisions
 from segadapt.platform.settings.config import METHOD
 from segadapt.platform.settings.objective import Objective
@@ -116,7 +116,7 @@ def _picture(name: str, study: Any, objective: Objective, **more: Any) -> Any:
 @contextlib.contextmanager
 def _drawing() -> Iterator[None]:
     """Draw with matplotlib as Optuna does, without a screen; a notebook's own backend and style come back."""
-    chosen = "matplotlib.pyplot" in sys.modules or "MPLBACKEND" in os.environ
+    chosen = "matplotlib.pyplot" in sys.modules or variable("MPLBACKEND") is not None
     import matplotlib
     import matplotlib.pyplot as plt
 

@@ -15,7 +15,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial
 
-from segadapt.platform.errors import UsageError, warn_of_change
+from segadapt.platform.errors import UsageError, redacted, warn_of_change
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.storage.retries import STORAGE_PATIENCE_S, retry
 
@@ -45,19 +45,14 @@ def open_study_storage(url: str) -> BaseStorage:
     Raises:
         UsageError: If it cannot be reached; the message leaves out the password.
     """
-    from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         return _patient(_remembering(_made_or_found(url)))
     except (SQLAlchemyError, ImportError) as error:
-        try:
-            shown = make_url(url).render_as_string(hide_password=True)
-        except SQLAlchemyError:
-            shown = "what was given"
         raise UsageError(
-            "--study-uri must be a database that answers, such as postgresql+psycopg://user:password@host/name (with "
-            f"`pip install segadapt[postgresql]`), but {shown} does not: {_reason(error)}"
+            "--study-uri must be a database that answers, such as postgresql+psycopg://host/name (with "
+            f"`pip install segadapt[postgresql]`), but {redacted(url)} does not: {_reason(error)}"
         ) from error
 
 
@@ -210,4 +205,4 @@ def _waiting(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reason(error: Exception) -> str:
     """Return the first line of what a database answered."""
-    return str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+    return redacted(getattr(error, "orig", None) or error).strip().splitlines()[0]

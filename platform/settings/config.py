@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from segadapt.platform.errors import UsageError
+from segadapt.platform.errors import UsageError, check_no_password
 from segadapt.platform.settings.text import path_of
 from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import DataConfig
@@ -174,8 +174,14 @@ def flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def anchored(values: Values) -> dict[str, Any]:
-    """Return the settings with roots of datasets and files of weights made absolute: trials run in other folders."""
+    """Return the settings with roots of datasets and files of weights made absolute: trials run in other folders.
+
+    Raises:
+        UsageError: If one holds a password: settings are kept in many places.
+    """
     settings = dict(values)
+    for key, value in settings.items():
+        check_no_password(key, value)
     for key in ("data.source", "data.target"):
         kind, separator, root = str(values.get(key, "")).partition(":")
         if separator and root and "://" not in root:

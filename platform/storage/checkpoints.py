@@ -10,7 +10,7 @@ from typing import Any
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage.files import write_whole
-from segadapt.platform.storage.folders import Storage
+from segadapt.platform.storage.folders import Storage, is_name
 from segadapt.trainables.core.training.checkpoint import EVALUATION, GALLERY, MANIFEST, STATE, is_whole
 
 CONFIG = "config.json"
@@ -47,13 +47,13 @@ def checkpoint_folder(storage: Storage, name: str) -> Path:
             folder, from which the storage was moved, its part below `ray/` counts.
 
     Raises:
-        UsageError: If it would lie outside the storage folder: whoever may write to MLflow chose it.
+        UsageError: If no checkpoint could lie there: whoever may write to MLflow chose it.
     """
-    parts = [part for part in _parts_in_storage(storage, PurePosixPath(name)) if ".." not in part.parts]
+    parts = [part for part in _parts_in_storage(storage, PurePosixPath(name)) if _is_of_a_checkpoint(storage, part)]
     if not parts:
         raise UsageError(
-            f"A checkpoint must lie in the storage folder {storage.root}, but is noted as {name!r}. "
-            "Name the --storage it was made in, or another run."
+            f"A checkpoint must lie in the storage folder {storage.root}, as ray/SEARCH/TRIAL/checkpoint_NUMBER, but "
+            f"is noted as {name!r}. Name the --storage it was made in, or another run."
         )
     folders = [storage.root / part for part in parts]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
@@ -67,6 +67,16 @@ def _parts_in_storage(storage: Storage, path: PurePosixPath) -> list[PurePosixPa
         return [path.relative_to(storage.root)]
     experiments = [index for index, part in enumerate(path.parts) if part == storage.experiments.name]
     return [PurePosixPath(*path.parts[index:]) for index in reversed(experiments)]
+
+
+def _is_of_a_checkpoint(storage: Storage, path: PurePosixPath) -> bool:
+    """Return whether a checkpoint may lie at a path below the storage folder; no other folder is ever touched."""
+    if len(path.parts) not in (4, 5):
+        return False
+    first, *parents, last = path.parts
+    is_in_trial = len(parents) == 2 or parents[1] == TRAIN_FOLDER
+    is_checkpoint = first == storage.experiments.name and is_in_trial and last.startswith("checkpoint_")
+    return is_checkpoint and all(is_name(part) for part in (*parents, last))
 
 
 # What the files of a checkpoint folder say.

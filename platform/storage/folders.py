@@ -1,13 +1,14 @@
 """The storage folder: where everything a user keeps lives."""
 
-import os
 import re
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from segadapt.platform.errors import UsageError
+from segadapt.platform.errors import UsageError, check_address
+from segadapt.platform.ray_internals.start import variable
+from segadapt.platform.settings.text import path_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -70,12 +71,38 @@ class Storage:
         return self.experiments / name
 
 
+def database_url(path: Path) -> str:
+    """Return the address of an SQLite database, whatever characters its path holds.
+
+    It names the driver: of an address that begins with `sqlite:///`, MLflow takes the rest for a path as it stands, and
+    makes that folder.
+    """
+    from sqlalchemy.engine import URL  # takes as long as all the rest of this module
+
+    return URL.create("sqlite+pysqlite", database=str(path)).render_as_string(hide_password=False)
+
+
+def user_path(name: str, path: str | Path) -> Path:
+    """Return a path that a user has given.
+
+    Args:
+        name: Of the option or argument.
+        path: What it was given; `~` is the user's folder.
+
+    Raises:
+        UsageError: If it is empty, as of a variable that is not set: it would stand for the current folder.
+    """
+    if str(path) == "" or "\0" in str(path):
+        raise UsageError(f"{name} must be a path, but got {str(path)!r}. Write . for the current folder.")
+    return path_of(str(path))
+
+
 @dataclass(frozen=True)
 class Place:
     """Where experiments are kept and tracked. Making one touches nothing.
 
     Raises:
-        UsageError: If an address is an empty text.
+        UsageError: If the folder or an address is an empty text, or an address holds white space.
 
     Example:
         >>> import segadapt
@@ -94,9 +121,9 @@ class Place:
     """Optuna's storage, such as postgresql+psycopg://...; None keeps studies in a database in the storage folder."""
 
     def __post_init__(self) -> None:
+        user_path("--storage", self.storage)
         for option, address in (("--tracking-uri", self.tracking_uri), ("--study-uri", self.study_uri)):
-            if address == "":
-                raise UsageError(f"{option} must be an address, but got ''. Leave it out to use the storage folder.")
+            check_address(option, address)
 
     @property
     def folders(self) -> Storage:
@@ -106,12 +133,12 @@ class Place:
     @property
     def tracking_url(self) -> str:
         """Address of the MLflow server, or of the database in the storage folder."""
-        return self.tracking_uri or f"sqlite:///{self.folders.mlflow_database}"
+        return self.tracking_uri or database_url(self.folders.mlflow_database)
 
     @property
     def study_url(self) -> str:
         """Address of Optuna's storage, as SQLAlchemy takes it."""
-        return self.study_uri or f"sqlite:///{self.folders.study_database}"
+        return self.study_uri or database_url(self.folders.study_database)
 
     def existing(self) -> Storage:
         """Return the paths below a storage folder that must be there.
@@ -138,13 +165,18 @@ HERE = Place()
 """The storage folder `runs` in the current folder, with MLflow and the studies in it."""
 
 
+def is_name(name: str) -> bool:
+    """Return whether a name may become that of a folder."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> None:
     """Make sure that a name may become that of a folder.
 
     Raises:
         UsageError: If it could leave the folder it is in, or is not readable in a terminal.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise UsageError(
             "A name must be 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit, "
             f"but got {name!r}. Choose another."
@@ -157,6 +189,7 @@ def open_storage(root: str) -> Storage:
     Raises:
         UsageError: If it is not a folder that can be written, or the disk is nearly full.
     """
+    user_path("--storage", root)
     if "://" in root:
         raise UsageError(
             f"--storage must be a folder that all nodes see, but got {root!r}. Mount it, or choose another."
@@ -172,10 +205,18 @@ def open_storage(root: str) -> Storage:
             "Choose another or change its permissions."
         ) from error
     free = shutil.disk_usage(storage.root).free
-    least = int(os.environ.get("SEGADAPT_MIN_FREE_BYTES", _LEAST_FREE_BYTES))
+    least = _least_free_bytes()
     if free < least:
         raise UsageError(
             f"The disk of --storage must have {least / 2**20:.0f} MiB free, but {storage.root} has "
             f"{free / 2**20:.0f} MiB. Free some space or choose another folder."
         )
     return storage
+
+
+def _least_free_bytes() -> int:
+    """Return how many bytes must be free on the disk of a storage folder."""
+    text = variable("SEGADAPT_MIN_FREE_BYTES")
+    if text is not None and not text.isdecimal():
+        raise UsageError(f"SEGADAPT_MIN_FREE_BYTES must be a number of bytes, but is {text!r}. Correct or unset it.")
+    return int(text or _LEAST_FREE_BYTES)

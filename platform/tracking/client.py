@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import logging
-import os
 import re
 import threading
 from collections.abc import Callable
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from segadapt.platform.ray_internals.start import variables_set
+from segadapt.platform.errors import redacted
+from segadapt.platform.ray_internals.start import empty_variables, variable, variables_set
 from segadapt.platform.settings.addresses import direct_to_loopback
 from segadapt.platform.storage.folders import Place
 
@@ -34,8 +34,8 @@ def waiting_folder(place: Place) -> Path:
     """Return the folder of records that wait for a server, named after it without the password it may hold."""
     if place.tracking_uri is None:
         return place.folders.tracking / "local"
-    parts = urlsplit(place.tracking_uri.rstrip("/"))
-    server = parts.netloc.rpartition("@")[2] + parts.path
+    parts = urlsplit(redacted(place.tracking_uri.rstrip("/")))
+    server = parts.netloc + parts.path
     digest = hashlib.sha256(f"{parts.scheme}://{server}".encode()).hexdigest()[:8]
     return place.folders.tracking / f"{re.sub('[^A-Za-z0-9.]+', '-', server).strip('-')[-60:]}-{digest}"
 
@@ -80,8 +80,9 @@ class _Settings:
     def __enter__(self) -> None:
         with self._lock:
             if self._needed == 0:
-                unset = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
-                self._variables.enter_context(variables_set(unset | direct_to_loopback(), _LEFT_BY_MLFLOW))
+                unset = {name: value for name, value in _SETTINGS.items() if variable(name) is None}
+                settings = empty_variables("MLFLOW_") | unset | direct_to_loopback()
+                self._variables.enter_context(variables_set(settings, _LEFT_BY_MLFLOW))
             self._needed += 1
 
     def __exit__(self, *error: object) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from segadapt.platform.errors import redacted
 from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.files import locked
-from segadapt.platform.storage.folders import Place
+from segadapt.platform.storage.folders import Place, database_url
 from segadapt.platform.storage.retries import retry
 from segadapt.platform.tracking import outbox
 from segadapt.platform.tracking.client import mlflow_client, mlflow_settings, waiting_folder
@@ -170,7 +170,7 @@ def _make_database(path: Path) -> None:
     folder = path.with_name(f".{path.name}.new")
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed here
     folder.mkdir()
-    RunWriter(mlflow_client(f"sqlite:///{folder / path.name}"), None).check()
+    RunWriter(mlflow_client(database_url(folder / path.name)), None).check()
     (folder / path.name).rename(path)
     folder.rmdir()
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from segadapt.platform.errors import redacted
+from segadapt.platform.ray_internals.start import variable
 from segadapt.platform.settings.states import MlflowStatus, TrialState
 from segadapt.platform.storage.checkpoints import TRACKED
 from segadapt.platform.storage.folders import Place
@@ -70,7 +71,7 @@ class Tracker:
         """Create the run, or continue the one that has its key; its tags are set anew, its params are kept."""
         self._open[info.key] = None
         params = {name: str(value) for name, value in info.params.items()}
-        tags = {"mlflow.user": os.environ.get("USER", "segadapt"), **info.tags}
+        tags = {"mlflow.user": variable("USER") or "segadapt", **info.tags}
         self._record("start", **{**asdict(info), "tags": tags, "params": params}, timestamp=_now())
 
     def log_metrics(self, key: str, metrics: Mapping[str, Any], step: int) -> None:

@@ -10,7 +10,7 @@ import sys
 import urllib.request
 
 from segadapt.platform.errors import UsageError
-from segadapt.platform.ray_internals.start import variables_set
+from segadapt.platform.ray_internals.start import empty_variables, variables_set
 from segadapt.platform.settings.addresses import direct_to_loopback
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.storage.retries import retry
@@ -38,8 +38,9 @@ def serve(place: Place, port: int) -> int:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]  # no other site's name leads here
     command += ["--backend-store-uri", place.tracking_url]
-    command += ["--artifacts-destination", str(opened.mlflow_artifacts)]
-    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command += ["--artifacts-destination", opened.mlflow_artifacts.as_uri()]
+    given = {name: value for name, value in os.environ.items() if name not in empty_variables("MLFLOW_")}
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **given, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _wait_for_health(f"http://127.0.0.1:{port}", server)

@@ -19,6 +19,7 @@ import segadapt as api
 from segadapt.platform.cli.main import app
 from segadapt.platform.cluster.connection import connect
 from segadapt.platform.deployment.evaluation import load_deployed
+from segadapt.platform.doctor.ray_state import ray_trials
 from segadapt.platform.errors import UsageError, redacted
 from segadapt.platform.experiment.finishing import FinishRequest, plan_finish
 from segadapt.platform.storage.folders import Place
@@ -37,8 +38,9 @@ def test_a_ray_that_is_started_here_listens_on_loopback_and_knows_its_own_alone(
     import grpc
     import ray
 
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("long" * 30)))  # longer than the path of a socket may be
     with connect(None):
         assert ray.get(ray.remote(lambda: os.environ["RAY_AUTH_MODE"]).remote()) == "token"
         token = os.environ["RAY_AUTH_TOKEN"]
@@ -59,7 +61,12 @@ def test_a_ray_that_is_started_here_listens_on_loopback_and_knows_its_own_alone(
         session = Path(ray._private.worker._global_node.get_session_dir_path())
         written = [path for path in session.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
         assert written == [], "the token is in no file"
-    assert "RAY_AUTH_TOKEN" not in os.environ
+        assert session.resolve().is_relative_to(tmp_path), "on the disk that the user named"
+        closed = [folder for folder in session.parents if folder.stat().st_mode & 0o777 == 0o700]
+        assert tmp_path / ("long" * 30) / f"segadapt-{os.getuid()}" in [folder.resolve() for folder in closed], (
+            "nobody else reaches its logs and sockets"
+        )
+    assert os.environ["RAY_AUTH_TOKEN"] == ""
 
 
 class _Attack:
@@ -100,6 +107,7 @@ def test_nothing_unpickles_but_through_the_checks() -> None:
     assert not [
         call for call in calls if call[0] in ("pickle.load", "pickle.loads", "cloudpickle.loads", "joblib.load")
     ]
+    assert [name for name, _ in calls if name.endswith("export.load")] == ["torch.export.load"], "of our own file"
     torch_loads = [words for name, words in calls if name == "torch.load"]
     assert torch_loads
     assert all(ast.unparse(words["weights_only"]) == "True" for words in torch_loads)
@@ -169,6 +177,32 @@ def test_a_password_in_the_servers_address_is_neither_shown_nor_kept(
     done = CliRunner().invoke(app, ["search", "sdca", "--tracking-uri", uri, "--storage", str(tmp_path)])
     assert isinstance(done.exception, UsageError)
     assert "hunter2" not in done.output + str(done.exception)
+
+
+def test_a_key_in_an_address_of_data_is_refused_before_it_is_kept(tmp_path: Path) -> None:
+    root, place = "s3://KEY:hunter2@bucket/town", Place(tmp_path / "runs")
+    settings = {"data.source": f"shards:{root}", "data.target": f"shards:{root}"}
+    for use in (
+        lambda: api.plan("sdca", settings, place=place),
+        lambda: api.train("sdca", settings, place=place),
+        lambda: api.evaluate("best", "town", settings, place=place),
+        lambda: api.data_check("shards", root),
+        lambda: api.data_pack("folder", root, str(tmp_path / "out")),
+    ):
+        with pytest.raises(UsageError, match=r"must hold no password or key.*s3://bucket/town\. Set AWS_") as refused:
+            use()
+        assert "hunter2" not in str(refused.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_names_in_rays_state_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
+    for trial_id, error_file in (("../../outside", None), ("a", "/etc/passwd"), ("a", "../b")):
+        trial = {"trial_id": trial_id, "status": "ERROR", "config": {}, "experiment_tag": "1"}
+        more = {"last_result": {}, "last_result_time": 0, "error_filename": error_file}
+        content = {"trial_data": [[json.dumps(trial), json.dumps(more)]]}
+        (tmp_path / "experiment_state-1.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="names that lead elsewhere"):
+            ray_trials(tmp_path)
 
 
 @pytest.mark.slow

@@ -19,9 +19,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from torch import Tensor
 
 from segadapt.trainables.core.data import packing
@@ -485,6 +487,24 @@ def test_a_malformed_folder_is_refused(name: str, content: bytes, said: str, pac
 
 
 # --- A bucket --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../train-00000.parquet", "/etc/passwd", "a/b", "..", ""])
+def test_files_and_images_that_lead_out_of_the_folder_are_refused(name: str, packed: Path) -> None:
+    sound = json.loads((packed / "manifest.json").read_text())
+    shards = [{**sound["shards"][0], "name": name}, *sound["shards"][1:]]
+    (packed / "manifest.json").write_text(json.dumps({**sound, "shards": shards}))
+    with pytest.raises(ValueError, match=r"must be relative and stay in their folder, but .* has"):
+        open_shards(str(packed))
+    if name == "a/b":  # as images of datasets in folders are called
+        return
+    table = parquet.read_table(packed / "index.parquet")
+    ids = pyarrow.array([name, *table["id"].to_pylist()[1:]])
+    parquet.write_table(table.set_column(table.schema.get_field_index("id"), "id", ids), packed / "index.parquet")
+    index = {**sound["index"], "sha256": hashlib.sha256((packed / "index.parquet").read_bytes()).hexdigest()}
+    (packed / "manifest.json").write_text(json.dumps({**sound, "index": index}))
+    with pytest.raises(ValueError, match=r"must be relative and stay in their folder, but .* has"):
+        open_shards(str(packed))
 
 
 @pytest.fixture

@@ -180,7 +180,7 @@ ALONE = [
         "--search, --storage and --tracking-uri say where a run",
     ),
     (
-        ("predict", "model.pt2", "photos", "out", "--storage", "x"),
+        ("predict", "model.onnx", "photos", "out", "--storage", "x"),
         "--search, --storage and --tracking-uri say where a run",
     ),
     (("data", "pack", "folder", "town", "out", "--quality", "50"), "--quality must come with --format jpeg"),
@@ -189,6 +189,18 @@ ALONE = [
         "--size resizes the split train alone",
     ),
     (("cache", "prune", "--older-than", "0", "--all"), "Either --older-than DAYS"),
+    (("runs", "x", "--storage", ""), "--storage must be a path, but got ''"),
+    (("runs", "x", "--tracking-uri", ""), "--tracking-uri must be an address"),
+    (("status", "x", "--study-uri", ""), "--study-uri must be an address"),
+    (("report", "x", "--out", ""), "--out must be a path"),
+    (("export", "best", "--search", "x", "--out", ""), "--out must be a path"),
+    (("evaluate", "best", "--search", "x", "--save-predictions", ""), "--save-predictions must be a path"),
+    (("predict", "model.onnx", "", "out"), "IMAGES must be a path"),
+    (("predict", "model.onnx", "photos", ""), "OUT must be a path"),
+    (("data", "make", ""), "FOLDER must be a path"),
+    (("data", "check", "folder", ""), "ROOT must be a path"),
+    (("data", "pack", "folder", "town", ""), "OUT must be a path"),
+    (("data", "show", ""), "PATH must be a path"),
 ]
 
 

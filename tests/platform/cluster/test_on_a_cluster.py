@@ -315,6 +315,11 @@ class _elsewhere:  # noqa: N801  # reads as what it is: a context
         (["search", "sdca", "--storage=runs"], "--storage with an absolute path"),
         (["search", "sdca", "--storage", "/mnt/x", "--address", "auto"], "no --address"),
         (["search", "sdca", "--storage", "/mnt/x", "--study-uri=postgresql://me:secret@host/db"], "hold no password"),
+        (["search", "sdca", "--storage", "/mnt/x", "--storage", "runs"], "--storage with an absolute path"),
+        (["search", "sdca", "--storage", "/mnt/x", "--study-uri", "postgresql:///db?password=secret"], "no password"),
+        (["search", "--storage=/mnt/x", "--study-uri=x://h/a", "--study-uri", "x://me:secret@h/a"], "no password"),
+        (["search", "--storage=/mnt/x", "--tracking-uri", "http://me:se/secret@host"], "no password.* in http://host"),
+        (["search", "--storage=/mnt/x", "data.source=shards:s3://KEY:secret@b/x"], "no password.*=shards:s3://b/x"),
         (["search", "sdca", "--storage", "/mnt/x", "--config", "none.yaml"], "none.yaml is not"),
     ],
 )

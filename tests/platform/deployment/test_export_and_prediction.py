@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,6 +41,7 @@ from segadapt.trainables.core.data.transforms import resized
 from segadapt.trainables.core.evaluation.deployed import DeployedNetwork, resized_antialiased, stride
 from segadapt.trainables.core.evaluation.inference import Inference
 from segadapt.trainables.core.networks import Segmenter, SegmenterOutput, build_segmenter
+from segadapt.trainables.core.training.checkpoint import MANIFEST, STATE
 from segadapt.trainables.plca import AggregatingSegmenter
 
 CPU = torch.device("cpu")
@@ -88,10 +92,11 @@ def test_exported_files_carry_all_that_is_known_of_the_network(trained: Path, ex
     assert len(card["data_fingerprint"]) == 64
     assert card["normalisation"]["mean"][0] == pytest.approx(0.485 * 255)
     assert card["config"]["data"]["streets"]["width"] == 64
-    for name in (ONNX, PT2):
-        assert open_exported(Path(exported.folder) / name)[1] == Card.from_dict(card)
-        assert exported.differences[name] <= 1e-5
-    program = torch.export.load(Path(exported.folder) / PT2)
+    assert open_exported(Path(exported.folder) / ONNX)[1] == Card.from_dict(card)
+    assert max(exported.differences[name] for name in (ONNX, PT2)) <= 1e-5
+    extra = {CARD: ""}
+    program = torch.export.load(Path(exported.folder) / PT2, extra_files=extra)
+    assert json.loads(extra[CARD]) == card
     assert sum(value.numel() for value in program.parameters()) == sum(
         value.numel() for value in deployed.network.parameters()
     )
@@ -176,12 +181,15 @@ def wait_for(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None
     raise AssertionError(log.read_text())
 
 
-def test_a_run_and_its_files_label_a_folder_alike(
+def test_a_run_its_checkpoint_and_its_file_label_a_folder_alike(
     trained: Path, exported: ExportResult, photos: Path, tmp_path: Path
 ) -> None:
     found = {}
-    for source, search in (("best", "tiny"), (f"{exported.folder}/{ONNX}", None), (f"{exported.folder}/{PT2}", None)):
-        out = tmp_path / source.rsplit(".", 1)[-1]
+    (row,) = api.runs("tiny", place=Place(str(trained / "runs"))).rows
+    assert row.checkpoint is not None
+    brought = shutil.copytree(row.checkpoint, tmp_path / "brought")  # to another machine, without the storage folder
+    for source, search in (("best", "tiny"), (f"{exported.folder}/{ONNX}", None), (str(brought), None)):
+        out = tmp_path / f"out-{len(found)}"
         where = {"search": search, "place": Place(str(trained / "runs"))} if search else {}
         result = api.predict(source, str(photos), str(out), batch_size=2, **where)
         assert (result.images, result.written, result.skipped) == (6, 4, 0)
@@ -260,7 +268,12 @@ def test_the_command_names_unreadable_images_writes_pictures_and_goes_on_after_a
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "best"}, "RUN needs --search NAME, and a file must end in .onnx or .pt2, but got 'best' alone"),
+        ({"source": "best"}, "RUN needs --search NAME, a file must end in .onnx and a checkpoint be a folder, but got"),
+        ({"source": "photos/model.pt2"}, "a .pt2 file runs what its maker put into it. Name the model.onnx"),
+        ({"source": "photos"}, "The checkpoint of the run must lie in photos, but cannot be read"),
+        ({"source": ""}, "RUN must be a path, but got ''"),
+        ({"images": ""}, "IMAGES must be a path, but got ''"),
+        ({"out": ""}, "OUT must be a path, but got ''"),
         ({"source": "absent.onnx"}, "there is none at absent.onnx"),
         ({"source": "photos/a.onnx"}, "must be a whole file that `segadapt export` wrote, but photos/a.onnx is not"),
         ({"images": "absent"}, "must be an image or a folder of images"),
@@ -289,6 +302,58 @@ def test_wrong_usage_is_refused(
     assert not Path("out").exists()
 
 
+class Attack:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("name", ["model.pt2", "model.onnx", "checkpoint"])
+def test_code_in_what_others_give_is_never_run(name: str, exported: ExportResult, photos: Path, tmp_path: Path) -> None:
+    mark, offered, out = tmp_path / "attacked", tmp_path / name, tmp_path / "out"
+    torch.save(Attack(mark), tmp_path / "attack.pt")
+    attack = (tmp_path / "attack.pt").read_bytes()
+    if name == "checkpoint":
+        offered.mkdir()
+        (offered / STATE).write_bytes(attack)
+        (offered / MANIFEST).write_text(json.dumps({"sha256": {STATE: hashlib.sha256(attack).hexdigest()}}))
+        (offered / "config.json").write_text("{}")
+    else:
+        with zipfile.ZipFile(Path(exported.folder) / PT2) as sound, zipfile.ZipFile(offered, "w") as changed:
+            for entry in sound.namelist():
+                changed.writestr(entry, attack if entry.endswith("sample_inputs/model.pt") else sound.read(entry))
+    with pytest.raises(UsageError, match=r"runs what its maker put into it|holds code|must be a whole file"):
+        api.predict(str(offered), str(photos), str(out))
+    assert not mark.exists()
+    assert not out.exists()
+    if name == "model.pt2":
+        with warnings.catch_warnings(), contextlib.suppress(Exception):
+            warnings.simplefilter("ignore")
+            torch.export.load(offered)
+        assert mark.exists(), "loading it would have run it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"classes": ["road"]}, "classes and .* colours do not fit"),
+        ({"colors": [[0, 0, 999]] * 11}, "fit together|of 8 bits"),
+        ({"smallest_side": 10**9}, "no image can have"),
+        ({"whole_pixels": 0}, "no image can have"),
+        ({"whole_pixels": "../../etc"}, "whole_pixels"),
+    ],
+)
+def test_what_a_file_says_of_itself_is_checked(exported: ExportResult, changes: dict[str, Any], reason: str) -> None:
+    card = json.loads((Path(exported.folder) / CARD).read_text())
+    assert Card.from_dict(card) == Card.from_strings({f"segadapt.{key}": json.dumps(card[key]) for key in card})
+    with pytest.raises(ValueError, match=reason):
+        Card.from_dict({**card, **changes})
+
+
 def settled(name: str, *, aggregation: float = 0.0) -> Segmenter:
     """A network of random weights whose batch norm has seen images, so that its logits are of usual size."""
     torch.manual_seed(0)
@@ -308,6 +373,7 @@ def settled(name: str, *, aggregation: float = 0.0) -> Segmenter:
 def a_card(**changes: Any) -> Card:
     fields = dict.fromkeys((field.name for field in dataclasses.fields(Card)), "")
     known: dict[str, Any] = {"classes": ("a", "b"), "colors": ((0, 0, 0), (9, 9, 9)), "smallest_side": 32}
+    known |= {"normalisation": {}, "metrics": {}, "config": {}, "aggregation": 0.0, "step": 0}
     return Card(**{**fields, **known, "whole_pixels": 2**22, "input_size": None, **changes})
 
 

@@ -349,7 +349,8 @@ def checkpoint_is_set_aside(case: Case) -> None:
     assert (gone.with_name(f"broken_{gone.name}") / "state.pt").stat().st_size == 1000, "not deleted"
 
 
-OUTSIDE = "ray/../../elsewhere/checkpoint_000001"
+OUTSIDE = f"ray/{NAME}"
+"""A folder of the storage that is no checkpoint; the repair would set it aside with all that is in it."""
 
 
 def leads_out(case: Case) -> None:
@@ -360,6 +361,7 @@ def tag_is_cleared(case: Case) -> None:
     tags = case.run("sdca-003").data.tags
     assert "segadapt.checkpoint" not in tags
     assert tags["segadapt.checkpoint_gone"] == OUTSIDE
+    assert (case.root / OUTSIDE / "record.json").is_file()
 
 
 def stale_lease(case: Case) -> None:

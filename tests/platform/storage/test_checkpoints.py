@@ -78,9 +78,20 @@ def test_a_checkpoint_that_is_gone_is_named_where_it_should_be(tmp_path: Path) -
         "/gone/ray/../../elsewhere",
         "/etc/runs/checkpoint_000001",
         "{}/..",
+        "{}",
+        "",
+        ".",
+        "ray",
+        "ray/town",
+        "ray/town/abc",
+        "ray/town/artifacts/abc/checkpoint_000001",
+        "stages/town/abc/checkpoint_000001",
+        "/gone/ray/town",
+        "ray/town/abc/checkpoint_\0",
+        "ray/town/.hidden/checkpoint_000001",
     ],
 )
-def test_a_checkpoint_outside_the_storage_folder_is_refused_in_a_sentence(noted: str, tmp_path: Path) -> None:
+def test_what_is_noted_and_is_no_checkpoint_in_the_storage_folder_is_refused(noted: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"A checkpoint must lie in the storage folder .*, but is noted as"):
         checkpoint_folder(Storage(tmp_path), noted.format(tmp_path))
 

@@ -13,11 +13,11 @@ import hashlib
 import json
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -204,6 +204,7 @@ def read_manifest(location: Location) -> Manifest:
                 f"Packed shards must have version {FORMAT_VERSION} of the format, but {location} has {version}. "
                 "Pack the dataset anew, or use the version of segadapt that packed it."
             )
+        _check_names(location, [content["index"]["name"], *(shard["name"] for shard in content["shards"])], parts=1)
         resize = content["resize"]
         return Manifest(
             kind=content["kind"],
@@ -240,6 +241,7 @@ def read_index(location: Location, manifest: Manifest) -> Index:
     if hashlib.sha256(content).hexdigest() != manifest.index.sha256:
         raise ValueError(f"{INDEX} in {location} must have the checksum in {MANIFEST}, but has not. Pack anew.")
     table = parquet.read_table(pyarrow.BufferReader(content), use_threads=False)
+    _check_names(location, table["id"].to_pylist())
     nothing = [0] * len(manifest.classes)
     histograms = table["histogram"].to_pylist()
     rows, classes = table.num_rows, len(manifest.classes)
@@ -252,3 +254,24 @@ def read_index(location: Location, manifest: Manifest) -> Index:
         image_digests=table["image_sha256"].to_pylist(),
         label_digests=table["label_sha256"].to_pylist(),
     )
+
+
+def _check_names(location: Location, names: Sequence[str], parts: int | None = None) -> None:
+    """Make sure that the names of files and images stay in their folder: whoever packed the data chose them.
+
+    Args:
+        location: Where they are from.
+        names: May have several parts, as paths have.
+        parts: How many they must have; None takes any number.
+
+    Raises:
+        ValueError: If a name leads elsewhere.
+    """
+    for name in names:
+        path = PurePosixPath(name)
+        stays = not path.is_absolute() and ".." not in path.parts and (parts is None or len(path.parts) == parts)
+        if name != str(path) or not stays:
+            raise ValueError(
+                f"Names of files and images must be relative and stay in their folder, but {location} has {name!r}. "
+                "Pack the dataset anew, or do not use it."
+            )
