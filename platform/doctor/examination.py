@@ -14,6 +14,7 @@ from segadapt.platform.doctor.findings import Examination, Finding, fault
 from segadapt.platform.doctor.ledgers import Ledgers, experiments_to_compare, read_ledgers
 from segadapt.platform.doctor.mlflow_checks import (
     checkpoint_findings,
+    deleted_experiment,
     duplicate_runs,
     missing_runs,
     run_ends,
@@ -27,7 +28,7 @@ from segadapt.platform.experiment import tune_state
 from segadapt.platform.search.study_storage import open_study_storage
 from segadapt.platform.storage.checkpoints import newest_checkpoint
 from segadapt.platform.storage.folders import Storage
-from segadapt.platform.tracking.client import mlflow_client
+from segadapt.platform.tracking.client import reading_client
 
 
 def examine(what: Examination) -> Iterator[Finding]:
@@ -60,7 +61,7 @@ def _experiments(what: Examination) -> Iterator[Finding]:
         return
     if keeps_locks_apart(*file_system(storage.root, Path("/proc/self/mounts"))):
         return
-    client = mlflow_client(what.place.tracking_url)
+    client = reading_client(what.place)
     studies: Any | None = None
     if what.place.study_uri is not None or storage.study_database.is_file():
         try:
@@ -149,6 +150,7 @@ def _unfinished_trials(ledgers: Ledgers) -> Iterator[Finding]:
 
 
 LEDGER_CHECKS = (
+    deleted_experiment,
     duplicate_runs,
     run_ends,
     missing_runs,

@@ -34,6 +34,19 @@ from segadapt.platform.tracking.tracker import RunInfo, Tracker
 from segadapt.platform.trial.spec import TrialSpec
 
 
+def deleted_experiment(ledgers: Ledgers) -> Iterator[Finding]:
+    """Find an experiment that was deleted in MLflow, though its folder is here."""
+    experiment = ledgers.client.get_experiment_by_name(ledgers.name)
+    if experiment is not None and experiment.lifecycle_stage != "active":
+        yield ledger_fault(
+            ledgers,
+            "It was deleted in MLflow, but its folder is in the storage folder",
+            "Its runs cannot be seen, finished or evaluated; `mlflow gc` would remove them for good",
+            "--fix restores it in MLflow with its runs",
+            partial(ledgers.client.restore_experiment, experiment.experiment_id),
+        )
+
+
 def duplicate_runs(ledgers: Ledgers) -> Iterator[Finding]:
     """Find trials that MLflow has more than once."""
     for key, (kept, *others) in ledgers.by_key.items():

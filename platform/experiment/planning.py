@@ -375,6 +375,11 @@ def free_name(place: Place, name: str | None, default: str) -> str:
 
     if name is not None:
         if taken(name):
+            if not folders.experiment(name).exists():  # nothing to resume here
+                raise UsageError(
+                    f"--name must be new, but {redacted(place.tracking_uri)} has a {name!r}: another storage "
+                    "folder's, or one that was deleted there, whose name is free after `mlflow gc`. Choose another."
+                )
             raise UsageError(
                 f"--name must be new, but {name!r} exists in {folders.root} or on the MLflow server. "
                 f"Go on with it by `--resume {name}`, or choose another."
