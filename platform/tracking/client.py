@@ -120,7 +120,7 @@ class _AskingClient:
         except Exception as error:
             if failure_of(error) is Failure.REFUSED:  # the server answers, and means this request
                 raise
-            raise _FailedRequestError(first_line(error)[:300]) from error
+            raise _FailedRequestError(_cause(error)) from error
 
 
 def absence(place: Place, reason: str) -> UsageError:
@@ -130,6 +130,13 @@ def absence(place: Place, reason: str) -> UsageError:
         f"({reason}). Start it again or correct the address; meanwhile `--resume` and running commands go on, with "
         f"records that wait in {place.folders.tracking}; `doctor`, `cache`, `data` and `predict FILE` need no server."
     )
+
+
+def _cause(error: BaseException) -> str:
+    """Return what went wrong first, such as a connection that was refused: MLflow wraps it in four errors."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return first_line(error)[:300]
 
 
 class _FailedRequestError(Exception):

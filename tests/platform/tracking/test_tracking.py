@@ -1,5 +1,6 @@
 """What the tracker promises, held against a real MLflow server that is killed, hidden behind faults, or never there."""
 
+import errno
 import json
 import logging
 import os
@@ -23,7 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from conftest import TINY_WORDS, process_group_is_gone
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import (
+    BAD_REQUEST,
+    ENDPOINT_NOT_FOUND,
+    INVALID_PARAMETER_VALUE,
+    PERMISSION_DENIED,
+    TEMPORARILY_UNAVAILABLE,
+    UNAUTHENTICATED,
+)
 from PIL import Image
 from searching import free_port
 
@@ -644,6 +655,34 @@ def test_runs_that_a_server_lost_are_made_again_from_what_is_still_here(
     parent = runs["emptied"].info.run_id
     assert [runs[f"emptied/{trial}"].data.tags["mlflow.parentRunId"] for trial in (1, 2)] == [parent] * 2
     assert list((tmp_path / "tracking").rglob("*.jsonl")) == []
+
+
+def http_error(status: int) -> Exception:
+    answer = requests.Response()
+    answer.status_code = status
+    return requests.HTTPError(response=answer)
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (MlflowException("a name", INVALID_PARAMETER_VALUE), client.Failure.REFUSED),
+        (MlflowException("a database", BAD_REQUEST), client.Failure.DOUBTFUL),  # as any error of SQL is told
+        (MlflowException("no such page", ENDPOINT_NOT_FOUND), client.Failure.DOUBTFUL),  # another server's page
+        (MlflowException("an error"), client.Failure.DOUBTFUL),  # 500, or a connection that was cut
+        (MlflowException("a database", TEMPORARILY_UNAVAILABLE), client.Failure.AWAY),
+        (MlflowException("a login", UNAUTHENTICATED), client.Failure.AWAY),
+        (MlflowException("no permission", PERMISSION_DENIED), client.Failure.AWAY),
+        (http_error(400), client.Failure.REFUSED),
+        (http_error(500), client.Failure.DOUBTFUL),
+        (http_error(503), client.Failure.AWAY),
+        (requests.ConnectionError("cut"), client.Failure.DOUBTFUL),
+        (OSError(errno.ENOSPC, "full"), client.Failure.AWAY),
+        (FileNotFoundError("what was to be uploaded"), client.Failure.REFUSED),
+    ],
+)
+def test_only_what_names_the_record_refuses_it(error: Exception, failure: client.Failure) -> None:
+    assert client.failure_of(error) is failure
 
 
 READING: dict[str, Callable[[Place], object]] = {
