@@ -273,7 +273,7 @@ def refused(server: Path) -> list[RefusedRecords]:
     kept = []
     for file in sorted(server.glob(f"*/{_REFUSED}")):
         if lines := _refused_lines(file):
-            final = sum(line.get("final", True) for line in lines)
+            final = sum(bool(line.get("final", True)) for line in lines)
             kept.append(RefusedRecords(file, [str(line.get("reason", "")) for line in lines], final))
     return kept
 
