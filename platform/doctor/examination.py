@@ -15,6 +15,7 @@ from segadapt.platform.doctor.findings import Examination, Finding, fault
 from segadapt.platform.doctor.ledgers import Ledgers, experiments_to_compare, read_ledgers
 from segadapt.platform.doctor.mlflow_checks import (
     checkpoint_findings,
+    deleted_experiment,
     duplicate_runs,
     missing_runs,
     run_ends,
@@ -31,7 +32,7 @@ from segadapt.platform.storage.checkpoints import newest_checkpoint
 from segadapt.platform.storage.driving import driving_if_free, is_driven
 from segadapt.platform.storage.files import MOUNTS, file_system, keeps_locks_apart, locked
 from segadapt.platform.storage.folders import Storage
-from segadapt.platform.tracking.client import mlflow_client
+from segadapt.platform.tracking.client import reading_client
 
 
 def examine(what: Examination) -> Iterator[Finding]:
@@ -86,7 +87,7 @@ def _experiments(what: Examination) -> Iterator[Finding]:
         return
     if keeps_locks_apart(*file_system(storage.root, MOUNTS)):
         return
-    client = mlflow_client(what.place.tracking_url)
+    client = reading_client(what.place)
     studies: Any | None = None
     file = database_file(what.place)
     if file is None or file_fault(file) is None:
@@ -187,6 +188,7 @@ def _unfinished_trials(ledgers: Ledgers) -> Iterator[Finding]:
 
 
 LEDGER_CHECKS = (
+    deleted_experiment,
     duplicate_runs,
     run_ends,
     missing_runs,

@@ -1,6 +1,6 @@
 """What Ray, Optuna and MLflow hold of an experiment."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,10 +12,10 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.record import RECORD, Record
 from segadapt.platform.search.study import LOST, PRIOR, TRIAL_ID
 from segadapt.platform.settings.objective import TARGET, Objective
-from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.checkpoints import TrialCheckpoint, best_checkpoint, is_sound
 from segadapt.platform.storage.folders import Place, Storage
-from segadapt.platform.tracking.tags import CHECKPOINT_TAG, KEY_TAG, STATE_TAG
+from segadapt.platform.tracking.runs import pages, runs_by_key
+from segadapt.platform.tracking.tags import KEY_TAG
 
 DUPLICATES = "duplicates"
 """Attribute of a study: the numbers of ended trials that were recorded a second time."""
@@ -46,11 +46,7 @@ class Ledgers:
     @property
     def by_key(self) -> dict[str, list[Any]]:
         """The runs that nobody deleted; of several with one key, the one that knows most comes first."""
-        by_key: dict[str, list[Any]] = {}
-        for run in self.runs:
-            if run.info.lifecycle_stage == "active":
-                by_key.setdefault(key_of(run), []).append(run)
-        return {key: sorted(runs, key=_evidence, reverse=True) for key, runs in by_key.items()}
+        return runs_by_key(self.runs)
 
     @property
     def active(self) -> list[Any]:
@@ -89,12 +85,6 @@ def ledger_fault(ledgers: Ledgers, text: str, meaning: str, advice: str, repair:
 def key_of(run: Any) -> str:
     """Return the key of a run."""
     return str(run.data.tags[KEY_TAG])
-
-
-def _evidence(run: Any) -> tuple[Any, ...]:
-    state = TrialState.of(run.data.tags.get(STATE_TAG))
-    ended = state is not None and not state.is_open and state.mlflow == run.info.status
-    return CHECKPOINT_TAG in run.data.tags, ended, len(run.data.metrics), run.info.start_time
 
 
 def proposals_by_trial(ledgers: Ledgers) -> list[list[Any]]:
@@ -148,15 +138,7 @@ def _runs(client: Any, name: str) -> list[Any]:
     if experiment is None:
         return []
     search = partial(client.search_runs, [experiment.experiment_id], run_view_type=ViewType.ALL)
-    return [run for run in _pages(search) if KEY_TAG in run.data.tags]
-
-
-def _pages(search: Callable[..., Any]) -> Iterator[Any]:
-    token = None
-    while token != "":
-        page = search(page_token=token)
-        yield from page
-        token = page.token or ""
+    return [run for run in pages(search) if KEY_TAG in run.data.tags]
 
 
 def _study_of(name: str, storage: Any) -> Any | None:
@@ -179,7 +161,7 @@ def experiments_to_compare(storage: Storage, client: Any, *, is_local: bool) -> 
     """
     names = {experiment_of(storage, path.name) for path in storage.experiments.glob("*") if path.is_dir()}
     if is_local:
-        names |= {experiment.name for experiment in _pages(client.search_experiments)}
+        names |= {experiment.name for experiment in pages(client.search_experiments)}
     return sorted(name for name in names if _is_name(storage, name))
 
 

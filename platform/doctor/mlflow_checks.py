@@ -34,6 +34,19 @@ from segadapt.platform.tracking.tracker import RunInfo, Tracker
 from segadapt.platform.trial.spec import TrialSpec
 
 
+def deleted_experiment(ledgers: Ledgers) -> Iterator[Finding]:
+    """Find an experiment that was deleted in MLflow, though its folder is here."""
+    experiment = ledgers.client.get_experiment_by_name(ledgers.name)
+    if experiment is not None and experiment.lifecycle_stage != "active":
+        yield ledger_fault(
+            ledgers,
+            "It was deleted in MLflow, but its folder is in the storage folder",
+            "Its runs cannot be seen, finished or evaluated; `mlflow gc` would remove them for good",
+            "--fix restores it in MLflow with its runs",
+            partial(ledgers.client.restore_experiment, experiment.experiment_id),
+        )
+
+
 def duplicate_runs(ledgers: Ledgers) -> Iterator[Finding]:
     """Find trials that MLflow has more than once."""
     for key, (kept, *others) in ledgers.by_key.items():
@@ -41,7 +54,7 @@ def duplicate_runs(ledgers: Ledgers) -> Iterator[Finding]:
             yield ledger_fault(
                 ledgers,
                 f"MLflow has {len(others) + 1} runs of {kept.info.run_name} ({key})",
-                "It counts more than once on the leaderboard, and commands go on with either",
+                "Commands show the one that knows most, but MLflow's page both",
                 f"--fix keeps {kept.info.run_id}, which knows most, and marks the others by the tag {DUPLICATE_TAG}",
                 partial(_mark_duplicates, ledgers, kept, others),
             )
@@ -141,7 +154,8 @@ def _record_end(ledgers: Ledgers, run: Any, trial: RayTrial) -> None:
     run_id, tags = run.info.run_id, _tags_of_end(ledgers, key_of(run), trial, state)
     heard_ms = int((trial.heard or time.time()) * 1000)
     for goal, value in kept_metrics(ledgers.best(key_of(run))).items():
-        ledgers.client.log_metric(run_id, f"best/{goal}", value, heard_ms, int(tags[BEST_STEP_TAG]))
+        if run.data.metrics.get(f"best/{goal}") != value:  # else it had arrived before the end
+            ledgers.client.log_metric(run_id, f"best/{goal}", value, heard_ms, int(tags[BEST_STEP_TAG]))
     for tag, text in tags.items():
         ledgers.client.set_tag(run_id, tag, text)
     if FAILURE_TAG in run.data.tags and FAILURE_TAG not in tags:

@@ -21,7 +21,7 @@ from segadapt.platform.search.study_storage import database_file, file_fault, op
 from segadapt.platform.settings.text import first_line
 from segadapt.platform.storage.folders import database_url
 from segadapt.platform.tracking import outbox
-from segadapt.platform.tracking.client import mlflow_client, mlflow_settings, waiting_folder
+from segadapt.platform.tracking.client import mlflow_settings, reading_client, waiting_folder
 from segadapt.platform.tracking.mlflow_internals import newest_schema
 from segadapt.platform.tracking.sender import send_waiting
 
@@ -39,9 +39,8 @@ def waiting_findings(what: Examination) -> Iterator[Finding]:
         lives = any(box.alive for box in boxes)
         left = [box for box in boxes if not box.alive]
         waiting = sum(box.waiting for box in left)
-        for file, count in outbox.refused(server).items():
-            text = f"MLflow refused {count} records for good: {file}"
-            yield Finding("tracking", "warning", text, "They are missing there", "Read the reasons; delete the file")
+        for kept in outbox.refused(server):
+            yield _refused(what, kept, lives=lives, mine=server == mine)
         if not left:
             continue
         text = f"{waiting} records of {len(left)} ended commands wait in {server}"
@@ -52,6 +51,21 @@ def waiting_findings(what: Examination) -> Iterator[Finding]:
             yield Finding("tracking", "fault", text, meaning, "--fix sends them", partial(_send, what, server))
         else:
             yield Finding("tracking", "warning", text, meaning, "Give that server's --tracking-uri")
+
+
+def _refused(what: Examination, kept: outbox.RefusedRecords, *, lives: bool, mine: bool) -> Finding:
+    """Return the finding that MLflow did not take records; `--fix` sends them again if no command tracks there now."""
+    count = len(kept.reasons)
+    text = f"MLflow did not take {count} records, {kept.final} of them for what they hold: {kept.file}"
+    meaning = f"They are missing there. The last reason: {kept.reasons[-1][:300]}"
+    if lives:
+        advice = "When the commands that track there have ended, --fix sends them again"
+    elif not mine:
+        advice = "Give that server's --tracking-uri"
+    else:
+        advice = "--fix sends them again; if the reason stays, delete the file and the folder beside it"
+    repair = partial(_send_refused, what, kept.file) if mine and not lives else None
+    return Finding("tracking", "warning", text, meaning, advice, repair)
 
 
 def tracking_findings(what: Examination) -> Iterator[Finding]:
@@ -66,8 +80,11 @@ def tracking_findings(what: Examination) -> Iterator[Finding]:
             return
     shown = redacted(what.place.tracking_uri or what.storage.mlflow_database)
     try:
-        mlflow_client(what.place.tracking_url).search_experiments(max_results=1)
-    except Exception as error:  # whatever the client raises for what does not answer
+        reading_client(what.place).search_experiments(max_results=1)
+    except UsageError as error:
+        yield fault("tracking", str(error), "Runs cannot be seen or compared", "")
+        return
+    except Exception as error:  # whatever the client raises for a database that it cannot use
         reason = first_line(error)
         advice = "Start the server, or correct --tracking-uri; records wait on disk meanwhile"
         yield fault("tracking", f"{shown} does not answer: {reason}", "Runs cannot be seen or compared", advice)
@@ -139,7 +156,16 @@ def _set_aside(path: Path, state: str) -> None:
     path.rename(path.with_name(f"{path.name}.{state}-{time.time():.0f}"))
 
 
+def _send_refused(what: Examination, file: Path) -> None:
+    reading_client(what.place)  # else sending would wait for long
+    send_waiting(what.place, refused_too=True)
+    kept = next((kept for kept in outbox.refused(file.parent.parent) if kept.file == file), None)
+    if kept is not None:
+        raise RuntimeError(f"MLflow still does not take {len(kept.reasons)} of them: {kept.reasons[-1][:300]}")
+
+
 def _send(what: Examination, server: Path) -> None:
+    reading_client(what.place)
     send_waiting(what.place)
     left = [box for box in outbox.box_contents(server) if not box.alive]
     if left:

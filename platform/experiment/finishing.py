@@ -14,7 +14,7 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.planning import check_labels, checked_config
 from segadapt.platform.experiment.record import RECORD, Candidate, Options, Outcome, Record
 from segadapt.platform.experiment.session import run
-from segadapt.platform.results.leaderboard import Row, leaderboard, open_client, pick_run, run_tags
+from segadapt.platform.results.leaderboard import Row, leaderboard, open_client, pick_run, run_tags, runs_of
 from segadapt.platform.settings.config import TrialConfig, Values, anchored, flatten, keys, resolve
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.states import TrialState
@@ -185,10 +185,10 @@ def _restarts(config: TrialConfig) -> bool:
 def _finish_results(record: Record, row: Row, options: Options) -> list[FinishResult]:
     """Return how the runs of a finish ended, best first."""
     client = open_client(options.place)
-    experiment = client.get_experiment_by_name(record.search)
-    runs = client.search_runs([experiment.experiment_id], f"tags.`{EXPERIMENT_TAG}` = '{record.name}'")
+    runs = [run for run in runs_of(client, str(record.search)) if run.data.tags.get(EXPERIMENT_TAG) == record.name]
     known = [run for run in runs if run.data.tags.get(STATE_TAG) != str(TrialState.LOST)]  # a kill may have left others
-    results = [_finish_result(record, row, run, client, options) for run in known]
+    newest = {run.info.run_name: run for run in reversed(known)}
+    results = [_finish_result(record, row, run, client, options) for run in newest.values()]
     return sorted(results, key=lambda result: (math.inf if result.best is None else -result.best, result.seed))
 
 

@@ -42,6 +42,8 @@ def free_name(place: Place, name: str | None, usual: str, studies: Collection[st
             return True
         try:
             return server is not None and server.get_experiment_by_name(candidate) is not None
+        except UsageError:
+            raise
         except Exception as error:  # whatever the client raises for an address that is none of a server's
             raise UsageError(
                 f"--tracking-uri must name an MLflow server that answers, but {redacted(place.tracking_uri)} does not: "
@@ -50,6 +52,11 @@ def free_name(place: Place, name: str | None, usual: str, studies: Collection[st
 
     if name is not None:
         if taken(name):
+            if not folders.experiment(name).exists() and not is_driven(folders, name) and name not in studies:
+                raise UsageError(
+                    f"--name must be new, but {redacted(place.tracking_uri)} has a {name!r}: another storage "
+                    "folder's, or one that was deleted there, whose name is free after `mlflow gc`. Choose another."
+                )
             raise UsageError(
                 f"--name must be new, but {name!r} exists in {folders.root}, on the MLflow server or among the "
                 f"studies. Go on with it by `--resume {name}`, or choose another."

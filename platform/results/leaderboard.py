@@ -1,7 +1,7 @@
 """The trials of a search as MLflow knows them, best first."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,14 @@ from segadapt.platform.search.study_storage import database_file, file_fault, op
 from segadapt.platform.settings.objective import GOALS, LABEL_FREE, TARGET, Objective
 from segadapt.platform.storage.checkpoints import checkpoint_folder
 from segadapt.platform.storage.folders import Place, Storage
-from segadapt.platform.tracking.client import mlflow_client
+from segadapt.platform.tracking.client import reading_client
+from segadapt.platform.tracking.runs import runs_by_key
 from segadapt.platform.tracking.sender import send_waiting
 from segadapt.platform.tracking.tags import (
     BEST_STEP_TAG,
     CHECKPOINT_TAG,
     FAILURE_TAG,
+    KEY_TAG,
     KIND_TAG,
     METHOD_TAG,
     NOT_KEPT,
@@ -112,12 +114,28 @@ def kind_of(entry: Any) -> str | None:
 
 
 def runs_of(client: Any, name: str) -> list[Any]:
-    """Return the MLflow runs of an experiment."""
+    """Return the MLflow runs of an experiment, newest first; one of each key, even if MLflow has two of it.
+
+    Raises:
+        UsageError: If MLflow knows no experiment of that name, or it was deleted there.
+    """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         names = ", ".join(sorted(listed.name for listed in client.search_experiments() if listed.name != "Default"))
         raise UsageError(f"There must be a search {name!r}, but there is not. Known: {names or 'none'}.")
-    return list(client.search_runs([experiment.experiment_id], max_results=50_000))
+    if experiment.lifecycle_stage != "active":
+        raise UsageError(
+            f"{name!r} must be an experiment in MLflow, but was deleted there. Until `mlflow gc` removes it for good, "
+            "`segadapt doctor --fix` restores it with its runs, if its folder is in the storage folder."
+        )
+    return one_of_each_key(client.search_runs([experiment.experiment_id], max_results=50_000))
+
+
+def one_of_each_key(runs: Iterable[Any]) -> list[Any]:
+    """Return MLflow runs without those that are there a second time; the one that knows most counts."""
+    runs = list(runs)
+    counting = {of_key[0].info.run_id for of_key in runs_by_key(runs).values()}
+    return [run for run in runs if KEY_TAG not in run.data.tags or run.info.run_id in counting]
 
 
 def runs_of_search(client: Any, name: str) -> list[Any]:
@@ -145,13 +163,13 @@ def open_client(place: Place) -> Any:
     """Return an MLflow client for a storage folder or a server.
 
     Raises:
-        UsageError: If there is neither a server nor a run in the storage folder.
+        UsageError: If there is no run in the storage folder, or the server does not answer.
     """
     if place.tracking_uri is None and not place.folders.mlflow_database.is_file():
         raise UsageError(
             f"--storage must hold runs, but {place.folders.root} has none yet. `segadapt search sdca` makes some."
         )
-    return mlflow_client(place.tracking_url)
+    return reading_client(place)
 
 
 def pick_run(board: Leaderboard, name: str, kinds: Sequence[str] = ("trial",)) -> Row:
@@ -239,6 +257,8 @@ def leaderboard(search_name: str, place: Place, *, selection: bool = False) -> L
     Raises:
         UsageError: If MLflow knows no search of that name; lists those it knows.
     """
+    if place.tracking_uri is not None:
+        open_client(place)  # else what waits would be waiting for an answer as well
     send_waiting(place)
     client = open_client(place)
     runs = runs_of(client, search_name)

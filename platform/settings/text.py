@@ -45,6 +45,6 @@ def duration_text(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, without logins."""
     return redacted(str(error).strip() or type(error).__name__).splitlines()[0]

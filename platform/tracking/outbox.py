@@ -6,7 +6,7 @@
         records.jsonl             a record per line; locked as long as its process lives
         delivered                 number of the last record that the server has
         files/<number>/           what that record uploads
-        refused.jsonl             what the server refused for good, and why; stays, with its files
+        refused.jsonl             what the server did not take, and why; stays, with its files, to be sent again
 
 Boxes are counted, so that they are sent in the order in which their processes began, whatever the clocks of their nodes
 say. A record is in the system's hands when `append` returns, so a killed process loses none. While records wait for a
@@ -15,6 +15,7 @@ moments.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -27,13 +28,16 @@ from pathlib import Path
 from typing import Any
 
 from segadapt.platform.storage import leases
-from segadapt.platform.storage.files import lock
+from segadapt.platform.storage.files import lock, write_whole
 
 logger = logging.getLogger(__name__)
 
 _RECORDS = "records.jsonl"
 
 _REFUSED = "refused.jsonl"
+
+AGAIN = "again"
+"""Operation of a record that was refused before; it holds that record's operation and arguments."""
 
 
 @dataclass(frozen=True)
@@ -133,21 +137,48 @@ class Outbox:
 
     def delivered(self, entry: Entry) -> None:
         """Note that the server has this record, and remove what it uploaded."""
-        self._delivered = entry.number
-        os.pwrite(self._marks, b"%020d\n" % entry.number, 0)
+        self._mark(entry.number)
         if entry.files is not None:
             shutil.rmtree(entry.files, ignore_errors=True)
 
-    def refuse(self, entry: Entry, reason: str) -> Path:
-        """Set a record aside that the server will never take; returns the file that tells of it."""
-        content = {**asdict(entry), "reason": reason}
-        with (self.folder / _REFUSED).open("a") as refused:
-            refused.write(json.dumps(content, default=str) + "\n")
+    def begin_again(self) -> None:
+        """Note that the server has none of the records."""
+        self._mark(0)
+
+    def refuse(self, entry: Entry, reason: str, *, final: bool) -> Path:
+        """Set a record aside that the server does not take; returns the file that tells of it.
+
+        Args:
+            entry: The record.
+            reason: What the server said.
+            final: Whether the server would say so again, as far as one knows.
+
+        Raises:
+            OSError: If storage refuses; the record still waits then.
+        """
+        content = {**asdict(entry), "files": entry.files is not None, "reason": reason, "final": final}
+        with (self.folder / _REFUSED).open("ab", buffering=0) as refused:
+            _append_whole(refused, json.dumps(content, default=str).encode() + b"\n")
         self.delivered(replace(entry, files=None))  # its files stay
         return self.folder / _REFUSED
 
+    def _mark(self, number: int) -> None:
+        self._delivered = number
+        try:
+            os.pwrite(self._marks, b"%020d\n" % number, 0)
+        except OSError as error:  # the server has it: no reason to wait
+            logger.error("What was sent is not noted in %s (%s): a kill would send it again.", self.folder, error)
+
     def sync(self) -> None:
-        """Force what waits to the disk."""
+        """Force what waits to the disk, as far as that takes it."""
+        try:
+            self._sync()
+        except OSError as error:
+            logger.error(
+                "Records in %s are not forced to the disk (%s): a power cut may lose some.", self.folder, error
+            )
+
+    def _sync(self) -> None:
         last = self._last
         os.fsync(self._records.fileno())
         for number in range(self._synced + 1, last + 1):
@@ -167,13 +198,10 @@ class Outbox:
         os.close(self._marks)
 
     def _write(self, line: bytes) -> None:
-        """Write a line, whole or not at all; one that has no room on disk is kept in memory alone."""
-        size = os.fstat(self._records.fileno()).st_size
+        """Write a line; one that has no room on disk is kept in memory alone."""
         try:
-            if self._records.write(line) != len(line):
-                raise OSError("the disk is full")
+            _append_whole(self._records, line)
         except OSError as error:
-            os.ftruncate(self._records.fileno(), size)
             logger.error("A record for tracking is not kept in %s (%s): a kill would lose it.", self.folder, error)
 
     def _load(self) -> None:
@@ -245,10 +273,76 @@ def _contents_of(folder: Path) -> BoxContents | None:
     return BoxContents(folder, alive, contents, sum(content["number"] > delivered for content in contents))
 
 
-def refused(server: Path) -> dict[Path, int]:
-    """Return the files with records that a server refused for good, each with their number."""
-    files = sorted(server.glob(f"*/{_REFUSED}"))
-    return {file: len(file.read_text().splitlines()) for file in files}
+@dataclass(frozen=True)
+class RefusedRecords:
+    """What a server did not take of the records of a box."""
+
+    file: Path
+    reasons: list[str]
+    """One per record."""
+    final: int
+    """Number of those that the server named as wrong."""
+
+
+def refused(server: Path) -> list[RefusedRecords]:
+    """Return what a server did not take, by box."""
+    kept = []
+    for file in sorted(server.glob(f"*/{_REFUSED}")):
+        if lines := _refused_lines(file):
+            final = sum(bool(line.get("final", True)) for line in lines)
+            kept.append(RefusedRecords(file, [str(line.get("reason", "")) for line in lines], final))
+    return kept
+
+
+def send_again(server: Path, *, final: bool) -> None:
+    """Let what a server did not take of the records of ended processes wait for it once more.
+
+    Args:
+        server: Folder of the server; the caller is the one who is `taking`.
+        final: Whether also what the server named as wrong.
+
+    Raises:
+        OSError: If storage refuses; all is as it was then, or waits and is refused as well.
+    """
+    for file in sorted(server.glob(f"*/{_REFUSED}")):
+        folder, lines = file.parent, _refused_lines(file)
+        again = {line["number"]: line for line in lines if final or not line.get("final", True)}
+        if (folder / _RECORDS).exists() or not again:  # its process lives, or it is not empty yet
+            continue
+        (folder / "delivered").unlink(missing_ok=True)
+        write_whole(folder / _RECORDS, b"".join(_again(line) for line in again.values()))
+        rest = [json.dumps(line).encode() + b"\n" for line in lines if line["number"] not in again]
+        write_whole(file, b"".join(rest)) if rest else file.unlink()
+
+
+def _refused_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the records in a file of refused ones; earlier versions noted the path of what a record uploads."""
+    lines = (_read(line, lambda content: {**content, "files": bool(content["files"])}) for line in file.open("rb"))
+    return [line for line in lines if line is not None]
+
+
+def _again(line: Mapping[str, Any]) -> bytes:
+    """Return the record of one that was refused."""
+    arguments = {name: line[name] for name in ("operation", "arguments")}
+    if line["operation"] == AGAIN:
+        arguments = line["arguments"]
+    content = {"number": line["number"], "operation": AGAIN, "arguments": arguments, "files": line["files"]}
+    return json.dumps(content).encode() + b"\n"
+
+
+def _append_whole(file: Any, line: bytes) -> None:
+    """Add a line to an unbuffered file, whole or not at all.
+
+    Raises:
+        OSError: If storage refuses.
+    """
+    size = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        os.ftruncate(file.fileno(), size)
+        raise
 
 
 def abandoned(server: Path, older_than_s: float) -> list[Path]:
@@ -263,10 +357,15 @@ def abandoned(server: Path, older_than_s: float) -> list[Path]:
     ]
 
 
-def _read(line: bytes) -> dict[str, Any] | None:
-    """Return what a line holds, or None if it is not as it was written."""
+def _read(line: bytes, renew: Callable[[Any], Any] = lambda content: content) -> dict[str, Any] | None:
+    """Return what a line holds, or None if it is not as it was written.
+
+    Args:
+        line: The line.
+        renew: Returns what an earlier version wrote as it is written now.
+    """
     try:
-        content = json.loads(line)
+        content = renew(json.loads(line))
         kinds = {"number": int, "operation": str, "arguments": dict, "files": bool}
         whole = all(isinstance(content[name], kind) for name, kind in kinds.items())
     except (ValueError, TypeError, KeyError, RecursionError):

@@ -1,6 +1,8 @@
 """Pictures of evaluations."""
 
-from collections.abc import Sequence
+import uuid
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 _CELL = 40
@@ -8,6 +10,37 @@ _CELL = 40
 
 _NAME = 40
 """Characters of a class's name that are shown at most."""
+_SMALL_SIDE = 256
+"""Pixels of the longer side of a gallery as MLflow's page shows it among others."""
+
+
+def gallery_stem(names: Collection[str], step: int, timestamp: int) -> str:
+    """Return how the names of a step's gallery begin in MLflow, which names pictures at random.
+
+    Args:
+        names: The pictures that the run has; what is there of the step's is gone on with.
+        step: The training step.
+        timestamp: When it was recorded, in Unix milliseconds.
+    """
+    for name in sorted(names):
+        if name.startswith(f"gallery+step+{step}+"):
+            return name.removesuffix(".webp").removesuffix(".png").removesuffix("+compressed")
+    return f"gallery+step+{step}+timestamp+{timestamp}+{uuid.uuid4()}"
+
+
+def gallery_pictures(gallery: Path, folder: Path, stem: str) -> list[Path]:
+    """Write a gallery into a folder as MLflow's page wants it, whole and small; returns both files.
+
+    `log_image` would name them anew each time, and a repeat after a broken connection would leave another picture.
+    """
+    from PIL import Image
+
+    whole, small = folder / f"{stem}.png", folder / f"{stem}+compressed.webp"
+    with Image.open(gallery) as image:
+        image.save(whole)
+        factor = _SMALL_SIDE / max(image.size)
+        image.resize((max(1, int(image.width * factor)), max(1, int(image.height * factor)))).save(small)
+    return [whole, small]
 
 
 def confusion_picture(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str) -> Any:

@@ -477,6 +477,29 @@ def test_a_disorder_is_named_repaired_and_gone(kind: str, case: Case) -> None:
     assert [entry.text for entry in doctor(case.root) if entry.level != "ok"] == []
 
 
+def test_an_experiment_that_was_deleted_in_mlflows_page_is_named_by_each_command_and_restored(case: Case) -> None:
+    place = Place(str(case.root))
+    before = {row.name: (row.state, row.best, row.checkpoint) for row in api.runs(NAME, place=place).rows}
+    case.client.delete_experiment(case.run(NAME).info.experiment_id)
+    commands: list[Callable[[], object]] = [
+        lambda: api.runs(NAME, place=place),
+        lambda: api.status(NAME, place=place),
+        lambda: api.report(NAME, place=place),
+        lambda: api.trial_log("best", NAME, place=place),
+        lambda: api.evaluate("best", NAME, place=place),
+        lambda: api.finish("best", NAME, place=place),
+        lambda: api.export("best", NAME, place=place),
+    ]
+    for command in commands:
+        with pytest.raises(UsageError, match=r"was deleted there.*`segadapt doctor --fix` restores it"):
+            command()
+    (fault,) = faults(doctor(case.root))
+    assert fault == "It was deleted in MLflow, but its folder is in the storage folder"
+    doctor(case.root, fix=True)
+    assert faults(doctor(case.root)) == []
+    assert {row.name: (row.state, row.best, row.checkpoint) for row in api.runs(NAME, place=place).rows} == before
+
+
 def test_what_a_kill_left_of_tunes_files_gives_way_to_what_was_saved_before(case: Case) -> None:
     folder = case.root / "ray" / NAME
     assert tune_state.mend(folder) is None

@@ -1,8 +1,10 @@
 """What the tracker promises, held against a real MLflow server that is killed, hidden behind faults, or never there."""
 
+import errno
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,23 +17,37 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from conftest import TINY_WORDS, process_group_is_gone
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import (
+    BAD_REQUEST,
+    ENDPOINT_NOT_FOUND,
+    INVALID_PARAMETER_VALUE,
+    PERMISSION_DENIED,
+    TEMPORARILY_UNAVAILABLE,
+    UNAUTHENTICATED,
+)
 from PIL import Image
 from searching import free_port
 
+import segadapt as api
+from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.states import MlflowStatus
 from segadapt.platform.storage import retries
 from segadapt.platform.storage.folders import Place, Storage
-from segadapt.platform.tracking import sender
+from segadapt.platform.tracking import client
 from segadapt.platform.tracking.client import mlflow_client
 from segadapt.platform.tracking.metric_names import true_names
-from segadapt.platform.tracking.tags import KEY_TAG, STATE_TAG
+from segadapt.platform.tracking.outbox import Outbox
+from segadapt.platform.tracking.tags import KEY_TAG, METHOD_TAG, STATE_TAG
 from segadapt.platform.tracking.tracker import RunInfo, Tracker
 
 LOGGER = "segadapt.platform.tracking.sender"
@@ -101,12 +117,12 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again after moments, but often, where the time until the server is back is not the point."""
     monkeypatch.setattr(retries, "FIRST_PAUSE_S", 0.05)
     monkeypatch.setattr(retries, "LONGEST_PAUSE_S", 0.05)
-    monkeypatch.setattr(sender, "_REFUSALS", 12)  # starting a run is many requests, each fails once
 
 
 def run_of(key: str, parent_key: str | None = None, **params: Any) -> RunInfo:
     """What starts the run `key`, in the experiment of its first part."""
-    return RunInfo(key, key.split("/")[0], f"name of {key}", {"segadapt.kind": "trial"}, params, parent_key)
+    tags = {"segadapt.kind": "trial" if parent_key or "/" in key else "search", METHOD_TAG: "sdca"}
+    return RunInfo(key, key.split("/")[0], f"name of {key}", tags, params, parent_key)
 
 
 class Arrived:
@@ -127,8 +143,15 @@ class Arrived:
         run = self.runs().get(key)
         return [entry.step for entry in self.client.get_metric_history(run.info.run_id, metric)] if run else []
 
+    def paths(self, key: str, folder: str | None = None) -> list[str]:
+        return sorted(entry.path for entry in self.client.list_artifacts(self.runs()[key].info.run_id, folder))
+
     def artifact(self, key: str, name: str) -> str:
         return Path(self.client.download_artifacts(self.runs()[key].info.run_id, name)).read_text()
+
+
+def all_is_sent(tracker: Tracker) -> bool:
+    return tracker._outbox.waiting == 0
 
 
 def refused(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -312,12 +335,41 @@ def test_what_a_killed_driver_could_not_send_is_sent_by_the_next_command(server:
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """Passes requests on to the server, but fails the first of every kind: `lose` its answer, or say `503` instead."""
+    """Passes requests on to the server, but inflicts a fault on some of them.
 
-    def __init__(self, server: Server, fault: str) -> None:
+    Args:
+        server: The server behind.
+        fault: What becomes of a request: `lose` its answer, say `503` or `500` instead, or `hang`.
+        fails: Whether a request fails; None for the first one of every kind.
+    """
+
+    def __init__(self, server: Server, fault: str, fails: Callable[[str], bool] | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _FaultyHandler)
-        self.server_behind, self.fault = server, fault
+        self.server_behind, self.fault, self.fails = server, fault, fails
         self.failed: set[tuple[str, str, bytes]] = set()
+        self.failures = 0
+        self.ended = threading.Event()
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def fault_of(self, kind: tuple[str, str, bytes]) -> str | None:
+        is_hit = kind not in self.failed if self.fails is None else self.fails(kind[1])
+        if is_hit:
+            self.failed.add(kind)
+            self.failures += 1
+        return self.fault if is_hit else None
+
+    @contextmanager
+    def serving(self) -> Iterator["FaultyProxy"]:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        try:
+            yield self
+        finally:
+            self.ended.set()
+            self.shutdown()
+            self.server_close()
 
 
 class _FaultyHandler(BaseHTTPRequestHandler):
@@ -325,18 +377,19 @@ class _FaultyHandler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        kind = (self.command, self.path, body)
-        is_first = kind not in self.server.failed
-        self.server.failed.add(kind)
-        if is_first and self.server.fault == "503":
-            self.send_error(503)
+        fault = self.server.fault_of((self.command, self.path, body))
+        if fault == "hang":
+            self.server.ended.wait()
+            return
+        if fault in ("500", "503"):
+            self.send_error(int(fault))
             return
         behind = HTTPConnection("127.0.0.1", self.server.server_behind.port)
         behind.request(self.command, self.path, body, {**self.headers, "Host": "127.0.0.1"})
         answer = behind.getresponse()
         content = answer.read()
         behind.close()
-        if is_first and self.server.fault == "lose":
+        if fault == "lose":
             return
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.headers["Content-Type"])
@@ -356,18 +409,15 @@ def test_a_record_whose_first_try_failed_arrives_once(
     server: Server, fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     name = f"faulty-{fault}"
-    proxy = FaultyProxy(server, fault)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    tracker = Tracker(Place(tmp_path, f"http://127.0.0.1:{proxy.server_port}"))
-    tracker.start(run_of(name))
-    tracker.start(run_of(f"{name}/1", parent_key=name, lr=0.1))
-    for step in (2, 4, 6):
-        tracker.log_metrics(f"{name}/1", {"miou": 0.5, "loss": 1.0}, step)
-    tracker.log_json(f"{name}/1", {"seed": 0}, "config.yaml")
-    tracker.end(f"{name}/1", "FAILED", {})
-    tracker.close(timeout_s=60)
-    proxy.shutdown()
-    proxy.server_close()
+    with FaultyProxy(server, fault).serving() as proxy:
+        tracker = Tracker(Place(tmp_path, proxy.uri))
+        tracker.start(run_of(name))
+        tracker.start(run_of(f"{name}/1", parent_key=name, lr=0.1))
+        for step in (2, 4, 6):
+            tracker.log_metrics(f"{name}/1", {"miou": 0.5, "loss": 1.0}, step)
+        tracker.log_json(f"{name}/1", {"seed": 0}, "config.yaml")
+        tracker.end(f"{name}/1", "FAILED", {})
+        tracker.close(timeout_s=60)
 
     assert refused(caplog) == []
     assert len(proxy.failed) > 10
@@ -535,6 +585,298 @@ def test_a_gallery_that_is_recorded_twice_is_stored_once(tmp_path: Path) -> None
     (run,) = arrived.runs().values()
     images = [entry.path for entry in arrived.client.list_artifacts(run.info.run_id, "images")]
     assert sorted(path.split("+")[2] for path in images if path.endswith(".png")) == ["10", "20"]
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("fault", ["lose", "500"])
+def test_a_server_that_fails_three_requests_of_ten_gets_every_record_once(
+    server: Server, fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, chance, best = f"flaky-{fault}", random.Random(0), checkpoint(tmp_path / "checkpoint")
+    with FaultyProxy(server, fault, lambda path: chance.random() < 0.3).serving() as proxy:
+        tracker = Tracker(Place(tmp_path, proxy.uri))
+        tracker.start(run_of(name))
+        for trial in (f"{name}/1", f"{name}/2"):
+            tracker.start(run_of(trial, parent_key=name, lr=0.1))
+            for step in range(1, 11):
+                tracker.log_metrics(trial, {"miou": step / 20, "time/evaluation": 1.0}, step)
+                tracker.log_gallery(trial, best, step) if step % 5 == 0 else None
+            tracker.log_evaluation(trial, best)
+            tracker.log_summary(trial, {"best/miou": 0.5}, 10)
+            tracker.end(trial, "FINISHED", {STATE_TAG: "finished"})
+        tracker.log_file(name, best, "checkpoint")
+        tracker.end(name, "FINISHED", {STATE_TAG: "finished"})
+        tracker.close(timeout_s=120)
+        assert proxy.failures > 20
+
+        board = api.runs(name, place=Place(tmp_path, proxy.uri))
+        assert [row.state for row in board.rows] == ["finished"] * 2, "commands that read ask again as well"
+    assert refused(caplog) == []
+    assert list((tmp_path / "tracking").rglob("*.jsonl")) == []
+    arrived = Arrived(server.uri, name)
+    runs = arrived.runs()
+    assert set(runs) == {name, f"{name}/1", f"{name}/2"}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for trial in (f"{name}/1", f"{name}/2"):
+        assert arrived.steps(trial) == list(range(1, 11))
+        assert arrived.steps(trial, "best/miou") == [10]
+        pictures = sorted(path.rpartition(".")[2] for path in arrived.paths(trial, "images"))
+        assert pictures == ["png", "png", "webp", "webp"]
+        assert {"gallery.png", "per_class_iou.json", "confusion"} <= set(arrived.paths(trial))
+    assert arrived.paths(name, "checkpoint") == ["checkpoint/evaluation.json", "checkpoint/gallery.png"]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_a_server_fails_at_for_no_stated_reason_is_sent_by_the_next_command(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "gallery.png").write_text("picture")
+    broken = True
+    with FaultyProxy(server, "500", lambda path: broken and path.endswith("gallery.png")).serving() as proxy:
+        place = Place(tmp_path, proxy.uri)
+        tracker = Tracker(place)
+        tracker.start(run_of("uploads"))
+        tracker.log_file("uploads", tmp_path / "gallery.png")
+        tracker.end("uploads", "FINISHED", {STATE_TAG: "finished"})
+        tracker.close(timeout_s=60)
+        assert Arrived(server.uri, "uploads").runs()["uploads"].info.status == "FINISHED", "it holds up nothing"
+        (reason,) = refused(caplog)
+        assert "The next segadapt command that tracks there sends it again" in reason
+        broken = False
+        api.runs("uploads", place=place)
+    assert Arrived(server.uri, "uploads").artifact("uploads", "gallery.png") == "picture"
+    assert Arrived(server.uri, "uploads").runs()["uploads"].data.tags[STATE_TAG] == "finished"
+    assert list((tmp_path / "tracking").rglob("*.jsonl")) == []
+
+
+@pytest.mark.usefixtures("impatient")
+def test_runs_that_a_server_lost_are_made_again_from_what_is_still_here(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import psycopg
+
+    (tmp_path / "gallery.png").write_text("picture")
+    place, arrived = Place(tmp_path, server.uri), Arrived(server.uri, "emptied")
+    tracker = Tracker(place)
+    tracker.start(run_of("emptied"))
+    tracker.start(run_of("emptied/1", parent_key="emptied", lr=0.1))
+    tracker.log_metrics("emptied/1", {"miou": 0.1, "time/evaluation": 1.0}, 1)
+    tracker.log_file("emptied/1", tmp_path / "gallery.png")
+    tracker.log_json("emptied/1", {"seed": 0}, "config.yaml")
+    wait_for(partial(all_is_sent, tracker), "the records")
+    with psycopg.connect(server.database.replace("+psycopg", ""), autocommit=True) as database:
+        database.execute("TRUNCATE experiments CASCADE")  # as after a restart with another database
+    tracker.start(run_of("emptied/2", parent_key="emptied", lr=0.2))
+    tracker.log_metrics("emptied/1", {"miou": 0.2, "time/evaluation": 1.0}, 2)
+    for key in ("emptied/1", "emptied/2", "emptied"):
+        tracker.end(key, "FINISHED", {STATE_TAG: "finished"})
+    tracker.close(timeout_s=60)
+
+    assert refused(caplog) == []
+    assert "made again from the 4 records that are still here; 1 pictures and files" in caplog.text
+    runs = arrived.runs()
+    assert {key: run.info.status for key, run in runs.items()} == dict.fromkeys(
+        ("emptied", "emptied/1", "emptied/2"), "FINISHED"
+    )
+    assert arrived.steps("emptied/1") == [1, 2]
+    assert arrived.artifact("emptied/1", "config.yaml") == "seed: 0\n"
+    parent = runs["emptied"].info.run_id
+    assert [runs[f"emptied/{trial}"].data.tags["mlflow.parentRunId"] for trial in (1, 2)] == [parent] * 2
+    assert list((tmp_path / "tracking").rglob("*.jsonl")) == []
+
+
+def http_error(status: int) -> Exception:
+    answer = requests.Response()
+    answer.status_code = status
+    return requests.HTTPError(response=answer)
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (MlflowException("a name", INVALID_PARAMETER_VALUE), client.Failure.REFUSED),
+        (MlflowException("a database", BAD_REQUEST), client.Failure.DOUBTFUL),  # as any error of SQL is told
+        (MlflowException("no such page", ENDPOINT_NOT_FOUND), client.Failure.DOUBTFUL),  # another server's page
+        (MlflowException("an error"), client.Failure.DOUBTFUL),  # 500, or a connection that was cut
+        (MlflowException("a database", TEMPORARILY_UNAVAILABLE), client.Failure.AWAY),
+        (MlflowException("a login", UNAUTHENTICATED), client.Failure.AWAY),
+        (MlflowException("no permission", PERMISSION_DENIED), client.Failure.AWAY),
+        (http_error(400), client.Failure.REFUSED),
+        (http_error(500), client.Failure.DOUBTFUL),
+        (http_error(503), client.Failure.AWAY),
+        (requests.ConnectionError("cut"), client.Failure.DOUBTFUL),
+        (OSError(errno.ENOSPC, "full"), client.Failure.AWAY),
+        (FileNotFoundError("what was to be uploaded"), client.Failure.REFUSED),
+    ],
+)
+def test_only_what_names_the_record_refuses_it(error: Exception, failure: client.Failure) -> None:
+    assert client.failure_of(error) is failure
+
+
+READING: dict[str, Callable[[Place], object]] = {
+    "runs": lambda place: api.runs("town", place=place),
+    "status": lambda place: api.status("town", place=place),
+    "report": lambda place: api.report("town", place=place),
+    "logs": lambda place: api.trial_log("best", "town", place=place),
+    "evaluate": lambda place: api.evaluate("best", "town", place=place),
+    "export": lambda place: api.export("best", "town", place=place),
+    "finish": lambda place: api.finish("best", "town", place=place),
+    "search": lambda place: api.plan("sdca", name="town", place=place),
+}
+
+
+@pytest.mark.parametrize("command", READING)
+def test_a_command_that_reads_tells_in_one_sentence_that_the_server_hangs(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert client._ANSWER_S == 10
+    monkeypatch.setattr(client, "_ANSWER_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as door:  # takes requests, never answers
+        place = Place(tmp_path, f"http://127.0.0.1:{door.getsockname()[1]}")
+        box = Outbox.create(client.waiting_folder(place))
+        box.append("end_lost", {"experiment": "town", "prefix": "town/", "known": []})
+        box._records.close()  # as when its process ends: sending what waits would hang as well
+        with pytest.raises(UsageError, match=r"does not \(no answer within 0.3 s\).*`doctor`.*need no server") as told:
+            READING[command](place)
+        assert str(door.getsockname()[1]) in str(told.value)
+
+
+def test_a_server_that_hangs_after_its_first_answer_is_told_as_well(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_REQUEST_S", 0.3)
+    with FaultyProxy(server, "hang", lambda path: "get-by-name" in path).serving() as proxy:
+        place = Place(tmp_path, proxy.uri)
+        with pytest.raises(UsageError, match=r"no answer within 0.3 s"):
+            api.runs("town", place=place)
+
+
+def test_doctor_says_that_the_server_hangs_and_looks_at_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_ANSWER_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        findings = list(api.doctor(place=Place(tmp_path, f"http://127.0.0.1:{door.getsockname()[1]}"), fix=True))
+    (fault,) = (finding.text for finding in findings if finding.level == "fault")
+    assert "no answer within 0.3 s" in fault
+    assert {"storage", "study", "cluster"} <= {finding.subject for finding in findings}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_disk_that_refuses_a_note_of_a_record_delays_records_and_loses_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = Tracker(Place(tmp_path))
+    in_the_way = tracker._outbox.folder / "refused.jsonl"
+    in_the_way.mkdir()  # a file cannot be opened for writing here
+    tracker.start(run_of("disk"))
+    tracker.log_metrics("disk", {"a metric?": 0.2}, 1)  # refused, which is to be noted
+    tracker.log_metrics("disk", {"miou": 0.3}, 2)
+    tracker.end("disk", "FINISHED", {})
+    wait_for(lambda: "Is a directory" in caplog.text, "an attempt")
+    in_the_way.rmdir()
+    tracker.close(timeout_s=60)
+    arrived = Arrived(Place(tmp_path).tracking_url, "disk")
+    assert arrived.steps("disk") == [2]
+    assert arrived.runs()["disk"].info.status == "FINISHED"
+    assert len(in_the_way.read_text().splitlines()) == 1
+
+
+def test_a_run_that_was_made_twice_is_shown_once(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    tags = {METHOD_TAG: "sdca", STATE_TAG: "running"}
+    tracker = Tracker(place)
+    tracker.start(RunInfo("town", "town", "town", {"segadapt.kind": "search", STATE_TAG: "running"}, {}))
+    tracker.start(RunInfo("town/1", "town", "sdca-001", {"segadapt.kind": "trial", **tags}, {"lr": 0.1}, "town"))
+    tracker.log_summary("town/1", {"best/target_val/miou": 0.5}, 4)
+    tracker.end("town/1", "FINISHED", {STATE_TAG: "finished"})
+    tracker.end("town", "FINISHED", {STATE_TAG: "finished"})
+    tracker.close()
+    arrived = Arrived(place.tracking_url, "town")
+    for key, run in arrived.runs().items():
+        doubled = {name: value for name, value in run.data.tags.items() if name.startswith("segadapt.")}
+        made = arrived.client.create_run(run.info.experiment_id, tags={**doubled, KEY_TAG: key, STATE_TAG: "running"})
+        assert made.info.run_id != run.info.run_id
+    assert [(row.state, row.best) for row in api.runs("town", place=place).rows] == [("finished", 0.5)]
+    assert api.status("town", place=place).states == {"finished": 1}
+    assert api.status("town", place=place).state == "finished"
+
+    later = Tracker(place)  # goes on with the run that commands show
+    later.log_summary("town/1", {"evaluation/miou": 0.6}, 4)
+    later.close()
+    (row,) = api.runs("town", place=place).rows
+    assert arrived.client.get_run(row.run_id).data.metrics["evaluation/miou"] == 0.6
+
+
+def test_a_summary_that_a_resumed_search_repeats_is_there_once(tmp_path: Path) -> None:
+    for regret in (0.1, 0.1, 0.2):
+        tracker = Tracker(Place(tmp_path))
+        tracker.start(run_of("summary"))
+        tracker.log_summary("summary", {"regret/entropy": regret, "best/miou": 0.5}, 8)
+        tracker.close()
+    arrived = Arrived(Place(tmp_path).tracking_url, "summary")
+    assert arrived.steps("summary", "best/miou") == [8]
+    assert arrived.runs()["summary"].data.metrics["regret/entropy"] == 0.2
+    assert arrived.steps("summary", "regret/entropy") == [8, 8]
+
+
+def test_what_was_refused_is_sent_again_by_doctor_and_later_words_count(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    arrived = Arrived(place.tracking_url, "refused")
+    tracker = Tracker(place)
+    tracker.start(run_of("refused"))
+    wait_for(partial(all_is_sent, tracker), "the run")
+    (run,) = arrived.runs().values()
+    arrived.client.delete_run(run.info.run_id)  # so MLflow takes nothing more of it
+    tracker.set_tags("refused", {"note": "early"})
+    tracker.set_tags("refused", {"only": "early"})
+    tracker.log_metrics("refused", {"miou": 0.1, "time/evaluation": 1.0}, 1)
+    tracker.log_metrics("refused", {"a metric?": 0.1}, 2)  # nor will it ever take this
+    tracker.log_json("refused", {"seed": 0}, "config.yaml")
+    tracker.end("refused", "FINISHED", {STATE_TAG: "finished"})
+    tracker.close()
+    (named,) = (found for found in api.doctor(place=place) if "did not take" in found.text)
+    assert "MLflow did not take 5 records, 5 of them for what they hold" in named.text
+    assert named.repair is not None
+
+    arrived.client.restore_run(run.info.run_id)
+    arrived.client.set_tag(run.info.run_id, "note", "late")
+    (tried,) = (found for found in api.doctor(place=place, fix=True) if "did not take" in found.text)
+    assert "MLflow still does not take 1 of them" in tried.advice
+    (run,) = arrived.runs().values()
+    assert {name: run.data.tags.get(name) for name in ("note", "only", STATE_TAG)} == {
+        "note": "late",
+        "only": "early",
+        STATE_TAG: "finished",
+    }
+    assert run.info.status == "FINISHED"
+    assert arrived.steps("refused") == [1]
+    (left,) = tmp_path.rglob("refused.jsonl")
+    assert ["a metric?" in line for line in left.read_text().splitlines()] == [True]
+
+
+def test_an_experiment_that_is_deleted_in_mlflow_is_restored_by_what_goes_on_with_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = Place(tmp_path)
+    arrived = Arrived(place.tracking_url, "deleted")
+    tracker = Tracker(place)
+    tracker.start(run_of("deleted"))
+    for step in (1, 2):  # once while its driver runs, once before it is resumed
+        wait_for(partial(all_is_sent, tracker), "the records")
+        arrived.client.delete_experiment(arrived.client.get_experiment_by_name("deleted").experiment_id)
+        with pytest.raises(UsageError, match=r"was deleted there.*`segadapt doctor --fix` restores it"):
+            api.runs("deleted", place=place)
+        if step == 2:
+            tracker.close()
+            tracker = Tracker(place)
+            tracker.start(run_of("deleted"))
+        tracker.log_metrics("deleted", {"miou": 0.1, "time/evaluation": 1.0}, step)
+    tracker.end("deleted", "FINISHED", {})
+    tracker.close()
+    assert refused(caplog) == []
+    assert arrived.steps("deleted") == [1, 2]
+    assert "The experiment deleted was deleted in MLflow; it is restored" in caplog.text
 
 
 KILLED_IN_A_MIGRATION = """
