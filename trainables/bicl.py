@@ -26,7 +26,7 @@ from segadapt.trainables.core.losses.entropy import shannon_entropy, softened_en
 from segadapt.trainables.core.losses.prototype_contrast import fuse_labels, grid_of, prototype_contrast
 from segadapt.trainables.core.losses.segmentation import segmentation_cross_entropy
 from segadapt.trainables.core.method import SOURCE_ONLY, Method, ParameterGroup, Stage, StageData, WarmupConfig
-from segadapt.trainables.core.networks import Backbone, Segmenter, SegmenterOutput, SummedDilatedHead
+from segadapt.trainables.core.networks import Backbone, Segmenter, SegmenterOutput, SummedDilatedHead, TimmBackbone
 from segadapt.trainables.core.state.prototype_calibration import PrototypeCalibration
 from segadapt.trainables.core.validation import check
 
@@ -219,10 +219,11 @@ class BiCL(Method):
     def _contrasted(self, images: Tensor, stem: nn.Module | None) -> SegmenterOutput:
         """Return logits and the features to contrast; `stem` replaces the segmenter's."""
         backbone = self.segmenter.backbone
-        hidden = backbone(images) if stem is None else _split_backbone(self.segmenter).stages(stem(images))
+        hidden = backbone(images) if stem is None else _split_backbone(self.segmenter).forward_with(stem, images)
+        features = self.segmenter.decode(hidden)
         if self.config.feature == "backbone":
-            return SegmenterOutput(self.segmenter.head(hidden), hidden)
-        branches = _dilated_head(self.segmenter).branches(hidden)
+            return SegmenterOutput(self.segmenter.classify(features), features)
+        branches = _dilated_head(self.segmenter).branches(features)
         return SegmenterOutput(torch.stack(branches).sum(0), torch.cat(branches, dim=1))
 
     def _dynamic_labels(
@@ -249,9 +250,9 @@ class BiCL(Method):
         return self.segmenter.upsample(logits, (like.shape[-2], like.shape[-1]))
 
 
-def _split_backbone(segmenter: Segmenter) -> Backbone:
+def _split_backbone(segmenter: Segmenter) -> Backbone | TimmBackbone:
     backbone = segmenter.backbone
-    if not isinstance(backbone, Backbone):
+    if not isinstance(backbone, Backbone | TimmBackbone):
         raise ValueError(
             f"method.split_stem=true needs a backbone with a stem, but the network has {type(backbone).__name__}. "
             "Set method.split_stem=false or choose another network.name."

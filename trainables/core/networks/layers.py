@@ -30,6 +30,16 @@ class Backbone(nn.Module):
         """Return features, (B, D, h, w)."""
         return cast(Tensor, self.stages(self.stem(images)))
 
+    def forward_with(self, stem: nn.Module, images: Tensor) -> Tensor:
+        """Return features, (B, D, h, w), with another `stem` in the place of its own."""
+        return cast(Tensor, self.stages(stem(images)))
+
+
+class Encoding(nn.Module):
+    """A backbone whose `encoder` can compute its blocks once more in the backward pass, as timm's models can."""
+
+    encoder: Any
+
 
 class SummedDilatedHead(nn.Module):
     """Parallel 3x3 convolutions of different dilation, summed: the classifier of DeepLab-v2.
@@ -113,12 +123,20 @@ def recompute_blocks(network: nn.Module) -> None:
     Raises:
         ValueError: If a block has batch norm that is trained, whose running statistics would move twice.
     """
+    encoders = [part.encoder for part in network.modules() if isinstance(part, Encoding)]
+    for encoder in encoders:
+        _check_no_trained_norm(encoder)
+        encoder.set_grad_checkpointing(True)
+    in_encoders = {part for encoder in encoders for part in encoder.modules()}
     for block in network.modules():
-        if type(block).__name__ not in _BLOCKS:
-            continue
-        if any(isinstance(part, _BatchNorm) for part in block.modules()):
-            raise ValueError(
-                "trainer.recompute=true needs a backbone without trained batch norm, but this network has it. "
-                "Set network.freeze_norm=true, or trainer.recompute=false."
-            )
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if type(block).__name__ in _BLOCKS and block not in in_encoders:
+            _check_no_trained_norm(block)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _check_no_trained_norm(block: nn.Module) -> None:
+    if any(isinstance(part, _BatchNorm) for part in block.modules()):
+        raise ValueError(
+            "trainer.recompute=true needs a backbone without trained batch norm, but this network has it. "
+            "Set network.freeze_norm=true, or trainer.recompute=false."
+        )

@@ -4,7 +4,7 @@ B images of H x W pixels, D feature channels, C classes, h x w cells of the feat
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class Segmenter(nn.Module):
     """A segmentation network in two parts that share no parameter.
 
     Args:
-        backbone: Maps images (B, 3, H, W) to features (B, D, h, w).
+        backbone: Maps images (B, 3, H, W) to features (B, D, h, w), or to what `decode` makes features of.
         head: Maps features to logits (B, C, h, w). It is randomly initialised, the backbone may be pretrained.
         feature_channels: D.
         num_classes: C.
@@ -83,7 +83,11 @@ class Segmenter(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features of normalised images, (B, D, h, w)."""
-        return cast(Tensor, self.backbone(images))
+        return self.decode(self.backbone(images))
+
+    def decode(self, hidden: Any) -> Tensor:
+        """Return the features, (B, D, h, w), of what the backbone gives: here that itself."""
+        return cast(Tensor, hidden)
 
     def classify(self, features: Tensor) -> Tensor:
         """Return the logits, (B, C, h, w), of features."""
