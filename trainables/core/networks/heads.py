@@ -188,8 +188,7 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised map."""
-        normed = super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return normed.contiguous() if torch.compiler.is_exporting() else normed  # torch.export reasons about strides
+        return exportable(super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
 
 HEADS: dict[str, type[DecoderHead]] = {
@@ -199,6 +198,11 @@ HEADS: dict[str, type[DecoderHead]] = {
     "daformer": DAFormerHead,
 }
 """Heads by name, beside `deeplabv2`, which has no decoder."""
+
+
+def exportable(x: Tensor) -> Tensor:
+    """Return `x`, contiguous if a graph is made of it: `torch.export` asks about strides that depend on sizes."""
+    return x.contiguous() if torch.compiler.is_exporting() else x
 
 
 def _convolution(channels: int, width: int, kernel: int, *, dilation: int = 1) -> nn.Sequential:

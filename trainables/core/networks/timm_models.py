@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from segadapt.trainables.core.networks.heads import HEADS, DecoderHead
+from segadapt.trainables.core.networks.heads import HEADS, DecoderHead, exportable
 from segadapt.trainables.core.networks.layers import Encoding, SummedDilatedHead
 from segadapt.trainables.core.networks.segmenter import Normalisation, Segmenter
 from segadapt.trainables.core.networks.weights import some
@@ -96,7 +96,8 @@ class TimmBackbone(Encoding):
             output_fmt="NCHW",
             intermediates_only=True,
         )
-        return maps[0] if len(maps) == 1 else tuple(maps)
+        maps = tuple(exportable(part) for part in maps)
+        return maps[0] if len(maps) == 1 else maps
 
     @property
     def stem(self) -> SharedStem:
