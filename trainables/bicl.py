@@ -238,10 +238,10 @@ class BiCL(Method):
 
     def _contrasted(self, network: Segmenter, images: Tensor) -> SegmenterOutput:
         """Return logits and the features to contrast."""
-        hidden = network.backbone(images)
+        features = network.features(images)
         if self.config.feature == "backbone":
-            return SegmenterOutput(self.segmenter.head(hidden), hidden)
-        branches = _dilated_head(self.segmenter).branches(hidden)
+            return SegmenterOutput(self.segmenter.classify(features), features)
+        branches = _dilated_head(self.segmenter).branches(features)
         return SegmenterOutput(torch.stack(branches).sum(0), torch.cat(branches, dim=1))
 
     def _dynamic_labels(

@@ -9,7 +9,7 @@ workers times 2 micro-batches). Means and Lovász-Softmax are those of the joine
 
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +71,9 @@ class AggregatingSegmenter(Segmenter):
         probabilities = aggregate_probabilities(_probabilities(logits), weight=self.weight, floor=self.floor)
         return SegmenterOutput(_logarithm(probabilities), features)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the given network's features of normalised images, (B, D, h, w)."""
-        return self._parts.features(self, images)
+    def decode(self, hidden: Any) -> Tensor:
+        """Return the given network's features, (B, D, h, w), of what its backbone gives."""
+        return self._parts.decode(self, hidden)
 
     def classify(self, features: Tensor) -> Tensor:
         """Return the given network's logits, (B, C, h, w), of features."""

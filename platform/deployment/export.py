@@ -27,7 +27,7 @@ from segadapt.platform.storage.checkpoints import class_colors, read_metrics, st
 from segadapt.platform.storage.folders import Place, user_path
 from segadapt.platform.tracking.tags import DATA_TAG
 from segadapt.trainables.core.data.datasets import load_data
-from segadapt.trainables.core.evaluation.deployed import SMALLEST_SIDE, DeployedNetwork, stride
+from segadapt.trainables.core.evaluation.deployed import DeployedNetwork, smallest_side, stride
 
 ONNX = "model.onnx"
 
@@ -94,6 +94,7 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
         colors=class_colors(origin.checkpoint) or _data_colors(config),
         whole_pixels=pixels,
         input_size=size,
+        smallest_side=smallest_side(network),
         normalisation={"bgr": network.normalisation.bgr, "mean": mean, "std": std},
         aggregation=aggregation,
         metrics={name: value for name, value in metrics.items() if name.startswith(_SHOWN_METRICS)},
@@ -177,12 +178,10 @@ def write(network: DeployedNetwork, card: Card, folder: Path) -> dict[str, float
 
 def _program(network: DeployedNetwork) -> ExportedProgram:
     batch, height, width = _EXAMPLE_SHAPE
-    sides = {
-        2: Dim("height", min=SMALLEST_SIDE, max=LARGEST_SIDE),
-        3: Dim("width", min=SMALLEST_SIDE, max=LARGEST_SIDE),
-    }
+    least = smallest_side(network.network)
+    sides = {2: Dim("height", min=least, max=LARGEST_SIDE), 3: Dim("width", min=least, max=LARGEST_SIDE)}
     shapes = ({0: Dim("batch", min=1, max=_LARGEST_BATCH), **sides},)
-    example = torch.zeros(batch, 3, height, width, dtype=torch.uint8)
+    example = torch.zeros(batch, 3, max(height, least), max(width, least), dtype=torch.uint8)
     try:
         with torch.no_grad():
             return torch.export.export(network, (example,), dynamic_shapes=shapes)
@@ -220,8 +219,10 @@ def _difference(network: DeployedNetwork, exported: "Predict") -> float:
     """Return the largest difference of a class probability over images of several sizes."""
     generator = torch.Generator().manual_seed(0)
     differences = []
-    for batch, height, width in _CHECKED_SHAPES:
-        images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+    least = smallest_side(network.network)
+    for batch, *sides in _CHECKED_SHAPES:
+        shape = (batch, 3, *(max(side, least) for side in sides))
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         with torch.no_grad():
             expected = network(images)
         actual = exported(images)

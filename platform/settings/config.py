@@ -22,7 +22,7 @@ from segadapt.trainables import method_class
 from segadapt.trainables.core.data.datasets import DataConfig
 from segadapt.trainables.core.data.transforms import AugmentationConfig
 from segadapt.trainables.core.method import Method, WarmupConfig
-from segadapt.trainables.core.networks import NetworkConfig, base_lr
+from segadapt.trainables.core.networks import NetworkConfig, base_lr, recommended_optimizer
 from segadapt.trainables.core.training.config import OptimizerConfig, TrainerConfig
 
 Values = Mapping[str, Any]
@@ -244,11 +244,20 @@ def override(config: TrialConfig, values: Values) -> TrialConfig:
 
 
 def _with_rates(optimizer: OptimizerConfig, network: NetworkConfig) -> OptimizerConfig:
-    """Fill in the learning rates that follow from the network."""
+    """Fill in the optimiser and the learning rates that follow from the network.
+
+    The recommended rate is meant for the recommended optimiser: another one needs a rate of its own.
+    """
     pretrained = network.weights not in (None, "none")
+    recommended = recommended_optimizer(network.name)
+    if optimizer.lr is None and optimizer.name not in (None, recommended):
+        raise ValueError(
+            f"optimizer.lr must be given with optimizer.name={optimizer.name}: the rate that is recommended for "
+            f"{network.name!r}, {base_lr(network.name, pretrained=pretrained):g}, is meant for {recommended}."
+        )
     return dataclasses.replace(
-        optimizer,
-        lr=base_lr(network.name) if optimizer.lr is None else optimizer.lr,
+        optimizer.filled(recommended),
+        lr=base_lr(network.name, pretrained=pretrained) if optimizer.lr is None else optimizer.lr,
         head_lr_factor=(10.0 if pretrained else 1.0) if optimizer.head_lr_factor is None else optimizer.head_lr_factor,
     )
 

@@ -384,6 +384,10 @@ def a_card(**changes: Any) -> Card:
         pytest.param("deeplabv2_resnet101_caffe", 0.0, None, marks=pytest.mark.slow),
         pytest.param("deeplabv3_resnet50", 0.0, None, marks=pytest.mark.slow),
         pytest.param("lraspp_mobilenet_v3_large", 0.0, (64, 128), marks=pytest.mark.slow),
+        pytest.param("timm:test_resnet", 0.0, None, marks=pytest.mark.slow),
+        pytest.param("timm:test_convnext", 0.0, None, marks=pytest.mark.slow),
+        pytest.param("timm:test_vit", 0.0, None, marks=pytest.mark.slow),
+        pytest.param("timm:pvt_v2_b0", 0.0, (96, 128), marks=pytest.mark.slow),
     ],
 )
 def test_networks_export(name: str, aggregation: float, size: tuple[int, int] | None, tmp_path: Path) -> None:

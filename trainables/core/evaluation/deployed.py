@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segadapt.trainables.core.networks import Segmenter
+from segadapt.trainables.core.networks import Segmenter, TimmBackbone
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -91,6 +91,18 @@ def _with_flooring_pools(network: Segmenter) -> Segmenter:
             if isinstance(child, nn.MaxPool2d) and child.ceil_mode:
                 setattr(module, name, _FlooringPool())
     return network
+
+
+def smallest_side(network: Segmenter) -> int:
+    """Return the least height and width of an image that an exported network takes.
+
+    A graph for all sizes needs maps of more than one cell: the coarsest of a hierarchy, and the pyramid's of a plain
+    transformer, which is half as fine as its patches.
+    """
+    backbone = network.backbone
+    if not isinstance(backbone, TimmBackbone):
+        return SMALLEST_SIDE
+    return max(SMALLEST_SIDE, (3 if backbone.plain else 2) * backbone.cell)
 
 
 def stride(network: Segmenter) -> int:

@@ -7,6 +7,7 @@
 | deeplabv2_resnet101_caffe | 8 | 2048 | the same on Caffe's ResNet-101, whose input is BGR |
 | deeplabv3_resnet50 | 8 | 2048 | atrous spatial pyramid pooling |
 | lraspp_mobilenet_v3_large | 8 | 168 | lite reduced pyramid pooling |
+| timm:MODEL | of the head | of the head | one of `HEADS`, or deeplabv2 |
 
 B images of H x W pixels, D feature channels, C classes, h x w cells of the feature map.
 """
@@ -15,10 +16,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 
 from segadapt.trainables.core.networks.compact import build_compact
+from segadapt.trainables.core.networks.heads import HEADS
 from segadapt.trainables.core.networks.layers import (
     Backbone,
     FrozenBatchNorm,
@@ -41,10 +44,14 @@ from segadapt.trainables.core.networks.segmenter import (
     split_backbone,
     with_stem,
 )
-from segadapt.trainables.core.networks.weights import WeightsReport, load_weights, read_weights
+from segadapt.trainables.core.networks.timm_models import PREFIX as TIMM
+from segadapt.trainables.core.networks.timm_models import TimmBackbone, build_timm_segmenter
+from segadapt.trainables.core.networks.weights import WeightsReport, load_weights, read_file, read_weights
+from segadapt.trainables.core.validation import check
 
 __all__ = [
     "CAFFE_BGR",
+    "HEADS",
     "IMAGENET_RGB",
     "NETWORKS",
     "Backbone",
@@ -55,11 +62,13 @@ __all__ = [
     "Segmenter",
     "SegmenterOutput",
     "SummedDilatedHead",
+    "TimmBackbone",
     "WeightsReport",
     "base_lr",
     "build_segmenter",
     "least_images",
     "load_weights",
+    "recommended_optimizer",
     "recompute_blocks",
     "split_backbone",
     "with_stem",
@@ -73,18 +82,39 @@ class NetworkConfig:
     """Which network is trained and what it starts from; `build_segmenter(num_classes=C, **asdict(config))`."""
 
     name: str = "compact"
-    """One of `NETWORKS`."""
+    """One of `NETWORKS`, or timm:MODEL for a backbone of timm, such as timm:vit_small_patch14_dinov2.lvd142m."""
     weights: str | None = None
-    """Null or "none": random. A path ending in .pth, .pt or .safetensors: that file. Else like "IMAGENET1K_V1"."""
+    """Null or "none": random. A path ending in .pth, .pt or .safetensors: that file. Else like "IMAGENET1K_V1", of
+    timm's models "pretrained"."""
+    head: str = "auto"
+    """Head on a backbone of timm: linear, light, pyramid, daformer, deeplabv2, or auto: light on a plain transformer,
+    daformer on four resolutions. The other networks have their own."""
+    input_scale: float = 1.0
+    """Size per side at which a backbone of timm sees an image, brought to whole cells of it. VFM-UDA: 1.1."""
+    drop_path: float = 0.0
+    """Share of a sample's residual branches that are left out in training, in the deepest block, of timm's models."""
     freeze_norm: bool | None = None
     """Keep the backbone's batch norm constant, affine part and statistics; null: if weights are loaded.
 
-    `compact` has no batch norm and refuses True.
+    Networks without batch norm, such as `compact`, refuse True.
     """
     norm_epsilon: float | None = None
     """Added to the variances of frozen batch norm; null: as pretrained, but 0 in deeplabv2_resnet101 (SDCA)."""
     align_corners: bool = True
     """Corner rule of the bilinear up-sampling of logits. SDCA, BiCL, CLST: True; PLCA: False."""
+
+    def __post_init__(self) -> None:
+        heads = ("auto", *HEADS, "deeplabv2")
+        check(self.head in heads, f"network.head must be one of {', '.join(heads)}", self.head)
+        check(0.1 <= self.input_scale <= 10, "network.input_scale must lie in [0.1, 10]", self.input_scale)
+        check(0 <= self.drop_path < 1, "network.drop_path must lie in [0, 1)", self.drop_path)
+        timms = (("head", "auto"), ("input_scale", 1.0), ("drop_path", 0.0))
+        for name, default in timms if not self.name.startswith(TIMM) else ():
+            check(
+                getattr(self, name) == default,
+                f"network.{name} must be left at {default} unless network.name is {TIMM}MODEL",
+                getattr(self, name),
+            )
 
 
 @dataclass(frozen=True)
@@ -114,27 +144,41 @@ NETWORKS = {
         build_lraspp_mobilenet_v3_large, base_lr=2.5e-4, published="mobilenet_v3_large", frozen_epsilon=1e-3
     ),
 }
-"""All networks by name."""
+"""All networks by name, beside the models of timm."""
 
 
 def least_images(name: str) -> int:
     """Return how many images a network must see at a time in training.
 
     Raises:
-        ValueError: If there is no such network; lists the known ones.
+        ValueError: If there is no such network; lists the known ones. Names of timm's models are not looked up.
     """
-    return _recipe(name).least_images
+    return 1 if name.startswith(TIMM) else _recipe(name).least_images
 
 
-def base_lr(name: str) -> float:
-    """Return the recommended base learning rate of a network under SGD with momentum 0.9.
+def base_lr(name: str, *, pretrained: bool = True) -> float:
+    """Return the recommended base learning rate of a network under its `recommended_optimizer`.
 
-    `compact` learns from scratch; the rate of the others, 2.5e-4, is SDCA's for ImageNet weights.
+    `compact` learns from scratch; the rate of the other named networks, 2.5e-4, is SDCA's for ImageNet weights. That of
+    timm's models, 6e-5, is DAFormer's for pretrained transformers; ten times as much where they start at random.
 
     Raises:
-        ValueError: If there is no such network; lists the known ones.
+        ValueError: If there is no such network; lists the known ones. Names of timm's models are not looked up.
     """
+    if name.startswith(TIMM):
+        return 6e-5 if pretrained else 6e-4
     return _recipe(name).base_lr
+
+
+def recommended_optimizer(name: str) -> Literal["sgd", "adamw"]:
+    """Return the optimiser that a network is trained with unless another is asked for."""
+    return "adamw" if name.startswith(TIMM) else "sgd"
+
+
+def _recipe(name: str) -> NetworkRecipe:
+    if name not in NETWORKS:
+        raise ValueError(f"A network must be one of {', '.join(NETWORKS)} or {TIMM}MODEL, but got {name!r}.")
+    return NETWORKS[name]
 
 
 def build_segmenter(
@@ -144,6 +188,9 @@ def build_segmenter(
     weights: str | None = None,
     freeze_norm: bool | None = None,
     norm_epsilon: float | None = None,
+    head: str = "auto",
+    input_scale: float = 1.0,
+    drop_path: float = 0.0,
     align_corners: bool = True,
 ) -> Segmenter:
     """Build a network; equal for equal `torch.manual_seed`. `NetworkConfig` documents the arguments.
@@ -152,9 +199,24 @@ def build_segmenter(
         ValueError: If the network is unknown, the weights cannot be had or do not fit, or there is no batch norm to
             freeze.
     """
-    recipe = _recipe(name)
     if weights == "none":
         weights = None
+    if name.startswith(TIMM):
+        if norm_epsilon is not None:
+            raise ValueError(f"network.norm_epsilon must be left out with {TIMM}MODEL, but got {norm_epsilon}.")
+        segmenter = build_timm_segmenter(
+            name.removeprefix(TIMM),
+            num_classes,
+            head=head,
+            state=None if weights in (None, "pretrained") else read_file(weights),
+            pretrained=weights == "pretrained",
+            freeze_norm=freeze_norm,
+            input_scale=input_scale,
+            drop_path=drop_path,
+        )
+        segmenter.align_corners = align_corners
+        return segmenter.to(memory_format=torch.channels_last)
+    recipe = _recipe(name)
     if freeze_norm and not recipe.batch_norm:
         raise ValueError(f"freeze_norm needs batch norm, but {name!r} has group norm. Leave it out or set it to false.")
     state = None if weights is None else read_weights(name, recipe.published, weights)
@@ -168,9 +230,3 @@ def build_segmenter(
         level = logging.WARNING if any(key.startswith("backbone.") for key in report.missing) else logging.INFO
         logger.log(level, "%s from %s: %s", name, weights, report)
     return segmenter.to(memory_format=torch.channels_last)
-
-
-def _recipe(name: str) -> NetworkRecipe:
-    if name not in NETWORKS:
-        raise ValueError(f"A network must be one of {', '.join(NETWORKS)}, but got {name!r}.")
-    return NETWORKS[name]

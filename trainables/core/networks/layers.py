@@ -3,6 +3,7 @@
 B images of H x W pixels, D feature channels, C classes, h x w cells of the feature map.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -18,8 +19,18 @@ _BLOCKS = frozenset({"ResidualBlock", "Bottleneck", "InvertedResidual"})
 NormLayer = Callable[[int], nn.Module]
 
 
-class Backbone(nn.Module):
-    """A backbone in two steps: `stem`, the shallow layers, which a method may keep per domain, and `stages`."""
+class SplitBackbone(nn.Module, ABC):
+    """A backbone that has a stem: the shallow layers, which a method may keep per domain."""
+
+    stem: nn.Module
+
+    @abstractmethod
+    def with_stem(self, stem: nn.Module) -> nn.Module:
+        """Return a backbone that has `stem` in place of its own, and shares all else."""
+
+
+class Backbone(SplitBackbone):
+    """A backbone in two steps: `stem` and `stages`."""
 
     def __init__(self, stem: nn.Module, stages: nn.Module) -> None:
         super().__init__()
@@ -29,6 +40,16 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return features, (B, D, h, w)."""
         return cast(Tensor, self.stages(self.stem(images)))
+
+    def with_stem(self, stem: nn.Module) -> "Backbone":
+        """Return a backbone that has `stem` in place of its own, and shares `stages`."""
+        return Backbone(stem, self.stages)
+
+
+class Encoding(SplitBackbone):
+    """A backbone whose `encoder` can compute its blocks once more in the backward pass, as timm's models can."""
+
+    encoder: Any
 
 
 class SummedDilatedHead(nn.Module):
@@ -113,12 +134,20 @@ def recompute_blocks(network: nn.Module) -> None:
     Raises:
         ValueError: If a block has batch norm that is trained, whose running statistics would move twice.
     """
+    encoders = [part.encoder for part in network.modules() if isinstance(part, Encoding)]
+    for encoder in encoders:
+        _check_no_trained_norm(encoder)
+        encoder.set_grad_checkpointing(True)
+    in_encoders = {part for encoder in encoders for part in encoder.modules()}
     for block in network.modules():
-        if type(block).__name__ not in _BLOCKS:
-            continue
-        if any(isinstance(part, _BatchNorm) for part in block.modules()):
-            raise ValueError(
-                "trainer.recompute=true needs a backbone without trained batch norm, but this network has it. "
-                "Set network.freeze_norm=true, or trainer.recompute=false."
-            )
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if type(block).__name__ in _BLOCKS and block not in in_encoders:
+            _check_no_trained_norm(block)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _check_no_trained_norm(block: nn.Module) -> None:
+    if any(isinstance(part, _BatchNorm) for part in block.modules()):
+        raise ValueError(
+            "trainer.recompute=true needs a backbone without trained batch norm, but this network has it. "
+            "Set network.freeze_norm=true, or trainer.recompute=false."
+        )

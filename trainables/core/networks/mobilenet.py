@@ -31,9 +31,9 @@ class LrasppSegmenter(Segmenter):
     Source: Howard et al., Searching for MobileNetV3, ICCV 2019; torchvision's LRASPP, of which `head` is a part.
     """
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the features of normalised images, (B, D, h, w)."""
-        low, high = self.backbone(images)
+    def decode(self, hidden: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the features, (B, D, h, w), of detail and context."""
+        low, high = hidden
         head = cast(Any, self.head)
         gated = head.cbr(high) * head.scale(high)
         context = F.interpolate(gated, size=low.shape[-2:], mode="bilinear", align_corners=False)

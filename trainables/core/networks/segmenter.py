@@ -5,13 +5,13 @@ B images of H x W pixels, D feature channels, C classes, h x w cells of the feat
 
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segadapt.trainables.core.networks.layers import Backbone
+from segadapt.trainables.core.networks.layers import SplitBackbone
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Segmenter(nn.Module):
     """A segmentation network in two parts that share no parameter.
 
     Args:
-        backbone: Maps images (B, 3, H, W) to features (B, D, h, w).
+        backbone: Maps images (B, 3, H, W) to features (B, D, h, w), or to what `decode` makes features of.
         head: Maps features to logits (B, C, h, w). It is randomly initialised, the backbone may be pretrained.
         feature_channels: D.
         num_classes: C.
@@ -88,7 +88,11 @@ class Segmenter(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features of normalised images, (B, D, h, w)."""
-        return cast(Tensor, self.backbone(images))
+        return self.decode(self.backbone(images))
+
+    def decode(self, hidden: Any) -> Tensor:
+        """Return the features, (B, D, h, w), of what the backbone gives: here that itself."""
+        return cast(Tensor, hidden)
 
     def classify(self, features: Tensor) -> Tensor:
         """Return the logits, (B, C, h, w), of features."""
@@ -106,14 +110,14 @@ class Segmenter(nn.Module):
         return F.interpolate(precise, size=size, mode="bilinear", align_corners=self.align_corners)
 
 
-def split_backbone(segmenter: Segmenter) -> Backbone:
+def split_backbone(segmenter: Segmenter) -> SplitBackbone:
     """Return the backbone of a network whose shallow layers may be kept per domain.
 
     Raises:
         ValueError: If it has no such layers.
     """
     backbone = segmenter.backbone
-    if not isinstance(backbone, Backbone):
+    if not isinstance(backbone, SplitBackbone):
         raise ValueError(
             f"method.split_stem=true needs a backbone with a stem, but the network has {type(backbone).__name__}. "
             "Set method.split_stem=false or choose another network.name."
@@ -125,5 +129,5 @@ def with_stem(segmenter: Segmenter, stem: nn.Module) -> Segmenter:
     """Return a network with other shallow layers; it shares `stem` and all other parts, and is part of no state."""
     network = copy.copy(segmenter)
     network._modules = dict(segmenter._modules)  # the copy would share the original's
-    network.backbone = Backbone(stem, split_backbone(segmenter).stages)
+    network.backbone = split_backbone(segmenter).with_stem(stem)
     return network

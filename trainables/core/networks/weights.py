@@ -29,7 +29,7 @@ class WeightsReport:
     """Names of the state that the network has not, or has in its head in another shape."""
 
     def __str__(self) -> str:
-        return f"{self.loaded} tensors loaded; missing: {_some(self.missing)}; unexpected: {_some(self.unexpected)}"
+        return f"{self.loaded} tensors loaded; missing: {some(self.missing)}; unexpected: {some(self.unexpected)}"
 
 
 def load_weights(segmenter: Segmenter, state: Mapping[str, Tensor]) -> WeightsReport:
@@ -62,13 +62,13 @@ def load_weights(segmenter: Segmenter, state: Mapping[str, Tensor]) -> WeightsRe
     report = WeightsReport(len(fitting), tuple(missing), tuple(unexpected))
     if not fitting:
         raise ValueError(
-            f"The weights must share tensors with the network, but none fits. Missing: {_some(report.missing)}. "
-            f"Unexpected: {_some(report.unexpected)}. Check that both are of the same architecture."
+            f"The weights must share tensors with the network, but none fits. Missing: {some(report.missing)}. "
+            f"Unexpected: {some(report.unexpected)}. Check that both are of the same architecture."
         )
     if misfits:
         raise ValueError(
             f"The weights must have the shapes of the network's backbone, but {len(misfits)} tensors differ: "
-            f"{_some(misfits)}. Choose the network.name they were trained with."
+            f"{some(misfits)}. Choose the network.name they were trained with."
         )
     segmenter.load_state_dict(fitting, strict=False)
     return report
@@ -85,9 +85,23 @@ def _canonical(name: str) -> str:
     return ".".join(renamed.get(part, part) for part in name.split(".") if part not in places)
 
 
-def _some(names: Sequence[str], shown: int = 3) -> str:
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """Return the first of the names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more if names else "none"
+
+
+def read_file(weights: str) -> Mapping[str, Tensor]:
+    """Return the named tensors of a file.
+
+    Raises:
+        ValueError: If it is missing, damaged or of another kind.
+    """
+    if not weights.endswith(_FILES):
+        raise ValueError(
+            f"network.weights must be none, pretrained, or a {_FILES_SHOWN} file, but got {weights!r}. Correct it."
+        )
+    return _local_state(Path(weights).expanduser())
 
 
 def read_weights(name: str, published: str | None, weights: str) -> Mapping[str, Tensor]:

@@ -1,7 +1,7 @@
 """What the trainer is told: optimiser, length, batches, precision; and how steps are shared out among stages."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from segadapt.trainables.core.data.transforms import AugmentationConfig, Size
 from segadapt.trainables.core.method import SOURCE_ONLY, Stage
@@ -10,33 +10,68 @@ from segadapt.trainables.core.validation import check
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """SGD with momentum and a poly schedule, as the papers use it."""
+    """How weights move: SGD with a poly schedule, as the papers of 2021 use it, or AdamW with a linear one."""
 
+    name: Literal["sgd", "adamw"] | None = None
+    """SGD with momentum, or AdamW with betas 0.9 and 0.999; null: the network's, AdamW for the models of timm."""
     lr: float | None = None
     """Base learning rate of the adaptation stages; null takes the network's recommended one."""
     lr_factor: float = 1.0
     """Multiplies `lr`: the searched coordinate, comparable between networks."""
     head_lr_factor: float | None = None
     """Learning rate of the head over the base rate; null: 10 beside a pretrained backbone (paper), else 1."""
+    backbone_lr_factor: float = 1.0
+    """Learning rate of the backbone over the base rate. VFM-UDA: 0.1."""
+    layer_decay: float = 1.0
+    """Multiplies the learning rate from each block of a timm backbone to the one before it. VFM-UDA++: 0.9."""
     momentum: float = 0.9
     """SGD momentum. Paper: 0.9."""
-    weight_decay: float = 5e-4
-    """On all trained parameters. Paper: 5e-4."""
+    weight_decay: float | None = None
+    """On trained parameters. Null: 5e-4 under SGD (paper), 0.01 under AdamW (DAFormer)."""
+    decay_norms: bool | None = None
+    """Whether norm layers and embeddings decay too; null: under SGD, where the papers do."""
+    schedule: Literal["poly", "linear", "cosine", "constant"] | None = None
+    """How the learning rate falls over `horizon`; null: poly under SGD, linear under AdamW."""
     poly_power: float = 0.9
-    """Learning rate = base * (1 - step / horizon) ** poly_power. Paper: 0.9."""
-    horizon: float = 1.5625
-    """Schedule length over the steps of a stage. Paper (SDCA): 62500 / 40000."""
+    """Poly: learning rate = base * (1 - step / horizon) ** poly_power. Paper: 0.9."""
+    horizon: float | None = None
+    """Schedule length over the steps of a stage. Null: 1.5625 of poly (SDCA: 62500 / 40000), else 1."""
+    warmup_steps: int | None = None
+    """First steps of each stage whose learning rate rises linearly. Null: none under SGD; under AdamW 1500 (DAFormer),
+    but at most a tenth of the stage."""
+    warmup_start: float = 1e-6
+    """Factor of the learning rate in the first of those steps. DAFormer: 1e-6; VFM-UDA: 1e-3."""
+    warmup_decays: bool = True
+    """Whether the schedule falls meanwhile, as DAFormer's; else it sets in after the rise, as VFM-UDA's."""
     clip_norm: float | None = None
     """Largest gradient norm; null does not clip."""
 
     def __post_init__(self) -> None:
-        check(self.lr_factor > 0, "optimizer.lr_factor must be positive", self.lr_factor)
+        for name in ("lr_factor", "backbone_lr_factor"):
+            check(getattr(self, name) > 0, f"optimizer.{name} must be positive", getattr(self, name))
         for name in ("lr", "head_lr_factor", "clip_norm"):
             value = getattr(self, name)
             check(value is None or value > 0, f"optimizer.{name} must be positive or null", value)
+        check(0 < self.layer_decay <= 1, "optimizer.layer_decay must lie in (0, 1]", self.layer_decay)
         check(0 <= self.momentum < 1, "optimizer.momentum must lie in [0, 1)", self.momentum)
-        check(self.weight_decay >= 0, "optimizer.weight_decay must not be negative", self.weight_decay)
-        check(self.horizon >= 1, "optimizer.horizon must be at least 1", self.horizon)
+        decay, horizon, rise = self.weight_decay, self.horizon, self.warmup_steps
+        check(decay is None or decay >= 0, "optimizer.weight_decay must not be negative", decay)
+        check(horizon is None or horizon >= 1, "optimizer.horizon must be at least 1", horizon)
+        check(rise is None or rise >= 0, "optimizer.warmup_steps must be null or not negative", rise)
+        check(0 < self.warmup_start <= 1, "optimizer.warmup_start must lie in (0, 1]", self.warmup_start)
+
+    def filled(self, name: Literal["sgd", "adamw"]) -> "OptimizerConfig":
+        """Return these settings with `name` and what follows from it, where they are null; `warmup_steps` stays."""
+        name = self.name or name
+        schedule = self.schedule or ("poly" if name == "sgd" else "linear")
+        follows: dict[str, Any] = {
+            "name": name,
+            "weight_decay": 5e-4 if name == "sgd" else 0.01,
+            "decay_norms": name == "sgd",
+            "schedule": schedule,
+            "horizon": 1.5625 if schedule == "poly" else 1.0,
+        }
+        return replace(self, **{key: value for key, value in follows.items() if getattr(self, key) is None})
 
 
 @dataclass(frozen=True, kw_only=True)
