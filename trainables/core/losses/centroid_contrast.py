@@ -73,8 +73,7 @@ def centroid_contrast(
     valid = (counts >= max(min_cells, 1)) & seen
     # Rows that take no part become zeros, so that no row consists of unseen classes alone.
     logits = torch.where(valid.unsqueeze(2), logits.masked_fill(~seen, -torch.inf), 0.0)
-    losses = _cross_entropy_of_diagonal(logits)
-    total = torch.where(valid, losses, 0.0).sum(dtype=torch.float64).to(losses.dtype)
+    total = torch.where(valid, _cross_entropy_of_diagonal(logits), 0.0).sum(dtype=torch.float64).to(logits.dtype)
     return global_mean(total, valid.sum())
 
 
