@@ -76,7 +76,7 @@ class Card:
             raise ValueError(f"{len(card.classes)} classes and {len(card.colors)} colours do not fit together")
         if not all(0 <= value < 256 for color in card.colors for value in color):
             raise ValueError("colours are not of 8 bits")
-        if not (0 < card.smallest_side <= _LEAST_PART <= math.isqrt(max(0, card.whole_pixels))):
+        if not max(_LEAST_PART, card.smallest_side) <= math.isqrt(max(0, card.whole_pixels)) or card.smallest_side < 1:
             raise ValueError(f"no image can have {card.smallest_side} and {card.whole_pixels} pixels")
         return card
 
