@@ -389,7 +389,7 @@ def show_dataset(report: "DatasetReport") -> None:
     for warning in report.warnings:
         screen.print(f"warning: {warning}", markup=False, soft_wrap=True)
     if report.faults or report.warnings:
-        found = [f"{len(report.faults)} faults"] + [f"{len(report.warnings)} warnings"] * bool(report.warnings)
-        screen.print(f"\n{', '.join(found)} in {report.root}", markup=False, soft_wrap=True)
+        counts = [f"{len(report.faults)} faults"] + [f"{len(report.warnings)} warnings"] * bool(report.warnings)
+        screen.print(f"\n{', '.join(counts)} in {report.root}", markup=False, soft_wrap=True)
     else:
         screen.print(f"{report.root} is sound.", markup=False, soft_wrap=True)

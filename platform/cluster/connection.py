@@ -70,8 +70,8 @@ logger = logging.getLogger(__name__)
 
 def worker_environment() -> dict[str, str]:
     """Return the environment that trials run in."""
-    given = {name: value for name, value in os.environ.items() if name not in empty_variables(*_READ_BY_RAY)}
-    return {**given, **_missing_variables()}
+    filled = {name: value for name, value in os.environ.items() if name not in empty_variables(*_READ_BY_RAY)}
+    return {**filled, **_missing_variables()}
 
 
 def _missing_variables() -> dict[str, str]:

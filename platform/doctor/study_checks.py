@@ -154,13 +154,13 @@ def _lost_study(ledgers: Ledgers, record: Record) -> Finding:
     if noted is not None:
         advice = f"Give --study-uri {noted}" if noted else "Leave --study-uri out"
         return Finding(ledgers.name, "warning", text, "Its study is in another database", advice)
-    own = replace(ledgers.place, study_uri=None).study_url
+    storages_study = replace(ledgers.place, study_uri=None).study_url
     return Finding(
         ledgers.name,
         "warning",
         text,
         "It is in another database or was lost; an earlier version of segadapt did not note which it was",
-        f"Give --study-uri, if it was made with one; otherwise `--fix --study-uri {own}` makes it anew",
+        f"Give --study-uri, if it was made with one; otherwise `--fix --study-uri {storages_study}` makes it anew",
     )
 
 

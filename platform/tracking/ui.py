@@ -39,8 +39,8 @@ def serve(place: Place, port: int) -> int:
     command += ["--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"]  # no other site's name leads here
     command += ["--backend-store-uri", place.tracking_url]
     command += ["--artifacts-destination", opened.mlflow_artifacts.as_uri()]
-    given = {name: value for name, value in os.environ.items() if name not in empty_variables("MLFLOW_")}
-    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **given, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    filled = {name: value for name, value in os.environ.items() if name not in empty_variables("MLFLOW_")}
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **filled, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _wait_for_health(f"http://127.0.0.1:{port}", server)
