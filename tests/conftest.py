@@ -51,11 +51,14 @@ RECOVERY = "recovery"
 
 
 LONGEST = (
+    "test_benchmarks.py",
     "test_search.py",
     "test_faults.py",
     "test_on_a_cluster.py",
     "test_estimate.py",
     "test_export_and_prediction.py",
+    "test_two_commands.py",
+    "test_timm_networks.py",
 )
 """Files that take minutes and begin first, so that the processes of tests end together."""
 
