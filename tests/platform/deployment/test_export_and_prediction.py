@@ -373,7 +373,7 @@ def settled(name: str, *, aggregation: float = 0.0) -> Segmenter:
 def a_card(**changes: Any) -> Card:
     fields = dict.fromkeys((field.name for field in dataclasses.fields(Card)), "")
     known: dict[str, Any] = {"classes": ("a", "b"), "colors": ((0, 0, 0), (9, 9, 9)), "smallest_side": 32}
-    known |= {"normalisation": {}, "metrics": {}, "config": {}, "aggregation": 0.0, "step": 0}
+    known |= {"normalisation": {}, "metrics": {}, "unknown": (), "config": {}, "aggregation": 0.0, "step": 0}
     return Card(**{**fields, **known, "whole_pixels": 2**22, "input_size": None, **changes})
 
 
