@@ -14,6 +14,7 @@ import typer
 import yaml
 
 import segadapt
+from segadapt.platform.api import training
 from segadapt.platform.api.training import Plan
 from segadapt.platform.cli import search
 from segadapt.platform.cli.main import app, main
@@ -104,12 +105,13 @@ def outcome(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> tuple[Record, 
     """What a command line would run, and how; or the status with which it was refused."""
     would_run = []
 
-    def note(plan: Plan) -> None:
-        would_run.append((plan.record, dataclasses.replace(plan.options, say=print)))
+    def note(record: Record, options: Options) -> None:
+        would_run.append((record, dataclasses.replace(options, say=print)))
         sys.exit(99)
 
     for name in ("run", "estimate"):
-        monkeypatch.setattr(Plan, name, note)
+        monkeypatch.setattr(Plan, name, lambda plan: note(plan.record, plan.options))
+    monkeypatch.setattr(training, "_gone_on", lambda plan, options: note(plan(), options))
     monkeypatch.setattr("sys.argv", ["segadapt", *words])
     with pytest.raises(SystemExit) as ended:
         main()
