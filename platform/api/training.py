@@ -14,7 +14,7 @@ from segadapt.platform.experiment.planning import (
     plan_training,
 )
 from segadapt.platform.experiment.record import Options, Record
-from segadapt.platform.experiment.session import run
+from segadapt.platform.experiment.session import check_version, run
 from segadapt.platform.results.leaderboard import (
     Leaderboard,
     Row,
@@ -264,6 +264,7 @@ def _gone_on(plan: Callable[[], Record], options: Options) -> Result:
         options: Where it runs and is kept.
     """
     name = plan().name  # what cannot be done is refused before anything is made
+    check_version(name, options.place)
     with driving(options.place.prepared(), name):
         return _ended(plan(), options)
 

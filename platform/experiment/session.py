@@ -52,6 +52,16 @@ def check_gpu_hours(record: Record, resources: Allocation) -> None:
         )
 
 
+def check_version(name: str, place: Place) -> None:
+    """Refuse to go on with what another version of segadapt began.
+
+    Raises:
+        UsageError: If its saved state cannot be read.
+    """
+    if refusal := of_another_version(place.folders, name):
+        raise UsageError(refusal)
+
+
 def check_workers(record: Record, workers: int) -> None:
     """Refuse batches that the workers of a trial cannot share, before a GPU is taken.
 
@@ -74,8 +84,7 @@ def run(record: Record, options: Options) -> Outcome:
     from segadapt.platform.tracking.tracker import Tracker
 
     clock = _Clock()
-    if refusal := of_another_version(options.place.folders, record.name):
-        raise UsageError(refusal)
+    check_version(record.name, options.place)
     check_workers(record, options.resources.workers)
     if record.kind == "search":
         check_studies(record, options.place)

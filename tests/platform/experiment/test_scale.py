@@ -164,13 +164,15 @@ def test_a_search_that_goes_on_counts_what_ended_before() -> None:
 
 
 @pytest.mark.parametrize("trials", [10, 10_000])
-def test_saving_the_state_takes_a_twentieth_of_the_time(trials: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_the_state_takes_a_twentieth_of_the_time(
+    trials: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Saving takes 1 ms per trial; each 0.1 s a trial writes a checkpoint and Tune asks for the state to be saved."""
     now, spent = [0.0], 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "thread_time", lambda: now[0])
     syncer = SimpleNamespace(sync_up=lambda *_: True, wait=lambda: None)
-    storage = SimpleNamespace(syncer=syncer, experiment_driver_staging_path="here", experiment_fs_path="there")
+    storage = SimpleNamespace(syncer=syncer, experiment_driver_staging_path=str(tmp_path), experiment_fs_path="there")
     controller = SimpleNamespace(_checkpoint_manager=None, _storage=storage)
     pace(TrialRunnerWrapper(controller, None))  # type: ignore[arg-type]  # as schedulers are given it
     found: Any = controller._checkpoint_manager
