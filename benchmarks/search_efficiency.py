@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,8 @@ class Simulation:
         """Taken by all trials."""
         self.search_alg = self  # what schedulers ask Tune's controller for
         self._tune_controller = self  # whose state, of which there is none here, they have saved less often
-        self._storage = self._checkpoint_manager = None
+        self._storage = SimpleNamespace(experiment_driver_staging_path=".", experiment_fs_path=".", syncer=None)
+        self._checkpoint_manager = None  # nothing is saved
 
     def is_finished(self) -> bool:
         """Return whether no more trials are to be proposed."""
