@@ -11,8 +11,13 @@ def direct_to_loopback() -> dict[str, str]:
     HTTP_PROXY and its like hold for all addresses that NO_PROXY does not list, those of this machine too. A proxy
     cannot reach these: they would seem not to answer, and it would be sent their logins.
     """
-    listed = [part for name in ("no_proxy", "NO_PROXY") for part in os.environ.get(name, "").split(",") if part.strip()]
-    if any(part.strip() == "*" for part in listed):
-        return {}
-    hosts = ",".join(dict.fromkeys([*(part.strip() for part in listed), *_LOOPBACK]))
+    listed = {name: _parts(os.environ.get(name, "")) for name in ("no_proxy", "NO_PROXY")}
+    every = dict.fromkeys(part for parts in listed.values() for part in parts)
+    if "*" in every or all(set(_LOOPBACK) <= set(parts) for parts in listed.values()):
+        return {}  # nothing to set, and so nothing to restore by whoever set it later than another
+    hosts = ",".join([*every, *(host for host in _LOOPBACK if host not in every)])
     return {"no_proxy": hosts, "NO_PROXY": hosts}
+
+
+def _parts(hosts: str) -> list[str]:
+    return [part.strip() for part in hosts.split(",") if part.strip()]

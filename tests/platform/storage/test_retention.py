@@ -240,6 +240,7 @@ def forget_the_end(folder: Path, trial: str) -> None:
         if events is not None and "ended" in events:
             events["ended"].remove(trial)
     callbacks.write_bytes(pickle.dumps(known))
+    (folder / "state_hashes.json").unlink()  # of what was saved later
 
 
 @pytest.mark.slow
