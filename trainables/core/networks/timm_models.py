@@ -253,9 +253,11 @@ def _created(name: str, options: Mapping[str, Any], drop_path: float, *, dilated
         for sizing in _ANY_SIZE:
             try:
                 model: nn.Module = timm.create_model(name, **options, **stride, **sizing)
-            except (TypeError, NotImplementedError) as error:  # the family does not know the option
+            except (TypeError, NotImplementedError) as error:  # how families of timm say that they lack an option
                 refused = str(error)
             except (OSError, RuntimeError) as error:  # no network, a gated model, a damaged file
+                if not options["pretrained"]:
+                    raise
                 raise ValueError(
                     f"network.weights=pretrained must be downloaded once, but the weights of {name!r} could not be "
                     f"had: {_short(str(error))} Fetch their file on a machine with network access and set "
