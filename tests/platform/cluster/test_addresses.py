@@ -18,7 +18,9 @@ from searching import COMMAND, free_port
 import segadapt as api
 from segadapt.platform.cluster.connection import connect
 from segadapt.platform.errors import UsageError
+from segadapt.platform.ray_internals.start import variables_set
 from segadapt.platform.search.study_storage import open_study_storage
+from segadapt.platform.settings.addresses import direct_to_loopback
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.client import mlflow_client
 from segadapt.trainables.core.data.datasets import open_dataset
@@ -129,3 +131,14 @@ def test_no_proxy_is_asked_for_addresses_of_this_machine(monkeypatch: pytest.Mon
         with pytest.raises(Exception, match="502"):
             mlflow_client("http://mlflow.example.com").search_experiments(max_results=1)
         assert asked
+
+
+def test_nothing_is_left_of_proxies_whoever_needed_them_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    first.enter_context(variables_set(direct_to_loopback()))
+    second.enter_context(variables_set(direct_to_loopback()))
+    first.close()
+    second.close()
+    assert not {"NO_PROXY", "no_proxy"} & set(os.environ)
