@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 
 import segadapt
 from segadapt.platform.doctor.findings import Finding
+from segadapt.platform.results.status import SearchStatus
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.moved import point_artifacts_here
 
@@ -70,7 +71,9 @@ class Watched:
     """What the search printed, its errors apart in `errors`."""
     errors: str
     statuses: list[dict[str, Any]]
-    """What `status --watch --json` printed until it ended by itself."""
+    """What `status --watch --json` printed every few seconds until it ended by itself."""
+    looks: list[SearchStatus]
+    """What `segadapt.status` said many times a second; a tiny trial may begin and end between two of `statuses`."""
     findings: list[Finding]
     """What `doctor --fix` said and did."""
     opened: set[tuple[str, str]]
@@ -95,7 +98,7 @@ class Watched:
 
 def watched_search(folder: Path, words: Sequence[str]) -> Watched:
     """Run a search, and look at it with `status`, `doctor` and `Doors` meanwhile."""
-    storage, shown = folder / "runs", []
+    storage, shown, looks = folder / "runs", [], []
     with (
         Doors() as doors,
         (folder / "output.txt").open("w") as output,
@@ -119,7 +122,10 @@ def watched_search(folder: Path, words: Sequence[str]) -> Watched:
                 findings = list(segadapt.doctor(place=segadapt.Place(storage), fix=True))
             resumed = run_command(folder, "search", "--resume", Watched.NAME)
             assert search.poll() is None, "it was to be seen while it ran"
-            search.wait(timeout=600)
+            storage_place = segadapt.Place(str(storage))
+            while search.poll() is None:
+                looks.append(segadapt.status(Watched.NAME, place=storage_place))
+                time.sleep(0.1)
         finally:
             search.terminate()
             search.wait()
@@ -129,4 +135,4 @@ def watched_search(folder: Path, words: Sequence[str]) -> Watched:
     assert shown[-1].returncode == 0, shown[-1].stderr
     shutil.copytree(storage, folder / "left")
     statuses = [json.loads(line) for line in shown[-1].stdout.splitlines()]
-    return Watched(folder, printed, complaints, statuses, findings, doors.opened, doors.to_others, resumed)
+    return Watched(folder, printed, complaints, statuses, looks, findings, doors.opened, doors.to_others, resumed)

@@ -47,7 +47,9 @@ def test_status_follows_a_search_from_another_process_and_ends_with_it(watched: 
     for found in watched.statuses:
         assert (found["search"], found["asked"], found["objective"]) == (NAME, TRIALS, "target_val/miou")
         assert all(trial["state"] in ("running", "paused") and trial["step"] <= 8 for trial in found["running"])
-    assert any(found["running"] for found in watched.statuses), "it ran while it was watched"
+    seen = [trial for look in watched.looks for trial in look.running]
+    assert any(trial.state is TrialState.RUNNING for trial in seen), "it ran while it was watched"
+    assert any(trial.step for trial in seen)
 
 
 def test_a_trial_is_stalled_that_is_silent_for_longer_than_any_was() -> None:
