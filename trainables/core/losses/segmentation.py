@@ -2,6 +2,8 @@
 
 # B batch, C classes, H x W pixels of the label map, N = B * H * W pixels of this worker.
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,33 @@ def segmentation_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     pixel_losses = F.cross_entropy(_full_precision(logits), labels, ignore_index=IGNORE_INDEX, reduction="none")
     total = pixel_losses.sum(dtype=torch.float64).to(pixel_losses.dtype)
     return global_mean(total, (labels != IGNORE_INDEX).sum())
+
+
+def weighted_cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor | None = None, *, mean_over: Literal["all", "valid"] = "all"
+) -> Tensor:
+    """Compare each pixel's class distribution with its label, each pixel by its weight.
+
+    Args:
+        logits: Class scores at label size, (B, C, H, W), any floating type; computed in float32 or wider.
+        labels: Class indices, (B, H, W), int64. IGNORE_INDEX (255) leaves a pixel out.
+        weights: (B, H, W), not negative; None weighs all 1.
+        mean_over: What the sum is divided by: all pixels, ignored ones too, as mmseg does, so that an image with 30 %
+            ignored pixels weighs 30 % less; or those with a label, whatever they weigh.
+
+    Returns:
+        Scalar in nats, of the whole batch, all data-parallel workers included. Zero, with zero gradient, when all are
+        ignored.
+
+    Source:
+        Tranheden et al., DACS, WACV 2021; lhoyer/MIC@2f932a9, mmseg/models/losses/cross_entropy_loss.py.
+    """
+    pixel_losses = F.cross_entropy(_full_precision(logits), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    if weights is not None:
+        pixel_losses = pixel_losses * weights
+    total = pixel_losses.sum(dtype=torch.float64).to(pixel_losses.dtype)
+    valid = labels != IGNORE_INDEX
+    return global_mean(total, (valid if mean_over == "valid" else torch.ones_like(valid)).sum())
 
 
 def lovasz_softmax(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,6 +7,22 @@ import torch
 from torch import Tensor, nn
 
 
+def warmed_momentum(step: int, momentum: float = 0.999) -> float:
+    """Return the share of a teacher that stays in a step: min(1 - 1 / (step + 1), momentum), 0 in step 0.
+
+    So the teacher is the student at first, and the plain average of its past for the first 1 / (1 - momentum) steps.
+
+    Args:
+        step: Optimiser steps that the student has taken.
+        momentum: In the long run, in [0, 1]. Paper: 0.99 (DACS), 0.999 (DAFormer, MIC, VFM-UDA).
+
+    Source:
+        lhoyer/MIC@2f932a9, mmseg/models/uda/dacs.py.
+        Differs: the step is part of a trial's state; there it begins anew on resume, and the teacher with it.
+    """
+    return min(1 - 1 / (step + 1), momentum)
+
+
 class MeanTeacher(nn.Module):
     """A copy of a network that follows it slowly. It is not trained and stays in evaluation mode.
 
