@@ -1,7 +1,8 @@
 """What may vary, and where to start. Data only: one module per method with `SPACE`, `PAPER` and, if found, `STREETS`.
 
 `SPACE` maps dotted configuration keys to Optuna distributions. `PAPER` is the published setting of the same keys,
-`STREETS` one that a search on the streets benchmark found. Such settings to start from are called presets.
+`STREETS` one that a search on the streets benchmark found, `PRESETS` those of several papers by name. Such settings to
+start from are called presets.
 """
 
 import importlib
@@ -30,4 +31,5 @@ def load(method: str) -> tuple[dict[str, BaseDistribution], dict[str, dict[str, 
     presets = {DEFAULT_PRESET: dict(module.PAPER), "quick": dict(QUICK)}
     if hasattr(module, "STREETS"):
         presets["streets"] = dict(module.STREETS)
+    presets |= {name: dict(settings) for name, settings in getattr(module, "PRESETS", {}).items()}
     return dict(module.SPACE), presets

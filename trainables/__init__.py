@@ -4,12 +4,22 @@ from segadapt.trainables.bicl import BiCL
 from segadapt.trainables.clst import CLST
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.drsl import DRSL
+from segadapt.trainables.online_self_training import OnlineSelfTraining
 from segadapt.trainables.plca import PLCA
 from segadapt.trainables.sdca import SDCA
 from segadapt.trainables.self_training import SelfTraining
 from segadapt.trainables.source_only import SourceOnly
 
-METHODS: tuple[type[Method], ...] = (SourceOnly, SelfTraining, SDCA, BiCL, DRSL, CLST, PLCA)
+METHODS: tuple[type[Method], ...] = (
+    SourceOnly,
+    SelfTraining,
+    OnlineSelfTraining,
+    SDCA,
+    BiCL,
+    DRSL,
+    CLST,
+    PLCA,
+)
 """All methods, the baselines first."""
 
 

@@ -23,6 +23,7 @@ from segadapt.trainables.core.data.datasets import DataConfig
 from segadapt.trainables.core.data.transforms import AugmentationConfig
 from segadapt.trainables.core.method import Method, WarmupConfig
 from segadapt.trainables.core.networks import NetworkConfig, base_lr, recommended_optimizer
+from segadapt.trainables.core.online.config import OnlineConfig
 from segadapt.trainables.core.training.config import OptimizerConfig, TrainerConfig
 
 Values = Mapping[str, Any]
@@ -47,6 +48,7 @@ class TrialConfig:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     augmentation: AugmentationConfig
+    online: OnlineConfig
     seed: int = 0
     """Decides initialisation, sample order and augmentation."""
     settings: Values = dataclasses.field(default_factory=dict, compare=False, repr=False)
@@ -69,6 +71,7 @@ def sections(method: str) -> dict[str, type]:
         "optimizer": OptimizerConfig,
         "trainer": TrainerConfig,
         "augmentation": AugmentationConfig,
+        "online": OnlineConfig,
     }
 
 
@@ -229,6 +232,11 @@ def resolve(method: str, values: Values) -> TrialConfig:
             parts["optimizer"] = _with_rates(parts["optimizer"], parts["network"])
         except ValueError as error:
             faults.append(str(error))
+    if "online" in parts:
+        try:
+            parts["online"] = _with_method(parts["online"], method)
+        except ValueError as error:
+            faults.append(str(error))
     if faults:
         raise UsageError("\n".join(faults))
     return TrialConfig(method_name=method, seed=seed, settings=dict(values), **parts)
@@ -260,6 +268,22 @@ def _with_rates(optimizer: OptimizerConfig, network: NetworkConfig) -> Optimizer
         lr=base_lr(network.name, pretrained=pretrained) if optimizer.lr is None else optimizer.lr,
         head_lr_factor=(10.0 if pretrained else 1.0) if optimizer.head_lr_factor is None else optimizer.head_lr_factor,
     )
+
+
+def _with_method(online: OnlineConfig, method: str) -> OnlineConfig:
+    """Fill in whether the terms of online self-training are added, which follows from the method."""
+    cls = method_class(method)
+    adapts = any("target" in stage.domains for stage in cls.plan(cls.Config()))
+    if online.enabled and not adapts:
+        raise ValueError(
+            f"online.enabled must be false for {method}, which sees no target image. Choose online_self_training."
+        )
+    if online.enabled is False and cls.always_online:
+        raise ValueError(
+            f"online.enabled must be true for {method}, which is nothing else, but got false. Leave it out; among "
+            f"several methods, add {method}.online.enabled=true."
+        )
+    return dataclasses.replace(online, enabled=bool(online.enabled) or cls.always_online)
 
 
 @functools.cache

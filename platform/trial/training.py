@@ -19,10 +19,12 @@ from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter
+from segadapt.trainables.core.online.terms import OnlineTerms
 from segadapt.trainables.core.training import interruption as preemption
 from segadapt.trainables.core.training.config import TrainerSettings
 from segadapt.trainables.core.training.reporting import Report
 from segadapt.trainables.core.training.trainer import Trainer
+from segadapt.trainables.core.validation import check
 
 if TYPE_CHECKING:
     from segadapt.platform.trial.machine_use import MachineUse
@@ -32,13 +34,26 @@ Deliver = Callable[[Reported, Callable[[Path], None] | None], None]
 
 
 def build_method(config: TrialConfig, num_classes: int) -> Method:
-    """Build the networks and heads of a trial, equal for equal seeds."""
+    """Build the networks and heads of a trial, equal for equal seeds, with its teacher where it has one.
+
+    Raises:
+        ValueError: If parts of the configuration do not fit each other.
+    """
     import torch
 
     torch.manual_seed(config.seed)
     network = config.network
     segmenter = build_segmenter(num_classes=num_classes, **vars(network))
-    return method_class(config.method_name)(segmenter, config.method, config.warmup)
+    method = method_class(config.method_name)(segmenter, config.method, config.warmup)
+    if config.online.enabled:
+        check(
+            config.online.feature_distance == 0 or network.weights not in (None, "none"),
+            "online.feature_distance keeps features near those of pretrained weights and must be 0 without "
+            "network.weights",
+            config.online.feature_distance,
+        )
+        method.online = OnlineTerms(method.deployed, config.online)
+    return method
 
 
 def train(trial: Trial, deliver: Deliver, resume: Path | None) -> None:

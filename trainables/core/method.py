@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.labelling.quality import LabelRule
 from segadapt.trainables.core.losses.segmentation import lovasz_softmax, segmentation_cross_entropy
 from segadapt.trainables.core.networks import Segmenter
+from segadapt.trainables.core.online.terms import OnlineTerms
 from segadapt.trainables.core.validation import check
 
 
@@ -45,19 +46,23 @@ SOURCE_ONLY = Stage(name="source_only", domains=("source",), trains=("segmenter"
 """The warm-up on labelled source images that all methods start from; takes `warmup.steps`."""
 
 
+_ONLINE = "online."
+"""What the names of the parts of `Method.online` begin with."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WarmupConfig:
     """The source-only warm-up, shared by all methods and trials that agree on it."""
 
     steps: int = 300
-    """Optimiser steps of the warm-up."""
+    """Optimiser steps of the warm-up; 0 starts from the network's first weights."""
     lr_factor: float = 2.0
     """Multiplies `optimizer.lr` in the warm-up. Paper (SDCA): 5e-4 against 2.5e-4."""
     lovasz_weight: float = 0.75
     """Weight of the Lovász-Softmax term beside cross entropy. Paper (SDCA): 0.75."""
 
     def __post_init__(self) -> None:
-        check(self.steps >= 1, "warmup.steps must be at least 1", self.steps)
+        check(self.steps >= 0, "warmup.steps must not be negative", self.steps)
         check(self.lr_factor > 0, "warmup.lr_factor must be positive", self.lr_factor)
         check(self.lovasz_weight >= 0, "warmup.lovasz_weight must not be negative", self.lovasz_weight)
 
@@ -102,6 +107,8 @@ class Method(nn.Module, ABC):
     stages: ClassVar[tuple[Stage, ...]]
     aligns_corners: ClassVar[bool | None] = None
     """Corner rule of the deployed network; None follows `network.align_corners`."""
+    always_online: ClassVar[bool] = False
+    """Whether the terms of online self-training belong to the method, rather than being added on request."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -112,6 +119,8 @@ class Method(nn.Module, ABC):
         self.segmenter = segmenter
         self.config = config
         self.warmup = warmup
+        self.online: OnlineTerms | None = None
+        """Terms of online self-training that are added to the method's own."""
 
     @classmethod
     def plan(cls, config: Any) -> tuple[Stage, ...]:
@@ -131,17 +140,21 @@ class Method(nn.Module, ABC):
     def take_over(self, state: Mapping[str, Any]) -> None:
         """Begin with what an earlier trial or stage ended with.
 
-        A checkpoint of the same method is taken over whole; of another method, its deployed network is.
+        A checkpoint of the same method is taken over whole, without a teacher of online self-training; of another
+        method, its deployed network is.
 
         Args:
             state: Content of the checkpoint.
         """
         if state["method"] == self.name and state["stage"] != SOURCE_ONLY.name:
-            self.load_state_dict(state["state"])
+            own = {name: value for name, value in self.state_dict().items() if name.startswith(_ONLINE)}
+            self.load_state_dict(
+                own | {name: value for name, value in state["state"].items() if not name.startswith(_ONLINE)}
+            )
+            if state["deployed"].startswith(_ONLINE):
+                self.deployed.load_state_dict(deployed_weights(state))
             return
-        prefix = state["deployed"] + "."
-        network = {name.removeprefix(prefix): t for name, t in state["state"].items() if name.startswith(prefix)}
-        self.segmenter.load_state_dict(network)
+        self.segmenter.load_state_dict(deployed_weights(state))
 
     def prepare_stage(self, stage: Stage, data: StageData) -> None:
         """Fill buffers or write pseudo labels before the stage's first step, without gradient. Default: nothing."""
@@ -160,6 +173,18 @@ class Method(nn.Module, ABC):
     def deployed(self) -> Segmenter:
         """The network that is exported, and evaluated on target images."""
         return self.segmenter
+
+    def online_in(self, stage: Stage) -> OnlineTerms | None:
+        """Return the terms of online self-training that a stage has beside the method's own."""
+        return self.online if "target" in stage.domains else None
+
+    @property
+    def exported(self) -> Segmenter:
+        """The network that is evaluated on target images and exported: `deployed`, or the teacher that follows it."""
+        online = self.online
+        if online is None or online.config.deploys == "student" or online.steps == 0:
+            return self.deployed
+        return cast(Segmenter, online.teacher.network)
 
     def source_network(self, stage: Stage) -> Segmenter:
         """Return the network as source images pass it in a stage, which is what they are evaluated with.
@@ -215,8 +240,18 @@ class Method(nn.Module, ABC):
         )
 
 
+def deployed_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of the deployed network in the content of a checkpoint, by their name in the network."""
+    prefix = state["deployed"] + "."
+    return {name.removeprefix(prefix): value for name, value in state["state"].items() if name.startswith(prefix)}
+
+
 def trained_parameters(method: Method, stage: Stage) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the names and parameters that `stage` trains."""
     for name, parameter in method.named_parameters():
-        if stage.trains is None or any(name.startswith(f"{part}.") for part in stage.trains):
+        if name.startswith(_ONLINE):
+            trains = "target" in stage.domains
+        else:
+            trains = stage.trains is None or any(name.startswith(f"{part}.") for part in stage.trains)
+        if trains:
             yield name, parameter

@@ -98,6 +98,11 @@ class DomainBatch:
     target_images: Tensor | None  # (B, 3, H', W'); None in stages that train on the source alone
     target_indices: Tensor | None = None  # (B,) int64, positions in the target set; always on the CPU
     target_pseudo_labels: Tensor | None = None  # (B, H', W') int64, 255 = ignore; in stages that have them
+    target_trusted: Tensor | None = None  # (B, H', W') bool, where labels may be given to; in online self-training
+    key: tuple[object, ...] = ()
+    """Seed and stage: what random draws of a batch begin with."""
+    numbers: tuple[int, ...] = ()
+    """Number of each pair of images among those of the stage, over all workers: draws then depend on nothing else."""
 
     def to(self, device: torch.device) -> "DomainBatch":
         """Return the batch on `device`; a GPU gets it from pinned memory, and the copy is not waited for."""

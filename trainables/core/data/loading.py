@@ -1,17 +1,19 @@
 """Batches of both domains for a training step, the same whatever the number of workers and threads."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from segadapt.trainables.core import distributed
-from segadapt.trainables.core.data.batch import DomainBatch, DomainData, EvaluationData, LabelledImages, TargetImages
+from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch, DomainData, EvaluationData, LabelledImages, TargetImages
 from segadapt.trainables.core.data.sampling import (
     ClassBalancedOrder,
+    RareClassOrder,
     class_counts,
     generator,
     label_counts,
@@ -22,12 +24,21 @@ from segadapt.trainables.core.data.threads import in_threads
 from segadapt.trainables.core.data.transforms import (
     AugmentationConfig,
     Domain,
+    Geometry,
     draw_geometry,
     flips,
     resized_for_network,
     resized_label,
     vary_color,
 )
+from segadapt.trainables.core.online.config import OnlineConfig
+
+_RARE_SHARE = 3000 / 512**2
+"""Share of a crop's pixels that an image shows of the rare class that it is drawn for; the crop shows half of that.
+DAFormer: 3000 pixels, and 1500 in crops of 512 x 512."""
+
+_FULL_SHARE = 0.75
+"""Share of a crop's labelled pixels that no class may fill. DAFormer: 0.75."""
 
 PseudoLabelReader = Callable[[str], Tensor]
 """Returns the pseudo label of a target image by its id, (H, W) uint8, 255 = ignore."""
@@ -40,6 +51,7 @@ class Sample:
     image: Tensor  # (3, H, W) uint8
     label: Tensor | None  # (H, W) uint8, true or pseudo; None where there is none
     index: int  # in its set
+    trusted: Tensor | None = None  # (H, W) bool, which pixels may be labelled; in online self-training
 
 
 @dataclass(frozen=True)
@@ -57,10 +69,13 @@ class BatchSource:
     """Domains whose colours are varied."""
     flipped: bool
     pseudo_labels: PseudoLabelReader | None = None
+    online: OnlineConfig | None = None
+    """Settings of online self-training, in stages that have it."""
 
     def batch(self, index: int) -> DomainBatch:
         """Return this worker's part of batch number `index` of the stage, images as uint8."""
-        return self._assembled([self.sample(domain, position) for domain, position in self._places(index)])
+        places = self._places(index)
+        return self._assembled([self.sample(domain, position) for domain, position in places], places)
 
     def batches(self, first: int, last: int, *, threads: int = 0) -> Iterator[DomainBatch]:
         """Yield `batch(first)` up to, without, `batch(last)`, read and augmented ahead by threads.
@@ -72,26 +87,16 @@ class BatchSource:
         places = (place for index in range(first, last) for place in self._places(index))
         per_batch = len(self._places(0))
         samples = in_threads(lambda place: self.sample(*place), places, threads, ahead=max(2 * per_batch, threads))
-        for _ in range(first, last):
-            yield self._assembled([next(samples) for _ in range(per_batch)])
+        for index in range(first, last):
+            yield self._assembled([next(samples) for _ in range(per_batch)], self._places(index))
 
     def sample(self, domain: Domain, position: int) -> Sample:
         """Return the sample drawn at `position`, the number of samples of the domain before it over all workers."""
         images = self._images(domain)
-        if domain == "source" and self.augmentation.class_balanced:
-            index = self._balanced.at(position)
-        else:
-            index = sample_at(position, len(images), (*self.key, domain))
+        index, drawn_class = self._drawn(domain, position)
         image, label = images.image(index), self._label(domain, index)
-        shape = (image.shape[-2], image.shape[-1])
-        geometry = draw_geometry(
-            shape,
-            self.augmentation,
-            domain,
-            generator(*self.key, domain, "geometry", position),
-            label=label,
-            rare=self._rare_in(domain, index),
-        )
+        geometry = self._geometry(domain, position, index, image, label, drawn_class)
+        trusted = self._trusted(image, geometry) if domain == "target" and self.online is not None else None
         image = geometry.cut_image(image)
         label = geometry.cut_label(label) if label is not None else None
         draw = generator(*self.key, domain, "augment", position)
@@ -102,7 +107,42 @@ class BatchSource:
         if self.flipped and flips(self.augmentation, draw):
             image = image.flip(-1)
             label = label.flip(-1) if label is not None else None
-        return Sample(image, label, index)
+            trusted = trusted.flip(-1) if trusted is not None else None
+        return Sample(image, label, index, trusted)
+
+    def _drawn(self, domain: Domain, position: int) -> tuple[int, int | None]:
+        """Return the image at a position, and the class that it was drawn for, if any."""
+        if domain == "source" and self._draws_rare_classes:
+            return self._rare_classes.at(position)
+        if domain == "source" and self.augmentation.class_balanced:
+            return self._balanced.at(position), None
+        return sample_at(position, len(self._images(domain)), (*self.key, domain)), None
+
+    def _geometry(
+        self, domain: Domain, position: int, index: int, image: Tensor, label: Tensor | None, drawn_class: int | None
+    ) -> Geometry:
+        """Return how an image is resized and cut; in online self-training, a source crop may be drawn several times."""
+        shape, rare = (image.shape[-2], image.shape[-1]), self._rare_in(domain, index)
+        key = (*self.key, domain, "geometry", position)
+        draw = partial(draw_geometry, shape, self.augmentation, domain, label=label, rare=rare)
+        geometry = draw(generator(*key))
+        if domain == "target" or self.online is None or label is None:
+            return geometry
+        for attempt in range(1, self.online.crop_tries):
+            if geometry.crop is None or _is_varied(geometry.cut_label(label), drawn_class):
+                break
+            geometry = draw(generator(*key, attempt))
+        return geometry
+
+    def _trusted(self, image: Tensor, geometry: Geometry) -> Tensor:
+        """Return which pixels of a cut target image may be labelled: neither its margins nor padding."""
+        assert self.online is not None
+        height, width = image.shape[-2:]
+        top, bottom, left, right = self.online.margins
+        inside = torch.zeros(height, width, dtype=torch.uint8)
+        rows, columns = (int(top * height), height - int(bottom * height)), (int(left * width), width - int(right * width))
+        inside[slice(*rows), slice(*columns)] = 1
+        return geometry.pad_label(geometry.cut_label(inside)) == 1
 
     def _places(self, index: int) -> list[tuple[Domain, int]]:
         """Return domain and position of each sample of this worker's part of a batch."""
@@ -111,7 +151,7 @@ class BatchSource:
         domains: tuple[Domain, ...] = ("source", "target") if "target" in self.domains else ("source",)
         return [(domain, position) for domain in domains for position in range(first, first + per_worker)]
 
-    def _assembled(self, samples: Sequence[Sample]) -> DomainBatch:
+    def _assembled(self, samples: Sequence[Sample], places: Sequence[tuple[Domain, int]]) -> DomainBatch:
         per_domain = self.batch_size // distributed.world_size()
         source, target = samples[:per_domain], samples[per_domain:]
         source_images, source_labels = self._stacked("source", source)
@@ -119,12 +159,16 @@ class BatchSource:
         if not target:
             return DomainBatch(source_images, source_labels.long(), None)
         target_images, pseudo_labels = self._stacked("target", target)
+        trusted = [sample.trusted for sample in target if sample.trusted is not None]
         return DomainBatch(
             source_images,
             source_labels.long(),
             target_images,
             torch.tensor([sample.index for sample in target]),
             pseudo_labels.long() if pseudo_labels is not None else None,
+            torch.stack(trusted) if trusted else None,
+            key=self.key,
+            numbers=tuple(number for domain, number in places if domain == "source"),
         )
 
     def _stacked(self, domain: Domain, samples: Sequence[Sample]) -> tuple[Tensor, Tensor | None]:
@@ -150,10 +194,30 @@ class BatchSource:
 
     def _prepare(self) -> None:
         """Count classes where that is needed, before there are threads."""
+        if self._draws_rare_classes:
+            _ = self._rare_classes
         if self.augmentation.class_balanced:
             _ = self._balanced
         if self.augmentation.rare_crop > 0:
             _ = self._rare
+
+    @property
+    def _draws_rare_classes(self) -> bool:
+        return self.online is not None and self.online.rare_class_temperature is not None
+
+    @cached_property
+    def _rare_classes(self) -> RareClassOrder:
+        assert self.online is not None
+        assert self.online.rare_class_temperature is not None
+        pixels = self.online.rare_class_pixels
+        if pixels is None:
+            pixels = round(_RARE_SHARE * math.prod(self.augmentation.crop or self.data.source.label(0).shape))
+        return RareClassOrder(
+            class_counts(self.data.source, len(self.data.classes)),
+            (*self.key, "source"),
+            temperature=self.online.rare_class_temperature,
+            min_pixels=pixels,
+        )
 
     @cached_property
     def _balanced(self) -> ClassBalancedOrder:
@@ -172,6 +236,14 @@ class BatchSource:
         if self.augmentation.rare_crop == 0 or domain not in self._rare:
             return []
         return self._rare[domain][index]
+
+
+def _is_varied(label: Tensor, drawn_class: int | None) -> bool:
+    """Return whether a crop's label shows enough of the class it was drawn for, and no class fills it."""
+    counts = torch.bincount(label.flatten(), minlength=IGNORE_INDEX + 1)
+    most = int(counts[:IGNORE_INDEX].max())
+    fills = most > _FULL_SHARE * int(counts[:IGNORE_INDEX].sum())
+    return not fills and (drawn_class is None or int(counts[drawn_class]) > _RARE_SHARE / 2 * label.numel())
 
 
 def _shown(image: Tensor) -> str:

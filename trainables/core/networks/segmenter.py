@@ -104,6 +104,11 @@ class Segmenter(nn.Module):
             images = images.flip(-3)
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
+    def restore(self, images: Tensor) -> Tensor:
+        """Return normalised images, (..., 3, H, W), as RGB in [0, 1]: the inverse of `normalise`, but for the scale."""
+        rgb = (images * self.std + self.mean) / 255
+        return rgb.flip(-3) if self.normalisation.bgr else rgb
+
     def upsample(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
         """Return `logits`, (B, C, h, w), interpolated bilinearly to (B, C, *size), in float32 or wider."""
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))

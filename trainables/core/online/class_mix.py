@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
+from segadapt.trainables.core.distributed import sum_over_workers
 
 ClassesOf = Literal["image", "batch"]
 
@@ -22,43 +23,42 @@ class Mixed(NamedTuple):
 
 
 def draw_classes(
-    labels: Tensor, generator: torch.Generator, *, classes_of: ClassesOf = "image", paste_ignored: bool = False
-) -> list[Tensor]:
+    labels: Tensor, draws: Tensor, *, classes_of: ClassesOf = "image", paste_ignored: bool = False
+) -> Tensor:
     """Draw half of the classes, rounded up, uniformly and without replacement, for each image.
 
+    Nothing is read from the labels' device: which classes there are stays there.
+
     Args:
-        labels: Source labels, (B, H, W) int64, on the CPU: what is drawn must not wait for a GPU.
-        generator: On the CPU.
-        classes_of: Whether an image's classes are drawn from its own, or from those of the batch, as in the released
-            code, where a drawn class may be absent from the image.
+        labels: Source labels, (B, H, W) int64.
+        draws: U(0, 1) for each label value, (B, 256), on the labels' device. The values with the smallest are taken.
+        classes_of: Whether an image's classes are drawn from its own, or from those of the batch of all workers, as in
+            the released code, where a drawn class may be absent from the image.
         paste_ignored: Whether 255 is drawn as a class, as in the released code.
 
     Returns:
-        For each image the drawn label values, (K,) int64; none for an image without labels.
+        Which label values are drawn for each image, (B, 256) bool; none for an image without labels.
 
     Source:
         Olsson et al., ClassMix, WACV 2021; lhoyer/MIC@2f932a9, mmseg/models/utils/dacs_transforms.py.
     """
-    present = [_values(labels if classes_of == "batch" else label, paste_ignored) for label in labels]
-    return [
-        values[torch.randperm(len(values), generator=generator)[: math.ceil(len(values) / 2)]] for values in present
-    ]
+    present = torch.zeros(draws.shape, dtype=torch.bool, device=labels.device).scatter_(1, labels.flatten(1), True)
+    if classes_of == "batch":
+        present = (sum_over_workers(present.sum(0)) > 0).expand_as(present)
+    if not paste_ignored:
+        present = present & (torch.arange(draws.shape[1], device=labels.device) != IGNORE_INDEX)
+    ranks = draws.masked_fill(~present, math.inf).argsort(1).argsort(1)
+    return present & (2 * ranks < present.sum(1, keepdim=True))
 
 
-def class_masks(labels: Tensor, classes: list[Tensor]) -> Tensor:
+def class_masks(labels: Tensor, drawn: Tensor) -> Tensor:
     """Return where an image shows one of its drawn classes, (B, H, W) bool.
 
     Args:
         labels: Source labels, (B, H, W) int64.
-        classes: For each image the drawn label values.
+        drawn: Which label values are drawn for each image, (B, 256) bool.
     """
-    chosen = torch.zeros(len(labels), IGNORE_INDEX + 1, dtype=torch.bool)
-    for row, values in zip(chosen, classes, strict=True):
-        row[values.cpu()] = True
-    if labels.device.type == "cuda":
-        chosen = chosen.pin_memory()
-    table = chosen.to(labels.device, non_blocking=True)
-    return torch.gather(table, 1, labels.flatten(1)).view_as(labels)
+    return torch.gather(drawn, 1, labels.flatten(1)).view_as(labels)
 
 
 def class_mix(
@@ -93,7 +93,3 @@ def class_mix(
         torch.where(masks, pasted, target_weights),
     )
 
-
-def _values(labels: Tensor, paste_ignored: bool) -> Tensor:
-    values = labels.unique()
-    return values if paste_ignored else values[values != IGNORE_INDEX]

@@ -1,7 +1,13 @@
 """What is hidden of an image whose labels must be told from its context: blocks of pixels, or tokens."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from segadapt.trainables.core.networks import TimmBackbone
 
 
 def block_mask(size: tuple[int, int], block: int, ratio: float, draws: Tensor) -> Tensor:
@@ -45,3 +51,25 @@ def mask_tokens(tokens: Tensor, mask_token: Tensor, ratio: float, draws: Tensor)
         Englert et al., VFM-UDA, 2024; tue-mps/vfm-uda@e154d8f.
     """
     return torch.where((draws < ratio)[..., None], mask_token, tokens)
+
+
+@contextlib.contextmanager
+def masked_tokens(backbone: TimmBackbone, mask_token: Tensor, ratio: float, draw: Callable[[int], Tensor]) -> Iterator[None]:
+    """Let a plain transformer see a share of its patches as `mask_token` within the context; see `mask_tokens`.
+
+    Args:
+        backbone: A plain transformer.
+        mask_token: (D,).
+        ratio: Share that is replaced.
+        draw: Returns U(0, 1), (B, L), for the number L of tokens that images turn out to have.
+    """
+
+    def replace(module: nn.Module, images: Any, tokens: Tensor) -> Tensor:
+        listed = tokens.flatten(1, -2)  # (B, L, D), or (B, h, w, D) of models whose positions are interpolated
+        return mask_tokens(listed, mask_token.to(tokens.dtype), ratio, draw(listed.shape[1])).view_as(tokens)
+
+    hook = backbone.encoder.patch_embed.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()

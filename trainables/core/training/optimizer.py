@@ -36,7 +36,10 @@ def build_optimizer(
     """
     config = _filled(config)
     lr = base_rate(config, stage, method.warmup)
-    groups = [part for group in method.parameter_groups() for part in _parts(group, method, config)]
+    named = method.parameter_groups()
+    if method.online is not None and method.online.mask_token is not None:
+        named.append(ParameterGroup("mask_token", (method.online.mask_token,)))  # VFM-UDA: with the backbone's stem
+    groups = [part for group in named for part in _parts(group, method, config)]
     fused = device.type == "cuda"
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=fused)

@@ -69,12 +69,12 @@ def evaluate_method(
         threads: Number of threads that read ahead.
     """
     started = time.perf_counter()
-    network = method.deployed
+    network = method.exported
     provenance = read_provenance(folder) if stage.pseudo_labels else None
     rule = method.label_rule(stage, provenance)
     inference = Inference(window=config.eval_window)
-    if rule is not None and inference.window is not None:
-        rule = by_network(rule, network)  # labels are made of whole images
+    if rule is not None and (inference.window is not None or network is not method.deployed):
+        rule = by_network(rule, method.deployed)  # labels are made of whole images, by the network that is trained
     batch_size = config.eval_batch_size
     evaluation = evaluate(
         network,
@@ -84,7 +84,7 @@ def evaluate_method(
         threads=threads,
         inference=inference,
         rule=rule,
-        source_network=method.source_network(stage),
+        source_network=method.source_network(stage) if network is method.deployed else network,
     )
     evaluated = time.perf_counter()
     scores = label_free_scores(network, ScoredImages(data.scored), device, batch_size, threads=threads)
@@ -148,7 +148,7 @@ def write_checkpoint(
         device: Device of the method.
     """
     save_state(folder, state)
-    save_gallery(method.deployed, data, device, folder / GALLERY)
+    save_gallery(method.exported, data, device, folder / GALLERY)
     summary = {
         "metrics": metrics,
         "classes": evaluation.classes.names,

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,22 +22,18 @@ from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.labelling.files import PseudoLabelFolder
 from segadapt.trainables.core.method import Method, Stage, StageData
 from segadapt.trainables.core.networks import recompute_blocks
-from segadapt.trainables.core.training.checkpoint import (
-    load_state,
-)
+from segadapt.trainables.core.training.checkpoint import load_state
 from segadapt.trainables.core.training.config import TrainerSettings, stage_steps
 from segadapt.trainables.core.training.gradients import (
     InfeasibleError,
     SmallerMicroBatchError,
     Snapshot,
     autocast,
-    batch_norm_explained,
     data_parallel,
     describe_memory,
     note_micro_batch,
     noted_micro_batch,
     smaller_micro_batch,
-    synchronised,
     take_buffers_of_first_worker,
 )
 from segadapt.trainables.core.training.interruption import (
@@ -55,6 +52,7 @@ from segadapt.trainables.core.training.optimizer import (
     select_trained,
     set_learning_rate,
 )
+from segadapt.trainables.core.training.passes import pass_step
 from segadapt.trainables.core.training.preparation import maker_of_pseudo_labels, prepare_stage_data
 from segadapt.trainables.core.training.progress import Progress
 from segadapt.trainables.core.training.reporting import (
@@ -107,6 +105,8 @@ class Trainer:
         if settings.trainer.recompute:
             recompute_blocks(self.method)
         self.trainable = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+        if method.online is not None:
+            method.online.see_classes(data.classes.names)
         self.plan = plan
         self.steps = stage_steps(plan, method.warmup.steps, settings.trainer.steps)
         self.data = data
@@ -119,8 +119,11 @@ class Trainer:
         """Images of each domain per micro-batch over all workers; smaller than asked for once memory was short."""
 
     def start_from(self, checkpoint: Path) -> None:
-        """Begin with what an earlier trial or stage ended with: see `Method.take_over`."""
-        self.method.take_over(load_state(checkpoint))
+        """Begin with what an earlier trial or stage ended with: see `Method.take_over`. A teacher goes on, if it can."""
+        state = load_state(checkpoint)
+        self.method.take_over(state)
+        if self.method.online is not None:
+            self.method.online.take_over(state)
 
     def run(self, resume: Path | None = None) -> None:
         """Train all planned stages, from the start or from a checkpoint this plan wrote.
@@ -193,6 +196,8 @@ class Trainer:
             progress.add(terms)
             move_weights(self.method, stage, optimizer, self.settings.optimizer.clip_norm)
             self.method.after_step(step)
+            if (online := self.method.online_in(stage)) is not None:
+                online.follow(self.method.deployed)
             self._times.step_ended()
             if (done + step + 1) % config.eval_every == 0 or step + 1 == steps:
                 self.evaluate_and_report(stage, done, step + 1, optimizer, progress)
@@ -210,6 +215,8 @@ class Trainer:
         self.method.eval()
         with torch.no_grad():
             self.method.prepare_stage(stage, self.stage_data(stage))
+            if (online := self.method.online_in(stage)) is not None:
+                online.begin(self.method.deployed)
         distributed.barrier()
         if steps == 0 or (self.settings.trainer.evaluate_start and done == 0):
             self.evaluate_and_report(stage, done, 0, optimizer, Progress())
@@ -268,6 +275,7 @@ class Trainer:
             colored=stage.colored,
             flipped=stage.flipped,
             pseudo_labels=self.pseudo_labels(stage),
+            online=online.config if (online := self.method.online_in(stage)) is not None else None,
         )
         last = self.steps[stage.name] * parts
         read = self._times.waiting(source.batches(first_step * parts, last, threads=self._loader_threads))
@@ -301,19 +309,11 @@ class Trainer:
             The mean of each loss term over the micro-batches; None if the device has no room.
         """
         module = self.method if train_step is None else train_step
-        parts, means = self.micro_batches_per_step, dict[str, Tensor]()
+        precision = partial(autocast, self.device, self.settings.trainer.precision)
         try:
-            for part in range(parts):
-                batch = next(batches)
-                with synchronised(module, part == parts - 1), batch_norm_explained():
-                    with autocast(self.device, self.settings.trainer.precision):
-                        terms: dict[str, Tensor] = module(batch, number)
-                    torch.autograd.backward(torch.stack(list(terms.values())).sum() / parts)
-                for name, value in terms.items():
-                    means[name] = means.get(name, 0.0) + value.detach().double() / parts
+            return pass_step(self.method, module, batches, number, self.micro_batches_per_step, precision)
         except torch.OutOfMemoryError:
             return None
-        return means
 
     def parallel(self) -> nn.Module:
         """Return the method, wrapped for data parallelism where there are several workers."""
@@ -433,7 +433,7 @@ class Trainer:
 
     def _state(self, stage: Stage, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return all that going on from a step needs."""
-        deployed = next(name for name, module in self.method.named_modules() if module is self.method.deployed)
+        deployed = next(name for name, module in self.method.named_modules() if module is self.method.exported)
         return {
             "method": self.method.name,
             "stage": stage.name,

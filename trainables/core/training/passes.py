@@ -1,0 +1,68 @@
+"""The passes of a training step forward and backward: one by one, each freed before the next one begins."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from segadapt.trainables.core.data.batch import DomainBatch
+from segadapt.trainables.core.method import Method
+from segadapt.trainables.core.training.gradients import batch_norm_explained, synchronised
+
+Precision = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Opens the context in which networks compute."""
+
+
+def pass_step(
+    method: Method, train_step: nn.Module, batches: Iterator[DomainBatch], step: int, parts: int, precision: Precision
+) -> dict[str, Tensor]:
+    """Pass the micro-batches of a step forward and backward, which adds up their gradients.
+
+    Args:
+        method: The method.
+        train_step: The method, as it is wrapped for several workers.
+        batches: Micro-batches, of which one step's are taken.
+        step: Steps taken in the stage before.
+        parts: Micro-batches of a step.
+        precision: Context in which networks compute.
+
+    Returns:
+        The mean of each loss term over the micro-batches.
+    """
+    means = dict[str, Tensor]()
+    for part in range(parts):
+        batch = next(batches)
+        with synchronised(train_step, part == parts - 1), batch_norm_explained():
+            for name, term in _pass_back(method, train_step, batch, step, parts, precision).items():
+                means[name] = means.get(name, 0.0) + term.detach().double() / parts
+    return means
+
+
+def _pass_back(
+    method: Method, train_step: nn.Module, batch: DomainBatch, step: int, parts: int, precision: Precision
+) -> dict[str, Tensor]:
+    """Pass a micro-batch forward and backward and return its terms.
+
+    Those of online self-training come first, so that data-parallel workers exchange the sum of all gradients in the
+    method's own pass.
+    """
+    online = method.online if batch.target_images is not None else None
+    if online is None:
+        with precision():
+            terms: dict[str, Tensor] = train_step(batch, step)
+        torch.autograd.backward(torch.stack(list(terms.values())).sum() / parts)
+        return terms
+    labelled = dict[str, Tensor]()
+    for name, term in online.terms(method.segmenter, batch, step, precision):
+        torch.autograd.backward(term / parts)
+        labelled[name] = term.detach()
+    with online.watched(method.segmenter.backbone, batch.source_images) as maps, precision():
+        terms = train_step(batch, step)
+    terms = {**terms, **online.feature_term(method.segmenter, batch, maps, precision)}
+    total = torch.stack(list(terms.values())).sum() / parts
+    if online.mask_token is not None:  # workers exchange what this pass reaches
+        total = total + 0 * online.mask_token.sum()
+    torch.autograd.backward(total)
+    return {**labelled, **terms}
