@@ -2,8 +2,8 @@
 
 `PAPER` is MIC's without its draws of rare classes and its distance of features, which need many classes and pretrained
 weights. `PRESETS` are the four papers' settings; quirks of their released codes are settings of their own. The mask of
-`vfm_uda` needs a plain transformer, the distance of features of `daformer` and `mic` pretrained weights and a class that
-is a thing.
+`vfm_uda` needs a plain transformer. The distance of features of `daformer` and `mic` needs pretrained weights and a
+class that is a thing.
 """
 
 from typing import Any

@@ -28,6 +28,7 @@ from segadapt.trainables.core.data.loading import evaluation_for_network
 from segadapt.trainables.core.evaluation.evaluate import DomainEvaluation, Protocol, evaluate_domain, score
 from segadapt.trainables.core.evaluation.inference import Inference
 from segadapt.trainables.core.networks import NetworkConfig, Segmenter
+from segadapt.trainables.core.online.config import OnlineConfig
 from segadapt.trainables.core.training.checkpoint import CorruptCheckpointError, load_state
 
 PROTOCOLS = ("auto", *(f"cityscapes-{size}" for size in SUBSETS))
@@ -85,7 +86,8 @@ def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> 
             f"--aggregation must be left out for a network that was trained by {method}: it does not offer aggregation."
         )
     config = resolve(method, {**dict(flatten(content)), **overrides})
-    built = build_method(dataclasses.replace(config, network=_untrained(config.network, weights)), len(names))
+    network = _untrained(config.network, weights)
+    built = build_method(dataclasses.replace(config, network=network, online=OnlineConfig()), len(names))
     try:
         built.deployed.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:

@@ -23,7 +23,9 @@ from segadapt.platform.search.schedulers import SCHEDULERS
 from segadapt.platform.settings.config import TrialConfig, Values, anchored, read_experiment, resolve
 from segadapt.platform.settings.objective import LABEL_FREE, TARGET, Objective
 from segadapt.platform.storage.folders import Place
+from segadapt.platform.trial.training import build_method
 from segadapt.trainables.core.networks import NETWORKS, build_segmenter
+from segadapt.trainables.core.online.fitting import check_online
 
 
 class SearchChoices(TypedDict, total=False):
@@ -359,7 +361,11 @@ def checked_config(method: str, values: Values) -> TrialConfig:
     try:
         if config.data.name != "streets":  # generated, nothing can be missing
             load_data(config.data)
-        if config.network.weights is not None or config.network.name not in NETWORKS:
+        if config.online.enabled:
+            data = load_data(config.data)[0]
+            if (online := build_method(config, len(data.classes)).online) is not None:
+                check_online(online, data, config.augmentation)
+        elif config.network.weights is not None or config.network.name not in NETWORKS:
             build_segmenter(num_classes=2, **vars(config.network))
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -19,6 +19,7 @@ from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import build_segmenter
+from segadapt.trainables.core.online.config import OnlineConfig
 from segadapt.trainables.core.online.terms import OnlineTerms
 from segadapt.trainables.core.training import interruption as preemption
 from segadapt.trainables.core.training.config import TrainerSettings
@@ -69,6 +70,8 @@ def train(trial: Trial, deliver: Deliver, resume: Path | None) -> None:
     from segadapt.platform.trial.machine_use import MachineUse
 
     spec, config = trial.spec, trial.config
+    if spec.shared_stages:  # they are the same whatever comes after
+        config = dataclasses.replace(config, online=OnlineConfig())
     torch.set_num_threads(max(1, int(spec.resources.cpus)))
     _note_start(trial, resume)
     data, evaluation = load_data(config.data)

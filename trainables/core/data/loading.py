@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from segadapt.trainables.core import distributed
-from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch, DomainData, EvaluationData, LabelledImages, TargetImages
+from segadapt.trainables.core.data.batch import (
+    IGNORE_INDEX,
+    DomainBatch,
+    DomainData,
+    EvaluationData,
+    LabelledImages,
+    TargetImages,
+)
 from segadapt.trainables.core.data.sampling import (
     ClassBalancedOrder,
     RareClassOrder,
@@ -140,7 +147,10 @@ class BatchSource:
         height, width = image.shape[-2:]
         top, bottom, left, right = self.online.margins
         inside = torch.zeros(height, width, dtype=torch.uint8)
-        rows, columns = (int(top * height), height - int(bottom * height)), (int(left * width), width - int(right * width))
+        rows, columns = (
+            (int(top * height), height - int(bottom * height)),
+            (int(left * width), width - int(right * width)),
+        )
         inside[slice(*rows), slice(*columns)] = 1
         return geometry.pad_label(geometry.cut_label(inside)) == 1
 

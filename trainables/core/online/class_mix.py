@@ -92,4 +92,3 @@ def class_mix(
         torch.where(masks, source_labels, target_labels),
         torch.where(masks, pasted, target_weights),
     )
-

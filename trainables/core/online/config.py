@@ -91,7 +91,9 @@ class OnlineConfig:
         check(self.blur >= 0.15, "online.blur must be at least 0.15", self.blur)
         temperature, pixels = self.rare_class_temperature, self.rare_class_pixels
         check(
-            temperature is None or temperature > 0, "online.rare_class_temperature must be positive or null", temperature
+            temperature is None or temperature > 0,
+            "online.rare_class_temperature must be positive or null",
+            temperature,
         )
         check(pixels is None or pixels >= 0, "online.rare_class_pixels must not be negative", pixels)
         check(self.crop_tries >= 1, "online.crop_tries must be at least 1", self.crop_tries)

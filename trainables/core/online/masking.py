@@ -54,7 +54,9 @@ def mask_tokens(tokens: Tensor, mask_token: Tensor, ratio: float, draws: Tensor)
 
 
 @contextlib.contextmanager
-def masked_tokens(backbone: TimmBackbone, mask_token: Tensor, ratio: float, draw: Callable[[int], Tensor]) -> Iterator[None]:
+def masked_tokens(
+    backbone: TimmBackbone, mask_token: Tensor, ratio: float, draw: Callable[[int], Tensor]
+) -> Iterator[None]:
     """Let a plain transformer see a share of its patches as `mask_token` within the context; see `mask_tokens`.
 
     Args:

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch
 from segadapt.trainables.core.data.sampling import generator
+from segadapt.trainables.core.data.transforms import Size
 from segadapt.trainables.core.losses.feature_distance import feature_distance
 from segadapt.trainables.core.losses.segmentation import weighted_cross_entropy
 from segadapt.trainables.core.networks import Segmenter, TimmBackbone
@@ -113,7 +114,9 @@ class OnlineTerms(nn.Module):
     def take_over(self, state: Mapping[str, Any]) -> None:
         """Go on with the teacher of an earlier trial, where it had one of the same kind and steps with it."""
         prefix = "online."
-        earlier = {name.removeprefix(prefix): value for name, value in state["state"].items() if name.startswith(prefix)}
+        earlier = {
+            name.removeprefix(prefix): value for name, value in state["state"].items() if name.startswith(prefix)
+        }
         if earlier.keys() == self.state_dict().keys():
             self.load_state_dict(earlier)
 
@@ -149,7 +152,7 @@ class OnlineTerms(nn.Module):
         if images is None or not (config.mixes or config.masks):
             return
         if config.mixes:
-            _check_sizes(batch)
+            check_sizes(_size(batch.source_images), _size(images))
         labelled = self.labelled(images, batch.target_trusted, precision)
         loss = partial(self._loss, network, precision)
         if config.mixes:
@@ -233,7 +236,7 @@ class OnlineTerms(nn.Module):
         for norm in self._norms:
             norm.eval()
         network = cast(Segmenter, self.teacher.network)
-        return network.upsample(logits, (images.shape[-2], images.shape[-1])).softmax(1)
+        return network.upsample(logits, _size(images)).softmax(1)
 
     def _loss(
         self, network: Segmenter, precision: Precision, images: Tensor, labels: Tensor, weights: Tensor
@@ -241,8 +244,7 @@ class OnlineTerms(nn.Module):
         with precision():
             logits = network(images).logits
         corners = cast(Segmenter, self.teacher.network).align_corners  # of the network as it is deployed
-        size = (labels.shape[-2], labels.shape[-1])
-        upsampled = F.interpolate(logits.float(), size, mode="bilinear", align_corners=corners)
+        upsampled = F.interpolate(logits.float(), _size(labels), mode="bilinear", align_corners=corners)
         return weighted_cross_entropy(upsampled, labels, weights, mean_over=self.config.mean_over)
 
     @torch.no_grad()
@@ -250,12 +252,8 @@ class OnlineTerms(nn.Module):
         assert batch.target_images is not None
         labels = batch.source_labels
         draws = _drawn("class_mix", batch, lambda draw: torch.rand(IGNORE_INDEX + 1, generator=draw))
-        drawn = draw_classes(
-            labels, draws, classes_of=self.config.classes_of, paste_ignored=self.config.paste_ignored
-        )
-        mixed = class_mix(
-            class_masks(labels, drawn), batch.source_images, labels, batch.target_images, *labelled
-        )
+        drawn = draw_classes(labels, draws, classes_of=self.config.classes_of, paste_ignored=self.config.paste_ignored)
+        mixed = class_mix(class_masks(labels, drawn), batch.source_images, labels, batch.target_images, *labelled)
         return mixed._replace(images=self._augmented(network, mixed.images, batch, step, "mix"))
 
     def _masked_loss(
@@ -277,7 +275,7 @@ class OnlineTerms(nn.Module):
             backbone = cast(TimmBackbone, network.backbone)
             with masked_tokens(backbone, self.mask_token, config.mask_ratio, tokens):
                 return loss(images, *labelled)
-        size = (images.shape[-2], images.shape[-1])
+        size = _size(images)
         block = max(1, round(config.mask_block * min(size)))
         grid = mask_grid(1, size, block)[1:]
         draws = _drawn("block_mask", batch, lambda draw: torch.rand(grid, generator=draw))
@@ -313,6 +311,10 @@ def _drawn(name: str, batch: DomainBatch, draw: Callable[[torch.Generator], Tens
     return draws.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draws
 
 
+def _size(maps: Tensor) -> Size:
+    return maps.shape[-2], maps.shape[-1]
+
+
 def _last_map(maps: Any) -> Tensor:
     """Return the coarsest of a backbone's maps."""
     return cast(Tensor, maps[-1] if isinstance(maps, tuple) else maps)
@@ -329,13 +331,11 @@ def _token_size(network: Segmenter) -> int:
     return int(backbone.encoder.embed_dim)
 
 
-def _check_sizes(batch: DomainBatch) -> None:
-    assert batch.target_images is not None
-    source, target = batch.source_images.shape[-2:], batch.target_images.shape[-2:]
+def check_sizes(source: Size, target: Size) -> None:
+    """Raise a ValueError unless source images have the size of target images, as mixing needs."""
     if source != target:
         raise ValueError(
-            "Source pixels can be pasted on target images of the same size alone, but a source image has "
-            f"{source[0]} x {source[1]} pixels and a target image {target[0]} x {target[1]}. Set "
+            "Source pixels can be pasted on target images of the same size alone, but source images have "
+            f"{source[0]} x {source[1]} pixels and target images {target[0]} x {target[1]} (height x width). Set "
             "augmentation.crop=[height,width] for both domains, or online.mix_weight=0."
         )
-
