@@ -19,7 +19,8 @@ class OnlineConfig:
     enabled: bool | None = None
     """Whether these terms are added to the method's; null: in `online_self_training` alone."""
     teacher_rate: float = 1e-3
-    """Share 1 - α of the student that the teacher takes over in a step, in the long run. DACS 0.01; DAFormer 0.001."""
+    """Share of the student, 1 minus its momentum, that the teacher takes over in a step, in the long run. DACS: 0.01;
+    DAFormer, MIC, VFM-UDA: 0.001."""
     teacher_norm: TeacherNorm = "batch"
     """Batch norm of the teacher: by the batch (DACS, MIC), by the student's running statistics, or by the average of
     those (VFM-UDA)."""
