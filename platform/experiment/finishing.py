@@ -155,6 +155,8 @@ def finish_settings(method: str, trained: Values, values: Values, *, keep_losses
     if keep_losses:
         losses = dataclasses.asdict(_resolved(method, trained).method)
         settings |= {"method.kept_method": method, **{f"method.kept_settings.{key}": losses[key] for key in losses}}
+        if trained.get("online.enabled"):
+            settings |= {key: value for key, value in trained.items() if key.startswith("online.")}
     elif method_class(method).splits_stem(_resolved(method, trained).method):
         settings["method.split_stem"] = True
     settings |= {"seed": trained["seed"], **values}

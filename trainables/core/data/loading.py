@@ -147,11 +147,8 @@ class BatchSource:
         height, width = image.shape[-2:]
         top, bottom, left, right = self.online.margins
         inside = torch.zeros(height, width, dtype=torch.uint8)
-        rows, columns = (
-            (int(top * height), height - int(bottom * height)),
-            (int(left * width), width - int(right * width)),
-        )
-        inside[slice(*rows), slice(*columns)] = 1
+        last_row, last_column = height - int(bottom * height), width - int(right * width)
+        inside[int(top * height) : last_row, int(left * width) : last_column] = 1
         return geometry.pad_label(geometry.cut_label(inside)) == 1
 
     def _places(self, index: int) -> list[tuple[Domain, int]]:

@@ -119,7 +119,7 @@ class Trainer:
         """Images of each domain per micro-batch over all workers; smaller than asked for once memory was short."""
 
     def start_from(self, checkpoint: Path) -> None:
-        """Begin with what an earlier trial or stage ended with, see `Method.take_over`; a teacher goes on, if it can."""
+        """Begin with what an earlier trial or stage ended with: see `Method.take_over`. A teacher goes on."""
         state = load_state(checkpoint)
         self.method.take_over(state)
         if self.method.online is not None:
