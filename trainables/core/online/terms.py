@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -228,6 +227,12 @@ class OnlineTerms(nn.Module):
         )
         return {"online_feature_distance": self.config.feature_distance * distance}
 
+    def drawn(self, name: str, batch: DomainBatch, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        """Return what is drawn for each image, on the batch's device, which nothing waits for."""
+        draws = torch.stack([draw(generator(*batch.key, name, number)) for number in batch.numbers])
+        device = batch.source_images.device
+        return draws.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draws
+
     def _probabilities(self, images: Tensor, precision: Precision) -> Tensor:
         for norm in self._norms:
             norm.train()
@@ -243,15 +248,17 @@ class OnlineTerms(nn.Module):
     ) -> Tensor:
         with precision():
             logits = network(images).logits
-        corners = cast(Segmenter, self.teacher.network).align_corners  # of the network as it is deployed
-        upsampled = F.interpolate(logits.float(), _size(labels), mode="bilinear", align_corners=corners)
+        deployed = cast(
+            Segmenter, self.teacher.network
+        )  # its corner rule holds, but not what else it may do at the end
+        upsampled = Segmenter.upsample(deployed, logits, _size(labels))
         return weighted_cross_entropy(upsampled, labels, weights, mean_over=self.config.mean_over)
 
     @torch.no_grad()
     def _mixed(self, network: Segmenter, batch: DomainBatch, labelled: WeightedLabels, step: int) -> Mixed:
         assert batch.target_images is not None
         labels = batch.source_labels
-        draws = _drawn("class_mix", batch, lambda draw: torch.rand(IGNORE_INDEX + 1, generator=draw))
+        draws = self.drawn("class_mix", batch, lambda draw: torch.rand(IGNORE_INDEX + 1, generator=draw))
         drawn = draw_classes(labels, draws, classes_of=self.config.classes_of, paste_ignored=self.config.paste_ignored)
         mixed = class_mix(class_masks(labels, drawn), batch.source_images, labels, batch.target_images, *labelled)
         return mixed._replace(images=self._augmented(network, mixed.images, batch, step, "mix"))
@@ -270,7 +277,7 @@ class OnlineTerms(nn.Module):
         if self.mask_token is not None:
 
             def tokens(length: int) -> Tensor:
-                return _drawn("token_mask", batch, lambda draw: torch.rand(length, generator=draw))
+                return self.drawn("token_mask", batch, lambda draw: torch.rand(length, generator=draw))
 
             backbone = cast(TimmBackbone, network.backbone)
             with masked_tokens(backbone, self.mask_token, config.mask_ratio, tokens):
@@ -278,7 +285,7 @@ class OnlineTerms(nn.Module):
         size = _size(images)
         block = max(1, round(config.mask_block * min(size)))
         grid = mask_grid(1, size, block)[1:]
-        draws = _drawn("block_mask", batch, lambda draw: torch.rand(grid, generator=draw))
+        draws = self.drawn("block_mask", batch, lambda draw: torch.rand(grid, generator=draw))
         return loss(images * block_mask(size, block, config.mask_ratio, draws), *labelled)
 
     @torch.no_grad()
@@ -302,13 +309,6 @@ def _chances(batch: DomainBatch, name: str, number: int) -> list[float]:
 
 def _chosen(changes: Sequence[Change], chosen: Sequence[bool]) -> list[Change | None]:
     return [change if choice else None for change, choice in zip(changes, chosen, strict=True)]
-
-
-def _drawn(name: str, batch: DomainBatch, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-    """Return what is drawn for each image, on the batch's device, which nothing waits for."""
-    draws = torch.stack([draw(generator(*batch.key, name, number)) for number in batch.numbers])
-    device = batch.source_images.device
-    return draws.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draws
 
 
 def _size(maps: Tensor) -> Size:
