@@ -61,8 +61,23 @@ def jittered(images: Tensor, changes: Sequence[Change | None]) -> Tensor:
         changed = tvf.adjust_brightness(image.clamp(0, 1), change.brightness)
         changed = tvf.adjust_contrast(changed, change.contrast)
         changed = tvf.adjust_saturation(changed, change.saturation)
-        image.copy_(tvf.adjust_hue(changed, change.hue))
+        image.copy_(_turned(changed, change.hue))
     return result
+
+
+def _turned(image: Tensor, hue: float) -> Tensor:
+    """Return an image, RGB in [0, 1], (3, H, W), with its hue shifted, in turns.
+
+    torchvision's `adjust_hue` would send a table to the device for each image.
+    """
+    value, least = image.amax(0), image.amin(0)
+    chroma = value - least
+    red, green, blue = image / chroma.clamp(min=torch.finfo(image.dtype).tiny)
+    brightest = image == value
+    sixths = torch.where(brightest[0], green - blue, torch.where(brightest[1], blue - red + 2, red - green + 4))
+    sixths = torch.where(chroma > 0, sixths, 0.0) + 6 * hue
+    phases = torch.stack([(offset + sixths) % 6 for offset in (5, 3, 1)])
+    return value - chroma * torch.minimum(phases, 4 - phases).clamp(0, 1)
 
 
 def blurred(images: Tensor, changes: Sequence[Change | None]) -> Tensor:
