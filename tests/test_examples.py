@@ -55,6 +55,66 @@ PUBLISHED = {
     "drsl_gta5": DRSL,
     "drsl_synthia": DRSL,
 }
+ONLINE_512: dict[str, Any] = {
+    "warmup.steps": 0,
+    "optimizer.name": "adamw",
+    "optimizer.lr": 6e-5,
+    "optimizer.head_lr_factor": 10,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.decay_norms": False,
+    "optimizer.schedule": "linear",
+    "optimizer.warmup_steps": 1500,
+    "trainer.steps": 40000,
+    "trainer.batch_size": 2,
+    "augmentation.target_size": (512, 1024),
+    "augmentation.crop": (512, 512),
+    "network.align_corners": False,
+    "online.threshold": 0.968,
+    "online.mix_weight": 1.0,
+    "online.margins": (30 / 1024, 240 / 1024, 0.0, 0.0),
+}
+DAFORMER = ONLINE_512 | {
+    "online.teacher_rate": 0.001,
+    "online.mask": "none",
+    "online.rare_class_temperature": 0.01,
+    "online.feature_distance": 0.005,
+    "method.mean_over": "all",
+}
+ONLINE = {
+    "dacs": ONLINE_512 | {"online.teacher_rate": 0.01, "online.mask": "none", "online.feature_distance": 0.0},
+    "daformer": DAFORMER,
+    "mic": DAFORMER | {"online.mask": "block", "online.mask_ratio": 0.7, "online.mask_block": 1 / 16},
+    "vfmuda": {
+        "warmup.steps": 0,
+        "optimizer.lr": pytest.approx(5e-5 * 8**0.5, rel=1e-4),
+        "optimizer.backbone_lr_factor": 0.1,
+        "optimizer.decay_norms": True,
+        "optimizer.warmup_start": 1e-3,
+        "optimizer.warmup_decays": False,
+        "trainer.steps": 40000,
+        "trainer.batch_size": 8,
+        "augmentation.crop": (1024, 1024),
+        "network.input_scale": 1.1,
+        "online.teacher_rate": 0.001,
+        "online.teacher_norm": "average",
+        "online.mirrored": True,
+        "online.mask": "token",
+        "online.mask_ratio": 0.7,
+        "online.augment_of": "image",
+        "online.rare_class_temperature": 0.05,
+        "online.margins": (0.03, 0.25, 0.03, 0.03),
+        "method.mean_over": "valid",
+    },
+}
+"""The same of `methods/online_self_training.md`, of both benchmarks."""
+ONLINE_NAMES = [f"{recipe}_{source}" for recipe in ONLINE for source in ("gta5", "synthia")]
+SMALL_NETWORKS: dict[str, dict[str, Any]] = {
+    "dacs": {},
+    "daformer": {"network.name": "timm:test_convnext", "online.feature_distance": 0.0},
+    "mic": {"network.name": "timm:test_convnext", "online.feature_distance": 0.0},
+    "vfmuda": {"network.name": "timm:test_vit", "trainer.eval_window": [32, 32]},
+}
+"""Networks of seconds: without pretrained weights, no feature is kept near them."""
 SOURCE_SIZES = {
     "sdca_gta5": (720, 1280),
     "sdca_synthia": (760, 1280),
@@ -95,12 +155,31 @@ def values_of(name: str) -> dict[str, Any]:
     return read_experiment(PAPERS / f"{name}_cityscapes.yaml")
 
 
+def method_of(name: str) -> str:
+    recipe = name.split("_")[0]
+    return "online_self_training" if recipe in ONLINE else recipe
+
+
 def config_of(name: str) -> TrialConfig:
-    return resolve(name.split("_")[0], values_of(name))
+    return resolve(method_of(name), values_of(name))
 
 
 def test_there_is_a_file_for_every_method_and_benchmark() -> None:
-    assert {path.name for path in PAPERS.iterdir()} == {f"{name}_cityscapes.yaml" for name in PUBLISHED}
+    names = {f"{name}_cityscapes.yaml" for name in (*PUBLISHED, *ONLINE_NAMES)}
+    assert {path.name for path in PAPERS.iterdir()} == names
+
+
+@pytest.mark.parametrize("name", ONLINE_NAMES)
+def test_a_file_of_online_self_training_says_what_was_published_and_its_preset_agrees(name: str) -> None:
+    recipe, source = name.split("_")
+    config = config_of(name)
+    assert (config.data.name, config.data.classes) == (f"{source}-cityscapes", {"gta5": 19, "synthia": 16}[source])
+    for key, expected in ONLINE[recipe].items():
+        section, field = key.split(".")
+        assert getattr(getattr(config, section), field) == expected, key
+    for key, published in search_spaces.load("online_self_training")[1][recipe.replace("vfm", "vfm_")].items():
+        section, field = key.split(".")
+        assert getattr(getattr(config, section), field) == published, key
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -169,16 +248,16 @@ def test_what_is_searched_is_left_to_the_search_and_starts_as_published(name: st
             assert resolved[section][field] == published
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *ONLINE_NAMES])
 def test_a_file_never_trains_without_its_data_or_its_weights(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    method, source = name.split("_")
+    method, source = method_of(name), name.split("_")[1]
     values = values_of(name)
     with pytest.raises(UsageError, match=f"root of a {source} dataset must be an existing folder"):
         api.train(method, values, place=Place(tmp_path / "runs"))
-    if PUBLISHED[name].network == CAFFE:
+    if values["network.name"] == CAFFE:
         values |= {"data.source": None, "data.target": None, "data.classes": "auto"}
         with pytest.raises(UsageError, match="must be an existing file, but there is none at"):
             api.train(method, values, place=Place(tmp_path / "runs"))
@@ -210,8 +289,9 @@ def tiny(name: str, datasets: Path) -> dict[str, Any]:
     """What turns a file into seconds of training: sizes and counts, nothing else."""
     source = name.split("_")[1]
     small = {key: value for key, value in TINY.items() if key in values_of(name) or key != "augmentation.shorter_side"}
-    if PUBLISHED[name].crop is None:
+    if "augmentation.crop" not in values_of(name):
         del small["augmentation.crop"]
+    small |= SMALL_NETWORKS.get(name.split("_")[0], {})
     return {**small, "data.source": f"{source}:{datasets}/{source}", "data.target": f"cityscapes:{datasets}/cityscapes"}
 
 
@@ -225,14 +305,14 @@ def test_the_class_protocol_is_that_of_the_benchmark(source: str, datasets: Path
     assert load_data(data)[0].classes.names == SUBSETS["19" if source == "gta5" else "16"]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *ONLINE_NAMES])
 def test_a_file_trains_at_a_tiny_size(name: str, datasets: Path, tmp_path: Path) -> None:
     from segadapt.platform.trial.training import build_method
     from segadapt.trainables import method_class
     from segadapt.trainables.core.training.config import TrainerSettings
     from segadapt.trainables.core.training.trainer import Trainer
 
-    config = resolve(name.split("_")[0], {**values_of(name), **tiny(name, datasets)})
+    config = resolve(method_of(name), {**values_of(name), **tiny(name, datasets)})
     data, evaluation = load_data(config.data)
     method = build_method(config, len(data.classes))
     plan = method_class(config.method_name).plan(config.method)
@@ -272,7 +352,7 @@ def test_a_paper_is_trained_from_packed_data_and_evaluated_from_the_command_line
 def test_the_page_shows_every_file_and_every_command_of_it_is_one() -> None:
     page = (ROOT / "docs" / "reproduce.md").read_text()
     for path in PAPERS.iterdir():
-        method, source, _ = path.stem.split("_")
-        assert f"segadapt train {method} --config examples/papers/{path.name}" in page
+        recipe, source, _ = path.stem.split("_")
+        assert f"segadapt train {method_of(recipe)} --config examples/papers/{path.name}" in page
         assert f"--config examples/papers/{path.name}" in path.read_text()
         assert f"data.source={source}:" in path.read_text()
