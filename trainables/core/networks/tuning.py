@@ -136,8 +136,8 @@ def _freeze(part: nn.Module) -> None:
 
 def leave_frozen_out(module: nn.Module) -> None:
     """Let the state of a module be without the frozen parameters that it has itself; loading needs none of them."""
-    module.register_state_dict_post_hook(_drop_frozen)
-    module.register_load_state_dict_pre_hook(_supply_frozen)
+    module.register_state_dict_post_hook(_drop_frozen)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_supply_frozen)  # type: ignore[no-untyped-call]
 
 
 def _drop_frozen(module: nn.Module, state: MutableMapping[str, Any], prefix: str, _metadata: Any) -> None:

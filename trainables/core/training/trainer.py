@@ -21,9 +21,7 @@ from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.labelling.files import PseudoLabelFolder
 from segadapt.trainables.core.method import Method, Stage, StageData
 from segadapt.trainables.core.networks import recompute_blocks
-from segadapt.trainables.core.training.checkpoint import (
-    load_state,
-)
+from segadapt.trainables.core.training.checkpoint import FROZEN, check_frozen, frozen_hash, load_state
 from segadapt.trainables.core.training.config import TrainerSettings, stage_steps
 from segadapt.trainables.core.training.gradients import (
     InfeasibleError,
@@ -106,6 +104,7 @@ class Trainer:
                 module.to(memory_format=self.memory_format)
         if settings.trainer.recompute:
             recompute_blocks(self.method)
+        self._frozen = frozen_hash(method.segmenter)
         self.trainable = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
         self.plan = plan
         self.steps = stage_steps(plan, method.warmup.steps, settings.trainer.steps)
@@ -120,7 +119,9 @@ class Trainer:
 
     def start_from(self, checkpoint: Path) -> None:
         """Begin with what an earlier trial or stage ended with: see `Method.take_over`."""
-        self.method.take_over(load_state(checkpoint))
+        state = load_state(checkpoint)
+        check_frozen(state, self._frozen)
+        self.method.take_over(state)
 
     def run(self, resume: Path | None = None) -> None:
         """Train all planned stages, from the start or from a checkpoint this plan wrote.
@@ -132,6 +133,7 @@ class Trainer:
         """
         names = [stage.name for stage in self.plan]
         state = later_state(self.folder, load_state(resume) if resume is not None else None, names)
+        check_frozen(state, self._frozen)
         first = names.index(state["stage"]) if state is not None else 0
         done = sum(self.steps[stage.name] for stage in self.plan[:first])
         micro_batch = state.get("micro_batch", self.micro_batch) if state is not None else self.micro_batch
@@ -217,7 +219,7 @@ class Trainer:
     def _resume_stage(self, stage: Stage, done: int, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
         """Load the method and the optimiser as they were in the middle of the stage; return the steps taken."""
         self.method.load_state_dict(state["state"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"] or optimizer.state_dict())  # none where the stage has ended
         start: int = state["step"]
         steps = self.steps[stage.name]
         message = f"Stage '{stage.name}' goes on after {start} of {steps} steps."
@@ -441,5 +443,6 @@ class Trainer:
             "deployed": deployed,
             "micro_batch": self.micro_batch,
             "state": self.method.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer.state_dict() if step < self.steps[stage.name] else None,
+            FROZEN: self._frozen,
         }
