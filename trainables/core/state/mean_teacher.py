@@ -26,8 +26,6 @@ def warmed_momentum(step: int, momentum: float = 0.999) -> float:
 class MeanTeacher(nn.Module):
     """A copy of a network that follows it slowly. It is not trained and stays in evaluation mode.
 
-    What is frozen of the network (`FrozenParameter`) is shared, not copied.
-
     Args:
         student: The network to copy.
 
@@ -62,8 +60,7 @@ class MeanTeacher(nn.Module):
             momentum: Share of the teacher that stays, in [0, 1].
         """
         for weight, trained in zip(self.network.parameters(), student.parameters(), strict=True):
-            if weight is not trained:  # what is frozen is shared
-                weight.lerp_(trained, 1 - momentum)
+            weight.lerp_(trained, 1 - momentum)
         for buffer, current in zip(self.network.buffers(), student.buffers(), strict=True):
             buffer.copy_(current)
 
