@@ -1,15 +1,23 @@
 """Promises of training few parameters: the head alone, or low-rank updates beside a frozen backbone."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import keeping_losses, toy_config, toy_trainer
 
+from segadapt.platform.deployment.evaluation import load_deployed
+from segadapt.platform.errors import UsageError
+from segadapt.platform.experiment.finishing import check_tuning, finish_settings
+from segadapt.platform.settings.config import flatten, resolve
+from segadapt.platform.storage.checkpoints import write_configuration
+from segadapt.platform.storage.stage_keys import stage_keys
 from segadapt.trainables import METHODS, method_class
 from segadapt.trainables.core.evaluation.deployed import DeployedNetwork
 from segadapt.trainables.core.method import SOURCE_ONLY
@@ -344,3 +352,75 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
 def test_backbones_that_do_not_fit_are_refused(model: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(model, tune="lora", **settings)
+
+
+def published(path: Path, seed: int = 5) -> str:
+    """Write weights of the model, as timm names them."""
+    torch.manual_seed(seed)
+    torch.save(timm.create_model("test_vit").state_dict(), path)
+    return str(path)
+
+
+def trained_checkpoint(folder: Path, **settings: Any) -> tuple[Path, Segmenter]:
+    """Train a little; return the last checkpoint as a trial writes it, and the network."""
+    config = toy_config("source_only", **{**SHORT, **settings})
+    trainer, reports = toy_trainer(config, folder)
+    trainer.run()
+    checkpoint = reports.checkpoint(len(reports.metrics) - 1)
+    write_configuration(checkpoint, config.as_dict())
+    return checkpoint, trainer.method.deployed.eval()
+
+
+def test_a_checkpoint_is_opened_beside_the_backbone_of_its_seed_or_file(tmp_path: Path) -> None:
+    weights = published(tmp_path / "weights.pth")
+    for name, settings in {"random": {"seed": 3}, "file": {"network__weights": weights}}.items():
+        checkpoint, network = trained_checkpoint(tmp_path / name, **settings)
+        assert (checkpoint / "state.pt").stat().st_size < 1e6
+        opened = load_deployed(checkpoint, {}, torch.device("cpu")).network
+        assert torch.equal(logits(opened), logits(network))
+        assert all(torch.equal(opened.get_parameter(key), tensor) for key, tensor in frozen_parameters(network))
+
+
+def test_a_checkpoint_whose_backbone_is_gone_or_another_is_refused(tmp_path: Path) -> None:
+    weights = published(tmp_path / "weights.pth")
+    checkpoint, _ = trained_checkpoint(tmp_path, network__weights=weights)
+    published(Path(weights), seed=6)
+    with pytest.raises(UsageError, match=r"needs the frozen backbone .*\. Restore the file of network\.weights as it"):
+        load_deployed(checkpoint, {}, torch.device("cpu"))
+    Path(weights).unlink()
+    with pytest.raises(UsageError, match=r"of network\.tune=lora needs the backbone .* but there is none at .*weights"):
+        load_deployed(checkpoint, {}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("values", "seeds", "message"),
+    [
+        ({"network.lora_rank": 8}, 1, r"network\.lora_rank of a finish must be that of its trial, 4, but is 8"),
+        ({"network.lora_targets": ["qkv"]}, 1, r"lora_targets of a finish must be .* None, but is \('qkv',\)"),
+        ({"network.tune": "full", "network.lora_rank": 16}, 1, r"network\.tune of a finish must be .* 'lora', but"),
+        ({}, 2, r"must have its trial's seed, 0, alone where network\.tune=lora .* got seed 0 and --seeds 2"),
+        ({"seed": 1}, 1, r"got seed 1 and --seeds 1"),
+    ],
+)
+def test_a_finish_that_does_not_fit_its_tuned_trial_is_refused(
+    values: dict[str, Any], seeds: int, message: str
+) -> None:
+    trained = dict(flatten(json.loads(json.dumps(toy_config("sdca", **SHORT).as_dict()))))
+    check_tuning(resolve("self_training", finish_settings("sdca", trained, {})), trained, 1)
+    config = resolve("self_training", finish_settings("sdca", trained, values))
+    with pytest.raises(UsageError, match=message):
+        check_tuning(config, trained, seeds)
+    from_a_file = {**trained, "network.weights": "/weights.pth"}
+    check_tuning(resolve("self_training", finish_settings("sdca", from_a_file, {})), from_a_file, 2)
+
+
+def test_trials_that_are_tuned_otherwise_share_no_warm_up() -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"network__tune": "head", "network__lora_rank": 16},
+        {"network__lora_rank": 8},
+        {"network__lora_targets": ["qkv"]},
+        {"network__tune": "full", "network__lora_rank": 16},
+    ]
+    configs = [toy_config("sdca", **{**SHORT, **change}) for change in changes]
+    assert len({stage_keys(config, "")[0].hash for config in configs}) == len(changes)
