@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segadapt.platform.cli.options import AsJson, folder, place, shared, tracked_place
+from segadapt.platform.cli.options import AsJson, Assignments, assignments, folder, place, shared, tracked_place
 from segadapt.platform.cli.tables import console, show_leaderboard, show_selection, show_status
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ def list_methods() -> None:
         print(f"{name:16} {description}")
 
 
-def describe(method: Annotated[str, typer.Argument(help="A name shown by `segadapt list`.")]) -> None:
-    """List a method's settings: type, default, searched range, published value."""
+def describe(
+    method: Annotated[str, typer.Argument(help="A name shown by `segadapt list`.")], settings: Assignments = None
+) -> None:
+    """List a method's settings: type, default, searched range, published value. With settings: the network's size."""
     from rich.table import Table
 
     from segadapt.platform.api import methods
@@ -41,6 +43,10 @@ def describe(method: Annotated[str, typer.Argument(help="A name shown by `segada
         shown = ", ".join(f"{name} {value}" for name, value in presets.items())
         table.add_row(key.name, key.type, str(key.default), searched, shown, key.doc)
     console().print(table)
+    if settings:
+        size = methods.network_size(method, assignments(settings))
+        share = f"{100 * size.trained_share:.3g} %"
+        print(f"{size.name}: {size.parameters:,} parameters, of which {size.trained:,} are trained ({share})")
 
 
 @shared(place=tracked_place)

@@ -27,9 +27,16 @@ from segadapt.trainables.core.data.label_statistics import shows_a_class
 from segadapt.trainables.core.data.loading import evaluation_for_network
 from segadapt.trainables.core.evaluation.evaluate import DomainEvaluation, Protocol, evaluate_domain, score
 from segadapt.trainables.core.evaluation.inference import Inference
+from segadapt.trainables.core.method import Method
 from segadapt.trainables.core.networks import NetworkConfig, Segmenter
 from segadapt.trainables.core.online.config import OnlineConfig
-from segadapt.trainables.core.training.checkpoint import CorruptCheckpointError, load_state
+from segadapt.trainables.core.training.checkpoint import (
+    CorruptCheckpointError,
+    OtherBackboneError,
+    check_frozen,
+    frozen_hash,
+    load_state,
+)
 
 PROTOCOLS = ("auto", *(f"cityscapes-{size}" for size in SUBSETS))
 """Class subsets to average over; `auto` takes all classes of the run."""
@@ -86,13 +93,37 @@ def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> 
             f"--aggregation must be left out for a network that was trained by {method}: it does not offer aggregation."
         )
     config = resolve(method, {**dict(flatten(content)), **overrides})
-    network = _untrained(config.network, weights)
-    built = build_method(dataclasses.replace(config, network=network, online=OnlineConfig()), len(names))
+    built = _built(dataclasses.replace(config, online=OnlineConfig()), weights, len(names))
     try:
+        check_frozen(state, frozen_hash(built.segmenter))
         built.deployed.load_state_dict(weights)
+    except OtherBackboneError as error:
+        raise UsageError(f"{checkpoint}: {error}") from error
     except (RuntimeError, TypeError) as error:
         raise _foreign(checkpoint, error) from error
     return Deployed(built.deployed.to(device).eval(), config, names, step)
+
+
+def _built(config: TrialConfig, weights: Collection[str], num_classes: int) -> Method:
+    """Build the method of a trial, with the backbone it started from where that was frozen.
+
+    Args:
+        config: Of the trial.
+        weights: Names in the state of the deployed network.
+        num_classes: Number of classes of the network.
+
+    Raises:
+        UsageError: If the backbone was frozen and cannot be had.
+    """
+    if config.network.tune == "full":
+        return build_method(dataclasses.replace(config, network=_untrained(config.network, weights)), num_classes)
+    try:
+        return build_method(config, num_classes)
+    except ValueError as error:
+        raise UsageError(
+            f"A checkpoint of network.tune={config.network.tune} needs the backbone that it was trained beside, and "
+            f"holds the trained parameters alone, but: {error}"
+        ) from error
 
 
 def _foreign(checkpoint: Path, error: Exception) -> UsageError:

@@ -30,6 +30,7 @@ from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.metric_names import true_names
 from segadapt.platform.tracking.tags import CHECKPOINT_TAG, EXPERIMENT_TAG, KEY_TAG, SEED_TAG, STATE_TAG, TRIAL_ID_TAG
 from segadapt.trainables import method_class
+from segadapt.trainables.core.networks import NetworkConfig
 from segadapt.trainables.self_training import SelfTraining
 
 _INHERITED = ("data.", "network.", "augmentation.", "trainer.batch_size", "trainer.accumulate", "trainer.precision")
@@ -113,7 +114,7 @@ def plan_finish(request: FinishRequest, place: Place) -> tuple[Record, Row]:
         ) from error
     values = request.settings if request.rounds is None else {**request.settings, "method.rounds": request.rounds}
     settings = finish_settings(row.method, trained, anchored(values), keep_losses=request.keep_losses)
-    checked_config("self_training", settings)
+    check_tuning(checked_config("self_training", settings), trained, request.seeds)
     noted = checkpoint_name(place.folders, start)
     name = _finish_name(request, row, settings, noted)
     former_name = _finish_name(request, row, settings, row.checkpoint)  # an earlier version may have begun it
@@ -131,6 +132,32 @@ def plan_finish(request: FinishRequest, place: Place) -> tuple[Record, Row]:
     )
     check_labels(record)
     return record, row
+
+
+def check_tuning(config: TrialConfig, trained: Values, seeds: int) -> None:
+    """Make sure that a finish trains the parts of the network that its trial did, beside the same frozen backbone.
+
+    Args:
+        config: Of the finish.
+        trained: All settings of the trial, by dotted key.
+        seeds: Number of seeds on which it is done.
+
+    Raises:
+        UsageError: If the trial's checkpoint does not fit.
+    """
+    network = config.network
+    for name in ("tune", "lora_rank", "lora_targets"):
+        before, after = trained.get(f"network.{name}", getattr(NetworkConfig, name)), getattr(network, name)
+        if (tuple(before) if isinstance(before, list) else before) != after:
+            raise UsageError(
+                f"network.{name} of a finish must be that of its trial, {before!r}, but is {after!r}. Leave it out."
+            )
+    drawn = network.tune != "full" and network.weights in (None, "none")
+    if drawn and (seeds > 1 or config.seed != trained["seed"]):
+        raise UsageError(
+            f"A finish must have its trial's seed, {trained['seed']}, alone where network.tune={network.tune} and the "
+            f"frozen backbone is random, but got seed {config.seed} and --seeds {seeds}. Leave them out."
+        )
 
 
 def _finish_name(request: FinishRequest, row: Row, settings: Values, start: str) -> str:

@@ -161,6 +161,10 @@ class _TimedTrainer(Trainer):
         self._wait()
         self.evaluations.append(time.perf_counter() - self._timing.marks[-1])
 
+    def _state(self, stage: Stage, step: int, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Add the optimiser's state, which checkpoints have except at the end of a stage."""
+        return super()._state(stage, step, optimizer) | {"optimizer": optimizer.state_dict()}
+
     def _mark(self) -> None:
         self._wait()
         if len(self._timing.marks) == 1:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from segadapt.platform.api.data import data_check, data_make, data_pack, data_show
-    from segadapt.platform.api.methods import describe, list_methods
+    from segadapt.platform.api.methods import describe, list_methods, network_size
     from segadapt.platform.api.models import evaluate, export, predict
     from segadapt.platform.api.operation import (
         cache_list,
@@ -39,7 +39,7 @@ __version__: str
 
 _MODULES = {
     "api.data": ("data_check", "data_make", "data_pack", "data_show"),
-    "api.methods": ("describe", "list_methods"),
+    "api.methods": ("describe", "list_methods", "network_size"),
     "api.models": ("evaluate", "export", "predict"),
     "api.operation": ("cache_list", "cache_prune", "doctor", "jobs", "logs", "stop", "submit", "ui"),
     "api.results": ("report", "runs", "status", "trial_log"),
@@ -74,6 +74,7 @@ __all__ = [
     "jobs",
     "list_methods",
     "logs",
+    "network_size",
     "plan",
     "predict",
     "report",

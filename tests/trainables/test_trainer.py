@@ -164,7 +164,9 @@ def test_training_data_holds_no_target_label() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [*([name] for name in NAMES), ["drsl", "finish"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [*([name] for name in NAMES), ["drsl", "finish"], ["sdca", "finish", "lora"]], ids=" ".join
+)
 def test_two_workers_equal_one_on_the_joined_batch(words: list[str], tmp_path: Path) -> None:
     name, *finish = words
     script = Path(__file__).with_name("two_workers.py")

@@ -170,6 +170,26 @@ def test_list_and_describe_tell_what_there_is(segadapt: Call) -> None:
     assert "0.3 to 100 (log)" in shown
 
 
+def test_describe_tells_the_size_of_a_network_and_the_share_that_is_trained(segadapt: Call) -> None:
+    shown = segadapt("describe", "sdca", "network.name=timm:test_vit", "network.tune=lora").stdout
+    assert "timm:test_vit: 405,056 parameters, of which 98,816 are trained (24.4 %)" in shown
+    refused = segadapt("describe", "sdca", "network.name=timm:test_vit", "network.tune=lora", "network.lora_rank=0")
+    assert "network.lora_rank must be at least 1, but got 0" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [
+        ({"network.name": "deeplabv2_resnet101"}, 43_090_016),
+        ({"network.name": "deeplabv2_resnet101", "network.weights": "IMAGENET1K_V1"}, 42_984_672),
+        ({"network.name": "deeplabv2_resnet101", "network.tune": "head"}, 589_856),
+    ],
+)
+def test_the_size_of_a_network_counts_what_is_trained(settings: dict[str, str], trained: int) -> None:
+    size = api.network_size("sdca", settings)
+    assert (size.parameters, size.trained) == (43_090_016, trained)
+
+
 @pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root writes anywhere")
 def test_a_storage_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     locked = tmp_path / "locked"

@@ -70,6 +70,7 @@ assert_type(len(segadapt.data_pack("folder", "town", "packed", size=(32, 64)).sh
 assert_type(segadapt.data_show("sheet.png", {}), Path)
 assert_type(segadapt.list_methods(), list[tuple[str, str]])
 assert_type(segadapt.describe("sdca")[0][0].doc, str)
+assert_type(segadapt.network_size("sdca", {"network.name": "compact"}).trained, int)
 try:
     segadapt.search("sdca", resume="x")
 except segadapt.UsageError as error:

@@ -2,14 +2,13 @@
 
 # B images of H x W pixels, shown to the network at h x w, C classes.
 
-import copy
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segadapt.trainables.core.networks import Segmenter, TimmBackbone
+from segadapt.trainables.core.networks import Segmenter, TimmBackbone, merged
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -23,7 +22,8 @@ class DeployedNetwork(nn.Module):
     Made of operations that `torch.export` and ONNX take at any size, resizing included.
 
     Args:
-        network: The deployed network. It is copied, contiguous and on its device.
+        network: The deployed network. It is copied, contiguous and on its device, with low-rank updates merged into
+            its weights.
         size: (h, w) that images are resized to, as `augmentation.target_size`; None shows them as they are.
         interpolation: How images are resized, antialiased.
     """
@@ -32,7 +32,7 @@ class DeployedNetwork(nn.Module):
         self, network: Segmenter, size: tuple[int, int] | None, interpolation: Interpolation = "bilinear"
     ) -> None:
         super().__init__()
-        self.network = _with_flooring_pools(copy.deepcopy(network)).to(memory_format=torch.contiguous_format).eval()
+        self.network = _with_flooring_pools(merged(network)).to(memory_format=torch.contiguous_format).eval()
         self.size = size
         self.interpolation = interpolation
 

@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -46,6 +46,14 @@ from segadapt.trainables.core.networks.segmenter import (
 )
 from segadapt.trainables.core.networks.timm_models import PREFIX as TIMM
 from segadapt.trainables.core.networks.timm_models import TimmBackbone, build_timm_segmenter
+from segadapt.trainables.core.networks.tuning import (
+    LORA_TARGETS,
+    FrozenParameter,
+    Tuning,
+    frozen_parameters,
+    merged,
+    tuned,
+)
 from segadapt.trainables.core.networks.weights import WeightsReport, load_weights, read_file, read_weights
 from segadapt.trainables.core.validation import check
 
@@ -56,6 +64,7 @@ __all__ = [
     "NETWORKS",
     "Backbone",
     "FrozenBatchNorm",
+    "FrozenParameter",
     "NetworkConfig",
     "NetworkRecipe",
     "Normalisation",
@@ -66,8 +75,10 @@ __all__ = [
     "WeightsReport",
     "base_lr",
     "build_segmenter",
+    "frozen_parameters",
     "least_images",
     "load_weights",
+    "merged",
     "recommended_optimizer",
     "recompute_blocks",
     "split_backbone",
@@ -94,7 +105,8 @@ class NetworkConfig:
     drop_path: float = 0.0
     """Share of a sample's residual branches that are left out in training, in the deepest block, of timm's models."""
     freeze_norm: bool | None = None
-    """Keep the backbone's batch norm constant, affine part and statistics; null: if weights are loaded.
+    """Keep the backbone's batch norm constant, affine part and statistics; null: if weights are loaded, or the
+    backbone is frozen.
 
     Networks without batch norm, such as `compact`, refuse True.
     """
@@ -102,6 +114,12 @@ class NetworkConfig:
     """Added to the variances of frozen batch norm; null: as pretrained, but 0 in deeplabv2_resnet101 (SDCA)."""
     align_corners: bool = True
     """Corner rule of the bilinear up-sampling of logits. SDCA, BiCL, CLST: True; PLCA: False."""
+    tune: Tuning = "full"
+    """What is trained: all, the head, or the head and low-rank updates of a frozen backbone of timm (LoRA)."""
+    lora_rank: int = 16
+    """Rank of the updates, which are multiplied by 16 over the rank."""
+    lora_targets: tuple[str, ...] | None = None
+    """Linear layers with an update: qkv, proj (both of the attention), mlp; null: those that the backbone has."""
 
     def __post_init__(self) -> None:
         heads = ("auto", *HEADS, "deeplabv2")
@@ -115,6 +133,23 @@ class NetworkConfig:
                 f"network.{name} must be left at {default} unless network.name is {TIMM}MODEL",
                 getattr(self, name),
             )
+        self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        if self.tune != "full":
+            message = f"network.freeze_norm must be left out with network.tune={self.tune}, which freezes it"
+            check(self.freeze_norm is not False, message, self.freeze_norm)
+        if self.tune != "lora":
+            for name, default in (("lora_rank", 16), ("lora_targets", None)):
+                message = f"network.{name} must be left out unless network.tune=lora"
+                check(getattr(self, name) == default, message, getattr(self, name))
+            return
+        message = f"network.tune=lora needs network.name={TIMM}MODEL, a transformer of timm"
+        check(self.name.startswith(TIMM), message, self.name, "Set network.tune=head or full.")
+        check(self.lora_rank >= 1, "network.lora_rank must be at least 1", self.lora_rank)
+        targets, known = self.lora_targets, ", ".join(LORA_TARGETS)
+        fits = targets is None or (len(targets) > 0 and set(targets) <= set(LORA_TARGETS))
+        check(fits, f"network.lora_targets must be null or some of {known}", targets)
 
 
 @dataclass(frozen=True)
@@ -192,12 +227,15 @@ def build_segmenter(
     input_scale: float = 1.0,
     drop_path: float = 0.0,
     align_corners: bool = True,
+    **tuning: Any,
 ) -> Segmenter:
     """Build a network; equal for equal `torch.manual_seed`. `NetworkConfig` documents the arguments.
 
+    Those of `tuned` come as keywords: they change what is trained of the network, and not what it computes.
+
     Raises:
-        ValueError: If the network is unknown, the weights cannot be had or do not fit, or there is no batch norm to
-            freeze.
+        ValueError: If the network is unknown, the weights cannot be had or do not fit, there is no batch norm to
+            freeze, or it cannot be tuned as asked.
     """
     if weights == "none":
         weights = None
@@ -215,7 +253,7 @@ def build_segmenter(
             drop_path=drop_path,
         )
         segmenter.align_corners = align_corners
-        return segmenter.to(memory_format=torch.channels_last)
+        return tuned(segmenter, **tuning).to(memory_format=torch.channels_last)
     recipe = _recipe(name)
     if freeze_norm and not recipe.batch_norm:
         raise ValueError(f"freeze_norm needs batch norm, but {name!r} has group norm. Leave it out or set it to false.")
@@ -229,4 +267,4 @@ def build_segmenter(
         report = load_weights(segmenter, state)
         level = logging.WARNING if any(key.startswith("backbone.") for key in report.missing) else logging.INFO
         logger.log(level, "%s from %s: %s", name, weights, report)
-    return segmenter.to(memory_format=torch.channels_last)
+    return tuned(segmenter, **tuning).to(memory_format=torch.channels_last)

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from segadapt.trainables.core.networks.heads import HEADS, DecoderHead, exportable
 from segadapt.trainables.core.networks.layers import Encoding, SummedDilatedHead
 from segadapt.trainables.core.networks.segmenter import Normalisation, Segmenter
+from segadapt.trainables.core.networks.tuning import leave_frozen_out
 from segadapt.trainables.core.networks.weights import some
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class SharedStem(nn.Module):
                 self.register_parameter(key, tensor)
             else:
                 self.register_buffer(key, tensor)
+        leave_frozen_out(self)
 
     def in_backbone(self) -> dict[str, Tensor]:
         """Return the tensors by their name in the backbone."""

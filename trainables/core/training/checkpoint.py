@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from segadapt.trainables.core.networks import frozen_parameters
 
 STATE = "state.pt"
 
@@ -22,8 +24,16 @@ GALLERY = "gallery.png"
 """File in a checkpoint folder with pictures of what its network predicts."""
 
 
+FROZEN = "frozen"
+"""Entry of a state with the hash of the frozen parameters that it leaves out; None in a state that is whole."""
+
+
 class CorruptCheckpointError(RuntimeError):
     """A checkpoint folder whose content is not what was written."""
+
+
+class OtherBackboneError(RuntimeError):
+    """A checkpoint without frozen parameters, and a network whose frozen parameters are not those it needs."""
 
 
 def file_hash(path: Path) -> str:
@@ -39,6 +49,37 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def frozen_hash(network: nn.Module) -> str | None:
+    """Return the `tensors_hash` of what is frozen in a network (`network.tune`); None if nothing is."""
+    frozen = dict(frozen_parameters(network))
+    return tensors_hash(frozen) if frozen else None
+
+
+def check_frozen(state: Mapping[str, Any] | None, frozen: str | None) -> None:
+    """Make sure that a network has the frozen parameters that a checkpoint leaves out.
+
+    Args:
+        state: Content of the checkpoint; None passes.
+        frozen: `frozen_hash` of the network.
+
+    Raises:
+        OtherBackboneError: If it has others, or one of both has none.
+    """
+    needed = frozen if state is None else state.get(FROZEN)
+    if needed == frozen:
+        return
+    if needed is None or frozen is None:
+        raise OtherBackboneError(
+            "A checkpoint must be of a network that is trained in the same parts, but the backbone is frozen in "
+            f"{'the network' if needed is None else 'the checkpoint'} alone. Set network.tune as it was."
+        )
+    raise OtherBackboneError(
+        "A checkpoint of trained parameters alone needs the frozen backbone that they were trained beside, of hash "
+        f"{needed[:16]}, but network.weights, network.lora_targets and seed give one of hash {frozen[:16]}. "
+        "Restore the file of network.weights as it was, or the settings; a random backbone needs the same seed."
+    )
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

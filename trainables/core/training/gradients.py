@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from segadapt.trainables.core import distributed
+from segadapt.trainables.core.networks import FrozenParameter
 
 _NOTE = "micro_batch.json"
 
@@ -58,11 +59,13 @@ def batch_norm_explained() -> Iterator[None]:
 class Snapshot:
     """Parameters, buffers and random numbers as they were before a step, so that a failed step leaves no trace.
 
-    A forward may move buffers (running statistics) and parameters (DRSL's modes), hence both are kept, on the device.
+    A forward may move buffers (running statistics) and parameters (DRSL's modes), hence both are kept, on the device,
+    without what is frozen.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._tensors = [*module.parameters(), *module.buffers()]
+        parameters = [parameter for parameter in module.parameters() if not isinstance(parameter, FrozenParameter)]
+        self._tensors = [*parameters, *module.buffers()]
         self._kept = [tensor.detach().clone() for tensor in self._tensors]
         self._cuda = any(tensor.is_cuda for tensor in self._tensors)
 

@@ -22,7 +22,7 @@ from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.labelling.files import PseudoLabelFolder
 from segadapt.trainables.core.method import Method, Stage, StageData
 from segadapt.trainables.core.networks import recompute_blocks
-from segadapt.trainables.core.training.checkpoint import load_state
+from segadapt.trainables.core.training.checkpoint import FROZEN, check_frozen, frozen_hash, load_state
 from segadapt.trainables.core.training.config import TrainerSettings, stage_steps
 from segadapt.trainables.core.training.gradients import (
     InfeasibleError,
@@ -104,6 +104,7 @@ class Trainer:
                 module.to(memory_format=self.memory_format)
         if settings.trainer.recompute:
             recompute_blocks(self.method)
+        self._frozen = frozen_hash(method.segmenter)
         self.trainable = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
         if method.online is not None:
             method.online.see_classes(data.classes.names)
@@ -121,6 +122,7 @@ class Trainer:
     def start_from(self, checkpoint: Path) -> None:
         """Begin with what an earlier trial or stage ended with: see `Method.take_over`. A teacher goes on."""
         state = load_state(checkpoint)
+        check_frozen(state, self._frozen)
         self.method.take_over(state)
         if self.method.online is not None:
             self.method.online.take_over(state)
@@ -135,6 +137,7 @@ class Trainer:
         """
         names = [stage.name for stage in self.plan]
         state = later_state(self.folder, load_state(resume) if resume is not None else None, names)
+        check_frozen(state, self._frozen)
         first = names.index(state["stage"]) if state is not None else 0
         done = sum(self.steps[stage.name] for stage in self.plan[:first])
         micro_batch = state.get("micro_batch", self.micro_batch) if state is not None else self.micro_batch
@@ -224,7 +227,7 @@ class Trainer:
     def _resume_stage(self, stage: Stage, done: int, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> int:
         """Load the method and the optimiser as they were in the middle of the stage; return the steps taken."""
         self.method.load_state_dict(state["state"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"] or optimizer.state_dict())  # none where the stage has ended
         start: int = state["step"]
         steps = self.steps[stage.name]
         message = f"Stage '{stage.name}' goes on after {start} of {steps} steps."
@@ -441,5 +444,6 @@ class Trainer:
             "deployed": deployed,
             "micro_batch": self.micro_batch,
             "state": self.method.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer.state_dict() if step < self.steps[stage.name] else None,
+            FROZEN: self._frozen,
         }
