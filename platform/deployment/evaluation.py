@@ -29,6 +29,7 @@ from segadapt.trainables.core.evaluation.evaluate import DomainEvaluation, Proto
 from segadapt.trainables.core.evaluation.inference import Inference
 from segadapt.trainables.core.networks import NetworkConfig, Segmenter
 from segadapt.trainables.core.training.checkpoint import CorruptCheckpointError, load_state
+from segadapt.trainables.core.training.gradients import autocast
 
 PROTOCOLS = ("auto", *(f"cityscapes-{size}" for size in SUBSETS))
 """Class subsets to average over; `auto` takes all classes of the run."""
@@ -328,9 +329,10 @@ def evaluate_target(
                 submission(image_id, prediction)
             progress.advance(task)
 
-        return evaluate_domain(
-            deployed.network, images, classes, device, batch_size, threads=threads, inference=inference, see=see
-        )
+        with autocast(device, deployed.config.trainer.precision):
+            return evaluate_domain(
+                deployed.network, images, classes, device, batch_size, threads=threads, inference=inference, see=see
+            )
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,12 @@ from segadapt.trainables.core import distributed
 from segadapt.trainables.core.data.batch import DomainBatch, DomainData, EvaluationData
 from segadapt.trainables.core.data.loading import BatchSource, evaluation_for_network
 from segadapt.trainables.core.data.sampling import derived_seed
+from segadapt.trainables.core.data.threads import loader_threads
 from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.labelling.files import PseudoLabelFolder
 from segadapt.trainables.core.method import Method, Stage, StageData
 from segadapt.trainables.core.networks import recompute_blocks
-from segadapt.trainables.core.training.checkpoint import (
-    load_state,
-)
+from segadapt.trainables.core.training.checkpoint import load_state
 from segadapt.trainables.core.training.config import TrainerSettings, stage_steps
 from segadapt.trainables.core.training.gradients import (
     InfeasibleError,
@@ -31,8 +30,10 @@ from segadapt.trainables.core.training.gradients import (
     Snapshot,
     autocast,
     batch_norm_explained,
+    choose_kernels,
     data_parallel,
     describe_memory,
+    loss_scale,
     note_micro_batch,
     noted_micro_batch,
     smaller_micro_batch,
@@ -114,7 +115,9 @@ class Trainer:
         self.settings = settings
         self.report = report
         self.folder = folder
+        self._loader_threads = loader_threads(settings.trainer.loader_threads, self.device)
         self._times = StepTimes(self.device)
+        self._loss_scale = loss_scale(self.device, settings.trainer.precision)
         self.micro_batch = noted_micro_batch(folder) or settings.trainer.batch_size
         """Images of each domain per micro-batch over all workers; smaller than asked for once memory was short."""
 
@@ -130,6 +133,7 @@ class Trainer:
             SmallerMicroBatchError: If it is for one of several workers: run all again, from the last checkpoint.
             PreemptedError: If a worker was asked to end: the step it was in is saved, run all again from there.
         """
+        choose_kernels(self.device, self.settings.trainer.deterministic)
         names = [stage.name for stage in self.plan]
         state = later_state(self.folder, load_state(resume) if resume is not None else None, names)
         first = names.index(state["stage"]) if state is not None else 0
@@ -162,6 +166,7 @@ class Trainer:
         config, steps = self.settings.trainer, self.steps[stage.name]
         select_trained(self.method, stage, self.trainable)
         optimizer = build_optimizer(self.method, stage, self.settings.optimizer, self.device)
+        self._loss_scale = loss_scale(self.device, config.precision)  # anew, since another trial may begin here
         if state is not None:
             start = self._resume_stage(stage, done, optimizer, state)
         else:
@@ -191,7 +196,7 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
                 batches = self.batches(stage, step)
             progress.add(terms)
-            move_weights(self.method, stage, optimizer, self.settings.optimizer.clip_norm)
+            move_weights(self.method, stage, optimizer, self.settings.optimizer.clip_norm, self._loss_scale)
             self.method.after_step(step)
             self._times.step_ended()
             if (done + step + 1) % config.eval_every == 0 or step + 1 == steps:
@@ -208,7 +213,7 @@ class Trainer:
         note("stage_begun", message, stage=stage.name, step=done, steps=steps)
         self._seed(stage, 0)
         self.method.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.precision():
             self.method.prepare_stage(stage, self.stage_data(stage))
         distributed.barrier()
         if steps == 0 or (self.settings.trainer.evaluate_start and done == 0):
@@ -218,6 +223,8 @@ class Trainer:
         """Load the method and the optimiser as they were in the middle of the stage; return the steps taken."""
         self.method.load_state_dict(state["state"])
         optimizer.load_state_dict(state["optimizer"])
+        if state.get("loss_scale"):  # else it does nothing
+            self._loss_scale.load_state_dict(state["loss_scale"])
         start: int = state["step"]
         steps = self.steps[stage.name]
         message = f"Stage '{stage.name}' goes on after {start} of {steps} steps."
@@ -306,14 +313,19 @@ class Trainer:
             for part in range(parts):
                 batch = next(batches)
                 with synchronised(module, part == parts - 1), batch_norm_explained():
-                    with autocast(self.device, self.settings.trainer.precision):
+                    with self.precision():
                         terms: dict[str, Tensor] = module(batch, number)
-                    torch.autograd.backward(torch.stack(list(terms.values())).sum() / parts)
+                    loss = torch.stack(list(terms.values())).sum() / parts
+                    torch.autograd.backward(self._loss_scale.scale(loss))
                 for name, value in terms.items():
                     means[name] = means.get(name, 0.0) + value.detach().double() / parts
         except torch.OutOfMemoryError:
             return None
         return means
+
+    def precision(self) -> torch.autocast:
+        """Return the context in which networks compute in the precision of the training, in evaluations as well."""
+        return autocast(self.device, self.settings.trainer.precision)
 
     def parallel(self) -> nn.Module:
         """Return the method, wrapped for data parallelism where there are several workers."""
@@ -347,13 +359,6 @@ class Trainer:
         """Seed anew at every checkpoint, so that resuming draws what going on would have drawn, on every worker."""
         torch.manual_seed(derived_seed(self.settings.seed, stage.name, step, distributed.rank()))
 
-    @property
-    def _loader_threads(self) -> int:
-        threads = self.settings.trainer.loader_threads
-        if threads is None:
-            return torch.get_num_threads() if self.device.type == "cuda" else 0
-        return threads
-
     def _normalised(self, images: Tensor) -> Tensor:
         return self.method.segmenter.normalise(images.to(self.device, non_blocking=True)).contiguous(
             memory_format=self.memory_format
@@ -361,12 +366,8 @@ class Trainer:
 
     def _on_device(self, batch: DomainBatch) -> DomainBatch:
         moved = batch.to(self.device)
-        target = moved.target_images
-        return replace(
-            moved,
-            source_images=self._normalised(moved.source_images),
-            target_images=self._normalised(target) if target is not None else None,
-        )
+        images = {name: getattr(moved, name) for name in ("source_images", "target_images")}
+        return replace(moved, **{name: self._normalised(value) for name, value in images.items() if value is not None})
 
     def stage_data(self, stage: Stage) -> StageData:
         """Return what the method may look at before a stage."""
@@ -401,7 +402,8 @@ class Trainer:
         take_buffers_of_first_worker(self.method)
         validation = evaluation_for_network(self.evaluation, self.settings.augmentation)
         folder, threads = self.folder / stage.name, self._loader_threads
-        evaluated = evaluate_method(self.method, stage, folder, validation, config, self.device, threads)
+        with self.precision():
+            evaluated = evaluate_method(self.method, stage, folder, validation, config, self.device, threads)
         refuse_non_finite_scores(evaluated.scores, stage, step)
         metrics: dict[str, Any] = {
             "step": done + step,
@@ -423,7 +425,8 @@ class Trainer:
 
         def write(checkpoint: Path) -> None:
             state = self._state(stage, step, optimizer)
-            write_checkpoint(checkpoint, state, self.method, validation, evaluated.evaluation, metrics, self.device)
+            with self.precision():
+                write_checkpoint(checkpoint, state, self.method, validation, evaluated.evaluation, metrics, self.device)
 
         if distributed.rank() == 0:
             note_evaluation(metrics)
@@ -442,4 +445,5 @@ class Trainer:
             "micro_batch": self.micro_batch,
             "state": self.method.state_dict(),
             "optimizer": optimizer.state_dict(),
+            "loss_scale": self._loss_scale.state_dict(),
         }
