@@ -44,6 +44,8 @@ ARGUMENTS: dict[str, Any] = {
     "shape": SIZES,
 }
 """Types of the kernels' arguments by name; "rows" is that of the multiplied rows."""
+CARDS = {"sm_90": (227 * 1024, (9, 0)), "sm_86": (99 * 1024, (8, 6)), "sm_75": (64 * 1024, (7, 5))}
+"""Shared memory per block and compute capability of H100, of the RTX 30 series and of T4."""
 VARIANTS: dict[str, tuple[Any, dict[Any, Any]]] = {
     "row_statistics": (kernels.row_statistics_kernel, {}),
     "exponentials": (kernels.exponentials_kernel, {"WRITE": True}),
@@ -53,13 +55,15 @@ VARIANTS: dict[str, tuple[Any, dict[Any, Any]]] = {
 """A kernel and its constants, by name; a stride of 1 is one as well, by the place of the matrix's argument."""
 
 
-def compiled(kernel: Any, constants: dict[Any, Any], dtype: torch.dtype) -> Any:
+def compiled(kernel: Any, constants: dict[Any, Any], dtype: torch.dtype, card: str = "sm_90") -> Any:
     """Return a kernel compiled for operands of a type; pointers, sizes and other strides are multiples of 16."""
+    shared_bytes, capability = CARDS[card]
+    chosen = kernels.choices(shared_bytes, capability)
     constants = {
         "BLOCK": kernels.BLOCK,
         "DEPTH": kernels.DEPTH[dtype],
         "GROUP": kernels.GROUP,
-        "PRECISION": kernels.PRECISION,
+        "PRECISION": chosen.precision,
         **constants,
     }
     out = TYPES[dtype] if constants.get("MODE") == "scale" else "*fp32"
@@ -81,7 +85,8 @@ def compiled(kernel: Any, constants: dict[Any, Any], dtype: torch.dtype) -> Any:
     for name in kernel.arg_names:
         signature[name] = typed(out if name == "out" else ARGUMENTS.get(name), name)
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(kernels.OPTIONS))
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    return triton.compile(source, target=target, options={**kernels.OPTIONS, "num_stages": chosen.stages})
 
 
 def resources(binary: Any) -> dict[str, int]:
@@ -189,6 +194,10 @@ def main() -> None:
         for dtype in TYPES
         for name, (kernel, constants) in VARIANTS.items()
     }
+    smaller = {
+        f"{card}, {str(dtype).removeprefix('torch.')}": resources(compiled(*VARIANTS["scale"], dtype, card))
+        for card, dtype in (("sm_86", torch.float32), ("sm_86", torch.bfloat16), ("sm_75", torch.float32))
+    }
     pixel_similarity.COSTLY_ENTRIES = pixel_similarity.CACHED_ENTRIES = GPU_ENTRIES
     knobs.runtime.interpret = True  # lets CPU tensors pass; nothing is launched
     setting = {"images": 1, "grid": options.grid, "channels": options.channels, "classes": 19}
@@ -202,10 +211,8 @@ def main() -> None:
             ("output", "triton", torch.float32),
         )
     }
-    emit(
-        {"triton": triton.__version__, "sm_90": compiled_for, "setting": setting, "one image pair": counted},
-        options.json,
-    )
+    record = {"triton": triton.__version__, "sm_90": compiled_for, "smaller cards": smaller}
+    emit({**record, "setting": setting, "one image pair": counted}, options.json)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def build(
     method: Any = cls(segmenter, config, WarmupConfig())
     method.prepare_stage = lambda *_: None  # what it would prepare is not what is measured
     if name == "drsl":
-        method.attached.fill_(1)
+        method.attach(True)
         method.predicted.copy_(torch.arange(classes))
     return method, cls.plan(config)[-1]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PARTS = {"measuring", "surrogate/model"}
+PARTS = {"gpu_checks", "measuring", "surrogate/model"}
 """Modules that others import."""
 WORLD = ("data.streets.train_images=4", "data.streets.val_images=2", "trainer.batch_size=2", "warmup.steps=1")
 SMALL = (*WORLD, "data.streets.height=32", "data.streets.width=64")
@@ -21,6 +21,7 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "confusion": ("--width=64", "--height=32", "--repeats=1"),
     "drsl_loss": ("--batch=1", "--modes=2", *MAPS),
     "finish": ("trainer.steps=2", "--methods", "bicl", "--seeds", "0", "--rounds=1", "--trial", *TINY),
+    "first_gpu": ("--toy", "--out", "toy"),
     "input": ("--width=64", "--height=32", "--images=2", "--repeats=1"),
     "kernels": ("--grid", "4", "4", "--channels=32"),
     "memory": ("--methods", "sdca", "--sizes", "32x64", "--steps=2"),

@@ -144,6 +144,8 @@ class DRSL(Method):
         # Whether the embedding takes part in stages without target, and the pixels of each class in the last labelling.
         self.register_buffer("attached", torch.tensor(0))
         self.register_buffer("predicted", torch.zeros(segmenter.num_classes, dtype=torch.int64))
+        self._attached = False  # the same on the host, which would wait for a GPU to read the buffer
+        self.register_load_state_dict_post_hook(DRSL._after_load)  # type: ignore[no-untyped-call]
 
     @classmethod
     def plan(cls, config: Config) -> tuple[Stage, ...]:
@@ -173,7 +175,7 @@ class DRSL(Method):
 
     def prepare_stage(self, stage: Stage, data: StageData) -> None:
         """Label the target set before every round (§6)."""
-        self.attached.fill_(stage is not SOURCE_ONLY)
+        self.attach(stage is not SOURCE_ONLY)
         if not isinstance(stage, Round):
             return
         predicted = label_self_paced(
@@ -184,6 +186,14 @@ class DRSL(Method):
             notes={"active_modes": self.modes.active_share()},
         )
         self.predicted.copy_(predicted)
+
+    def attach(self, attached: bool) -> None:
+        """Say whether the embedding takes part in stages without target."""
+        self.attached.fill_(attached)
+        self._attached = attached
+
+    def _after_load(self, _: Any) -> None:
+        self._attached = bool(self.attached)
 
     def label_rule(self, stage: Stage, provenance: Mapping[str, Any] | None) -> LabelRule | None:
         """Return the rule of the round's labels, with the mirror image where they were made with it."""
@@ -207,14 +217,14 @@ class DRSL(Method):
         """
         if batch.target_images is not None:
             return self._round_terms(batch, step)
-        return self._mode_terms(batch, step) if self.attached else self.source_only_terms(batch)
+        return self._mode_terms(batch, step) if self._attached else self.source_only_terms(batch)
 
     def _mode_terms(self, batch: DomainBatch, step: int) -> dict[str, Tensor]:
         output = self.segmenter(batch.source_images)
         terms = self.supervised_terms(output.logits, batch.source_labels, 0.0)
         embeddings, margin = self._margin(output.features, batch.source_labels, self.modes())
         terms["metric_source"] = self.config.metric_weight * margin.loss
-        self._track(embeddings, margin.nearest, None, step)
+        self._track(embeddings, margin.nearest, None, batch, step)
         return terms
 
     def _round_terms(self, batch: DomainBatch, step: int) -> dict[str, Tensor]:
@@ -235,10 +245,10 @@ class DRSL(Method):
         if config.metric_weight > 0:
             terms["metric_source"] = config.metric_weight * source_margin.loss
             terms["metric_target"] = config.metric_weight * target_margin.loss
-            self._track(source_embeddings, source_margin.nearest, target_margin.nearest, step)
+            self._track(source_embeddings, source_margin.nearest, target_margin.nearest, batch, step)
         if config.alignment_weight > 0:
             cells = (source_embeddings, source_margin.nearest, target_embeddings, target_margin.nearest)
-            terms["alignment"] = config.alignment_weight * self._alignment(*cells, step)
+            terms["alignment"] = config.alignment_weight * self._alignment(*cells, batch, step)
         return terms
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -255,12 +265,20 @@ class DRSL(Method):
         small = labels_at_features(labels, (features.shape[-2], features.shape[-1]))
         return embeddings, mode_margin(embeddings, small, modes, margin=self.config.margin)
 
-    def _track(self, embeddings: Tensor, nearest: Tensor, target_nearest: Tensor | None, step: int) -> None:
-        draw = generator("class_modes", step)
+    def _track(
+        self, embeddings: Tensor, nearest: Tensor, target_nearest: Tensor | None, batch: DomainBatch, step: int
+    ) -> None:
+        draw = generator(*batch.key, "class_modes", step)
         self.modes.track(embeddings, nearest, target_nearest, patience=self.config.reseed_after, generator=draw)
 
     def _alignment(
-        self, source: Tensor, source_modes: Tensor, target: Tensor, target_modes: Tensor, step: int
+        self,
+        source: Tensor,
+        source_modes: Tensor,
+        target: Tensor,
+        target_modes: Tensor,
+        batch: DomainBatch,
+        step: int,
     ) -> Tensor:
         num_modes, stop_source = self.modes.idle_steps.numel(), self.config.stop_source
         cells = (source, source_modes, target, target_modes)
@@ -271,7 +289,7 @@ class DRSL(Method):
             target_modes,
             num_modes=num_modes,
             pairs=self.config.alignment_pairs,
-            generator=generator("mode_pairs", step),
+            generator=generator(*batch.key, "mode_pairs", step),
         )
         return sampled_mode_alignment(*cells, pairs, num_modes=num_modes, stop_source=stop_source)
 
@@ -279,8 +297,8 @@ class DRSL(Method):
         """Return target images and pseudo labels, some of them enlarged around a pixel of a rare class.
 
         The least predicted classes are rare; those below 0.1 % of the predictions go first. What is drawn depends on
-        step and image alone, so that it is the same on any number of workers. Where a class is found stays on the
-        device, which nothing here waits for.
+        the trial's seed, stage, step and image alone, so that it is the same on any number of workers. Where a class is
+        found stays on the device, which nothing here waits for.
         """
         images, labels, indices = batch.target_images, batch.target_pseudo_labels, batch.target_indices
         assert images is not None
@@ -293,7 +311,7 @@ class DRSL(Method):
         rare = shares.masked_fill(shares == 0, torch.inf).argsort(stable=True)[: config.rare_classes]
         images, labels = images.clone(), labels.clone()
         for image, label, index in zip(images, labels, indices.tolist(), strict=True):
-            draw = generator("rare_crop", step, index)
+            draw = generator(*batch.key, "rare_crop", step, index)
             chance, choice, position, zoom = torch.rand(4, generator=draw, dtype=torch.float64).tolist()
             if chance >= config.rare_crop_chance:
                 continue

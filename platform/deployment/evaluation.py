@@ -37,6 +37,7 @@ from segadapt.trainables.core.training.checkpoint import (
     frozen_hash,
     load_state,
 )
+from segadapt.trainables.core.training.gradients import autocast
 
 PROTOCOLS = ("auto", *(f"cityscapes-{size}" for size in SUBSETS))
 """Class subsets to average over; `auto` takes all classes of the run."""
@@ -361,9 +362,10 @@ def evaluate_target(
                 submission(image_id, prediction)
             progress.advance(task)
 
-        return evaluate_domain(
-            deployed.network, images, classes, device, batch_size, threads=threads, inference=inference, see=see
-        )
+        with autocast(device, deployed.config.trainer.precision):
+            return evaluate_domain(
+                deployed.network, images, classes, device, batch_size, threads=threads, inference=inference, see=see
+            )
 
 
 @dataclass(frozen=True)

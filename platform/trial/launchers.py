@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -160,16 +161,48 @@ def train_worker(loop: dict[str, Any]) -> None:
     """Ray Train's function: one data-parallel worker of a trial."""
     import ray.train
 
+    trial: Trial = loop["trial"]
+
     def deliver(reported: Reported, write: Callable[[Path], None] | None) -> None:
         if write is None:
             ray.train.report(reported.as_result())
             return
-        with tempfile.TemporaryDirectory(prefix="segadapt-") as folder:
-            write(Path(folder))
-            ray.train.report(reported.as_result(), checkpoint=ray.train.Checkpoint.from_directory(folder))
+        with retry(lambda: _written(write), OSError, STORAGE_PATIENCE_S) as folder:
+            ray.train.report(
+                reported.as_result(),
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_upload_fn=uploading_to(trial.spec.folder / TRAIN_FOLDER / trial.trial_id),
+            )
 
-    trial: Trial = loop["trial"]
     rank = ray.train.get_context().get_world_rank()
     with logged(trial.artifacts, f"rank-{rank}", trial.trial_id, rank):
         # Not Ray Train's checkpoint, which may have been damaged; all workers find the same: nobody writes meanwhile.
         train(trial, deliver, newest_checkpoint(trial.spec.folder, trial.trial_id))
+
+
+def uploading_to(folder: Path) -> Callable[[Any, str], Any]:
+    """Return what uploads a checkpoint by its name to the folder of a trial of Ray Train, with patience.
+
+    To report once more would not do: all workers take part in a report, and it is the upload alone that fails.
+    """
+    import ray.train
+
+    def upload(checkpoint: Any, name: str) -> Any:
+        def copy() -> None:
+            shutil.copytree(checkpoint.path, folder / name, dirs_exist_ok=True)
+
+        retry(copy, OSError, STORAGE_PATIENCE_S)
+        return ray.train.Checkpoint.from_directory(str(folder / name))
+
+    return upload
+
+
+def _written(write: Callable[[Path], None]) -> "tempfile.TemporaryDirectory[str]":
+    """Return a temporary folder that `write` has filled, or none."""
+    folder = tempfile.TemporaryDirectory(prefix="segadapt-")
+    try:
+        write(Path(folder.name))
+    except BaseException:
+        folder.cleanup()
+        raise
+    return folder

@@ -118,9 +118,8 @@ def test_losses_of_the_modes_agree_with_the_golden_vectors(dtype: torch.dtype) -
     sampled = sampled_mode_alignment(*cells, pairs, num_modes=num_modes, stop_source=stop_source)
     compare("exp_sma_sampled", sampled)
     compare("exp_grad_sma_sampled_embed_t", torch.autograd.grad(sampled, target)[0])
-    drawn = draw_pairs(cells[1], cells[3], num_modes=num_modes, pairs=2, generator=torch.Generator().manual_seed(0))[
-        ::2, 0
-    ]
+    drawn = draw_pairs(cells[1], cells[3], num_modes=num_modes, pairs=2, generator=torch.Generator().manual_seed(0))
+    drawn = of_shared_modes(drawn)[::2, 0]
     compare_indices("exp_sma_cells", torch.stack([drawn // per_class, drawn % per_class], dim=1))
 
     assert not unread, f"expected arrays that were not compared: {sorted(unread)}"
@@ -255,6 +254,7 @@ def test_sampled_alignment_equals_its_definition(problem: Problem, *, stop_sourc
     generator = torch.Generator().manual_seed(0)
     drawn = draw_pairs(cells[1], cells[3], num_modes=num_modes, pairs=pairs, generator=generator)
     loss = sampled_mode_alignment(*cells, drawn, num_modes=num_modes, stop_source=stop_source)
+    drawn = of_shared_modes(drawn)
     if len(drawn) == 0:
         assert_zero(loss, leaves)
     else:
@@ -290,6 +290,11 @@ def cells_of(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what the alignments take."""
     source, target = margins_of(problem)
     return problem.source, source.nearest, problem.target, target.nearest
+
+
+def of_shared_modes(pairs: Tensor) -> Tensor:
+    """Return the rows of pairs that count."""
+    return pairs[pairs[:, 0] >= 0]
 
 
 def margins_of(problem: Problem) -> tuple[ModeMargin, ModeMargin]:
@@ -381,10 +386,22 @@ def test_an_unlabelled_target_costs_exactly_nothing() -> None:
     assert_zero(target.loss, leaves)
     assert_zero(mode_alignment(*cells, num_modes=12), leaves)
     drawn = draw_pairs(cells[1], cells[3], num_modes=12, pairs=4, generator=torch.Generator())
-    assert drawn.shape == (0, 3)
+    assert drawn.shape == (48, 3)
+    assert of_shared_modes(drawn).shape == (0, 3)
     assert_zero(sampled_mode_alignment(*cells, drawn, num_modes=12), leaves)
     logits = torch.randn(2, 4, 3, 4, dtype=FLOAT64, requires_grad=True)
     assert_zero(confidence_regulariser(logits, problem.target_labels), [logits])
+
+
+def test_the_first_numbers_drawn_are_dealt_to_the_modes_that_both_domains_have() -> None:
+    source = torch.tensor([[[0, 0, 0, 2, 2, 3]]])
+    target = torch.tensor([[[0, 2, 2, 2, 2, 1]]])
+    drawn = draw_pairs(source, target, num_modes=4, pairs=2, generator=torch.Generator().manual_seed(3))
+    numbers = torch.rand(2, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)  # for two modes
+    available = torch.tensor([[1, 4], [3, 2]])[:, :, None]  # of modes 0 and 2: target cells, source cells
+    expected = (numbers * available).long().flatten(1).T
+    assert drawn[:, 0].tolist() == [0, 0, -1, -1, 2, 2, -1, -1]
+    assert torch.equal(of_shared_modes(drawn)[:, 1:], expected)
 
 
 def test_drawn_pairs_stay_in_their_mode_and_their_mean_approaches_the_expected_form() -> None:
@@ -393,7 +410,7 @@ def test_drawn_pairs_stay_in_their_mode_and_their_mean_approaches_the_expected_f
     drawn = draw_pairs(cells[1], cells[3], num_modes=12, pairs=4000, generator=torch.Generator().manual_seed(0))
     sampled = sampled_mode_alignment(*cells, drawn, num_modes=12)
     torch.testing.assert_close(sampled, mode_alignment(*cells, num_modes=12), rtol=0, atol=0.01)
-    for mode, target_cell, source_cell in drawn.unique(dim=0).tolist():
+    for mode, target_cell, source_cell in of_shared_modes(drawn).unique(dim=0).tolist():
         assert target_cell < (cells[3] == mode).sum()
         assert source_cell < (cells[1] == mode).sum()
 
@@ -664,7 +681,7 @@ def test_every_trained_parameter_gets_a_gradient_in_every_stage(variant: str, tm
     trainer.run()
     for stage in trainer.plan:
         select_trained(trainer.method, stage, trainer.trainable)
-        trainer.method.attached.fill_(stage is not SOURCE_ONLY)
+        trainer.method.attach(stage is not SOURCE_ONLY)
         batch = next(trainer.batches(stage))
         trainer.method.zero_grad()
         torch.stack(list(trainer.method(batch, 0).values())).sum().backward()
@@ -717,6 +734,20 @@ def test_rounds_label_with_growing_portions_and_say_how(tmp_path: Path) -> None:
     assert again.provenance["thresholds"] == thresholds
     stored = torch.stack([again.read(image_id) for image_id in trainer.data.target.ids])
     assert torch.equal(stored.long(), literal.self_paced_labels(probabilities, thresholds))
+
+
+def test_other_seeds_and_rounds_enlarge_other_images(tmp_path: Path) -> None:
+    trainer, _ = drsl_trainer(tmp_path, rare_crop_zoom=4.0)
+    trainer.run()
+    batch = next(trainer.batches(trainer.plan[-1]))
+    assert batch.key == (trainer.settings.seed, "round_2")
+    enlarged = [
+        trainer.method._enlarge_rare_classes(replace(batch, key=key), 0)[0]
+        for key in ((0, "round_1"), (0, "round_2"), (1, "round_2"), (1, "round_2"))
+    ]
+    assert not torch.equal(enlarged[0], enlarged[1])
+    assert not torch.equal(enlarged[1], enlarged[2])
+    assert torch.equal(enlarged[2], enlarged[3])
 
 
 def test_mirrored_probabilities_do_not_know_left_from_right(tmp_path: Path) -> None:

@@ -16,12 +16,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from simulated_device import SimulatedDevice
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
 from segadapt.trainables.core.labelling.features import confident_labels, labels_at_features
 from segadapt.trainables.core.losses.distribution_contrast import distribution_contrast
-from segadapt.trainables.core.losses.segmentation import lovasz_softmax, segmentation_cross_entropy
+from segadapt.trainables.core.losses.segmentation import (
+    lovasz_softmax,
+    segmentation_cross_entropy,
+    weighted_cross_entropy,
+)
 from segadapt.trainables.core.state.class_statistics import ClassStatistics
 
 
@@ -113,6 +118,26 @@ def test_cross_entropy_equals_its_definition(problem: Problem) -> None:
         assert_zero(loss, logits)
     else:
         assert_same(loss, literal.segmentation_cross_entropy(logits, problem.labels), logits)
+
+
+def test_cross_entropy_by_kernels_that_repeat_is_the_same() -> None:
+    logits = torch.randn(2, 5, 6, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 5, (2, 6, 7))
+    labels[0, :3] = IGNORE_INDEX
+    weights = torch.rand(2, 6, 7, dtype=torch.float64)
+    losses = [segmentation_cross_entropy(logits, labels), weighted_cross_entropy(logits, labels, weights)]
+    expected = [*losses, *(torch.autograd.grad(loss, logits)[0] for loss in losses)]
+    device = SimulatedDevice()
+    device.put(logits, labels, weights)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with device:
+            losses = [segmentation_cross_entropy(logits, labels), weighted_cross_entropy(logits, labels, weights)]
+            found = [*losses, *(torch.autograd.grad(loss, logits)[0] for loss in losses)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not device.unrepeatable
+    torch.testing.assert_close(found, expected)
 
 
 @fast

@@ -223,6 +223,28 @@ def test_frozen_norm_matches_batch_norm_in_evaluation(epsilon: float) -> None:
     assert launches.operations == [torch.ops.aten.addcmul.default]
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_frozen_norm_rounds_its_result_alone(narrow: torch.dtype) -> None:
+    frozen = FrozenBatchNorm(6, 1e-5)
+    frozen.load_state_dict({"running_mean": torch.full((6,), 10.0), "weight": torch.linspace(0.5, 2, 6)}, strict=False)
+    x = (10 + torch.randn(2, 6, 5, 5)).to(narrow).requires_grad_()  # ten deviations from zero
+    wide = x.detach().float().requires_grad_()
+    gradient = torch.randn(2, 6, 5, 5).to(narrow)
+    with _Launches() as launches:
+        result = frozen(x)
+        result.backward(gradient)
+    frozen(wide).backward(gradient.float())
+    assert wide.grad is not None
+    assert x.grad is not None
+    assert result.dtype == x.grad.dtype == narrow
+    assert torch.equal(result, frozen(wide).to(narrow))
+    assert torch.equal(x.grad, wide.grad.to(narrow))
+    assert [str(launch).split(".")[1] for launch in launches.operations if "empty" not in str(launch)] == [
+        "addcmul",
+        "mul",
+    ]
+
+
 @pytest.mark.parametrize("name", ["deeplabv3_resnet50", "lraspp_mobilenet_v3_large"])
 @pytest.mark.parametrize("freeze", [True, False])
 def test_frozen_norm_stays_constant_in_training(name: str, freeze: bool) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from simulated_device import SimulatedDevice
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch
@@ -288,6 +289,25 @@ def test_a_zero_feature_has_no_gradient() -> None:
     assert torch.equal(by_target[..., 1, 1], torch.zeros_like(by_target[..., 1, 1]))
     assert by_source.abs().max() > 0
     assert by_source.isfinite().all()
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("labelled", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("name", ["feature_association", "output_association"])
+def test_a_gpu_waits_for_nothing_and_finds_the_same(
+    name: str, labelled: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixel_similarity, "GPU_ENTRIES", 200)
+    problem = make_problem(2, 5, (4, 5), (3, 6), labelled=labelled, seed=6)
+    expected = getattr(literal, name)(*problem)
+    gradients = torch.autograd.grad(expected, problem.inputs, materialize_grads=True)
+    device = SimulatedDevice()
+    device.put(problem)
+    with device:
+        loss = getattr(cycle_association, name)(*problem)
+        found = torch.autograd.grad(loss, problem.inputs, materialize_grads=True)
+    assert not device.waits
+    torch.testing.assert_close((loss, *found), (expected, *gradients), rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.usefixtures("form")

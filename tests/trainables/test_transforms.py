@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -83,7 +85,7 @@ def batch_source(config: AugmentationConfig = PLAIN, data: DomainData = DATA, **
 
 
 def tensors(batch: DomainBatch) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(batch).items() if value is not None}
+    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
 
 
 def equal(left: DomainBatch, right: DomainBatch) -> bool:
@@ -651,3 +653,21 @@ def test_the_shared_warm_up_depends_on_what_acts_in_it() -> None:
     changed = [{"source_size": [16, 32]}, {"crop": [16, 16]}, {"scale": [0.5, 1]}, {"class_balanced": True}]
     keys = {key(**{f"augmentation__{name}": value for name, value in change.items()}) for change in changed}
     assert len(keys | {plain}) == 5
+
+
+def test_threads_that_read_ahead_start_no_teams_and_leave_the_callers() -> None:
+    program = """
+import os, torch, torch.nn.functional as F
+from segadapt.trainables.core.data.threads import in_threads
+torch.set_num_threads(4)
+image = torch.rand(1, 3, 512, 512)
+F.interpolate(image, scale_factor=2.0, mode="bilinear")  # the caller's own team
+before = len(os.listdir("/proc/self/task"))
+reading = in_threads(lambda _: F.interpolate(image, scale_factor=2.0, mode="bilinear").sum(), range(24), 3)
+next(reading)
+during = len(os.listdir("/proc/self/task"))
+list(reading)
+print(during - before, torch.get_num_threads())
+"""
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=300)
+    assert found.stdout.split() == ["3", "4"]

@@ -21,7 +21,8 @@ def rank() -> int:
 def barrier() -> None:
     """Wait for all workers."""
     if dist.is_initialized():
-        dist.barrier()
+        # Without its device, NCCL guesses one by the rank, which is another worker's where each sees its own alone.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def sum_over_workers(value: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Trials without Ray: the function that every launcher calls, on the storage it shares with other trials."""
 
 import json
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from segadapt.platform.storage.checkpoints import newest_checkpoint
 from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.stage_keys import stage_keys
 from segadapt.platform.storage.stages import longest_prefix, put_damaged_aside
+from segadapt.platform.trial.launchers import uploading_to
 from segadapt.platform.trial.spec import TrialSpec
 from segadapt.platform.trial.training import train
 from segadapt.trainables import METHODS
@@ -157,3 +159,18 @@ def test_ray_trains_list_of_checkpoints_is_set_aside_once_it_is_cut_short(tmp_pa
         listed.write_text(whole[:size])
         forget_damaged_list(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [f"broken_{listed.name}"]
+
+
+def test_a_worker_uploads_its_checkpoint_again_while_storage_refuses(tmp_path: Path) -> None:
+    import ray.train
+
+    written, storage = tmp_path / "written", tmp_path / "storage"
+    written.mkdir()
+    (written / "state").write_text("all")
+    storage.write_text("not a folder yet")
+    upload = uploading_to(storage / "trial")
+    back = threading.Timer(0.2, storage.unlink)
+    back.start()
+    uploaded = upload(ray.train.Checkpoint.from_directory(str(written)), "checkpoint_1")
+    assert uploaded.path == str(storage / "trial" / "checkpoint_1")
+    assert Path(uploaded.path, "state").read_text() == "all"

@@ -90,27 +90,35 @@ class LabelledDomains:
 class DomainBatch:
     """One step's images. B source and B target images of this worker; the two domains may differ in size.
 
-    Images are normalised floats once the trainer has moved the batch to its device.
+    Images are normalised floats once the trainer has moved the batch to its device. Labels are uint8 before, which is
+    an eighth of what is copied otherwise, and int64 there.
     """
 
     source_images: Tensor  # (B, 3, H, W)
-    source_labels: Tensor  # (B, H, W) int64, 255 = ignore
+    source_labels: Tensor  # (B, H, W), 255 = ignore
     target_images: Tensor | None  # (B, 3, H', W'); None in stages that train on the source alone
     target_indices: Tensor | None = None  # (B,) int64, positions in the target set; always on the CPU
-    target_pseudo_labels: Tensor | None = None  # (B, H', W') int64, 255 = ignore; in stages that have them
+    target_pseudo_labels: Tensor | None = None  # (B, H', W'), 255 = ignore; in stages that have them
     target_trusted: Tensor | None = None  # (B, H', W') bool, where labels may be given to; in online self-training
     key: tuple[object, ...] = ()
-    """Seed and stage: what random draws of a batch begin with."""
+    """Seed of the trial and name of the stage: what random draws of a batch begin with."""
     numbers: tuple[int, ...] = ()
     """Number of each pair of images among those of the stage, over all workers: draws then depend on nothing else."""
 
     def to(self, device: torch.device) -> "DomainBatch":
-        """Return the batch on `device`; a GPU gets it from pinned memory, and the copy is not waited for."""
+        """Return the batch on `device`, labels as int64; a GPU gets it from pinned memory, which is not waited for."""
         tensors = {
             name: value
             for name, value in vars(self).items()
             if isinstance(value, Tensor) and name != "target_indices"  # numbers that seed random draws
         }
-        if device.type == "cuda":
-            tensors = {name: value.pin_memory() for name, value in tensors.items()}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        moved = {name: to_device(value, device) for name, value in tensors.items()}
+        labels = {name: value.long() for name, value in moved.items() if name.endswith("labels")}
+        return replace(self, **moved | labels)
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device; a GPU gets it from pinned memory, and the copy is not waited for."""
+    if device.type == "cuda" and not value.is_cuda:
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)

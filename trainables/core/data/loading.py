@@ -164,15 +164,15 @@ class BatchSource:
         source_images, source_labels = self._stacked("source", source)
         assert source_labels is not None
         if not target:
-            return DomainBatch(source_images, source_labels.long(), None)
+            return DomainBatch(source_images, source_labels, None, key=self.key)
         target_images, pseudo_labels = self._stacked("target", target)
         trusted = [sample.trusted for sample in target if sample.trusted is not None]
         return DomainBatch(
             source_images,
-            source_labels.long(),
+            source_labels,
             target_images,
             torch.tensor([sample.index for sample in target]),
-            pseudo_labels.long() if pseudo_labels is not None else None,
+            pseudo_labels,
             torch.stack(trusted) if trusted else None,
             key=self.key,
             numbers=tuple(number for domain, number in places if domain == "source"),

@@ -171,7 +171,8 @@ class PredictionStatistics:
 
     def scores(self) -> dict[str, float]:
         """Return every score by its name, in the order of `SCORES`."""
-        return {name: float(score(self)) for name, score in SCORES.items()}
+        with torch.autocast("cpu", enabled=False):  # networks alone compute in a narrow type
+            return {name: float(score(self)) for name, score in SCORES.items()}
 
 
 SCORES: Mapping[str, Callable[[PredictionStatistics], Tensor]] = {

@@ -95,7 +95,11 @@ def passes_locally(confidence: Tensor, share: float) -> Tensor:
     pixels = flat.shape[1]
     from_top = int(pixels * share)
     ascending = pixels - from_top + 1 if from_top > 0 else 1
-    return confidence > flat.kthvalue(ascending, dim=1).values[:, None, None]
+    if flat.is_cuda and torch.are_deterministic_algorithms_enabled():  # some versions then refuse `kthvalue` on GPUs
+        smallest = flat.sort(dim=1).values[:, ascending - 1]
+    else:
+        smallest = flat.kthvalue(ascending, dim=1).values
+    return confidence > smallest[:, None, None]
 
 
 def label_confident_share(

@@ -149,11 +149,21 @@ def share_thresholds(counts: Tensor, values: Tensor, *, share: float = 0.5, cap:
         two-stage self-training.
     """
     order = values.argsort(descending=True)
-    reached = counts[:, order].double().cumsum(dim=1)
+    reached = _cumulative(counts[:, order].double())
     total = reached[:, -1:]
     share_count = share * total if counts.is_floating_point() else (share * total).floor()
     first = ((reached >= share_count) & (reached > 0)).int().argmax(dim=1)
     return torch.where(total[:, 0] > 0, values.double()[order][first].clamp(max=cap), cap)
+
+
+def _cumulative(counts: Tensor) -> Tensor:
+    """Return the sums up to each entry of the rows of (C, V) float64.
+
+    As a product where results are to repeat: older versions of PyTorch then refuse their own sum of floats on GPUs.
+    """
+    if not (counts.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return counts.cumsum(dim=1)
+    return counts @ torch.ones(counts.shape[1], counts.shape[1], dtype=counts.dtype, device=counts.device).triu()
 
 
 def confidence_at(probabilities: Tensor, size: tuple[int, int], *, align_corners: bool = True) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,13 @@
 Imported only where a loss is asked for it: Triton comes with torch for CUDA alone. Every program owns one tile of a
 matrix and writes it, or sums of its rows, once; no float is added atomically, so results repeat to the bit. Rows are
 float32, multiplied as three products of TF32 parts, which is nearly exact, or bfloat16; both are summed in float32.
+Cards with less shared memory, or without these types, take other choices: see `choices`.
 """
 
 # n query rows, m key rows, D channels, T tiles of BLOCK columns. In kernels, `shape` is rows and columns of the result
 # and terms of each sum; a matrix of any strides is its address, the stride of its rows and that of its columns.
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,10 +23,41 @@ BLOCK = 128
 """Rows and columns of a tile."""
 DEPTH = {torch.float32: 32, torch.bfloat16: 64}
 """Terms of a product that are loaded at a time, by type: 128 bytes."""
-OPTIONS = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+MOST_STAGES = 3
+"""Parts of a product that are loaded ahead; see `choices`."""
+STAGE_BYTES = 2 * BLOCK * 128
+"""Shared memory of one of them: 128 bytes of each row and column of a tile."""
 PRECISION = "tf32x3"
 GROUP = 8
 """Tiles of so many row blocks follow each other, so that their rows are still in the cache."""
+
+
+class Choices(NamedTuple):
+    """What is chosen by the card."""
+
+    stages: int
+    """Parts of a product that are loaded ahead."""
+    precision: str
+    """How float32 is multiplied."""
+
+
+def choices(shared_bytes: int, capability: tuple[int, int]) -> Choices:
+    """Return what a card of that shared memory per block and compute capability runs.
+
+    H100 and A100 load three parts ahead, cards with less memory fewer. Before capability 8.0 there is no TF32: float32
+    is multiplied as it is.
+    """
+    stages = max(1, min(MOST_STAGES, shared_bytes // STAGE_BYTES))
+    return Choices(stages, PRECISION if capability >= (8, 0) else "ieee")
+
+
+@lru_cache
+def _choices_of(device: torch.device) -> Choices:
+    if device.type != "cuda":  # Triton's interpreter
+        return Choices(MOST_STAGES, PRECISION)
+    card = torch.cuda.get_device_properties(device)
+    return choices(card.shared_memory_per_block_optin, (card.major, card.minor))
 
 
 class RowStatistics(NamedTuple):
@@ -161,7 +194,7 @@ def row_statistics(query: Tensor, key: Tensor, factor: float) -> RowStatistics:
     best = torch.empty(across, rows, dtype=torch.int64, device=query.device)
     top, mean, squares = (query.new_empty(across, rows, dtype=torch.float32) for _ in range(3))
     row_statistics_kernel[_grid(rows, columns)](
-        query, key, (best, top, mean, squares), (rows, columns, query.shape[1]), **_constants(query), **OPTIONS
+        query, key, (best, top, mean, squares), (rows, columns, query.shape[1]), **_constants(query)
     )
     counts = torch.full((across, 1), BLOCK, device=query.device)
     counts[-1] = columns - (across - 1) * BLOCK
@@ -195,7 +228,6 @@ def exponentials(query: Tensor, key: Tensor, top: Tensor, inverse: Tensor, out: 
         (rows, columns, query.shape[1]),
         WRITE=out is not None,
         **_constants(query),
-        **OPTIONS,
     )
     return sums.sum(dim=0)
 
@@ -226,7 +258,6 @@ def _multiply(out: Tensor, first: Tensor, second: Tensor, offset: Tensor, mode: 
         (*out.shape, first.shape[1]),
         MODE=mode,
         **_constants(first),
-        **OPTIONS,
     )
     return out
 
@@ -236,4 +267,6 @@ def _grid(rows: int, columns: int) -> tuple[int]:
 
 
 def _constants(rows: Tensor) -> dict[str, object]:
-    return {"BLOCK": BLOCK, "DEPTH": DEPTH[rows.dtype], "GROUP": GROUP, "PRECISION": PRECISION}
+    chosen = _choices_of(rows.device)
+    constants = {"BLOCK": BLOCK, "DEPTH": DEPTH[rows.dtype], "GROUP": GROUP, "PRECISION": chosen.precision}
+    return {**constants, **OPTIONS, "num_stages": chosen.stages}

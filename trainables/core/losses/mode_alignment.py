@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from segadapt.trainables.core.data.batch import IGNORE_INDEX
+from segadapt.trainables.core.data.batch import IGNORE_INDEX, to_device
 from segadapt.trainables.core.distributed import (
     gather_over_workers,
     global_mean,
@@ -168,15 +168,25 @@ def draw_pairs(
         generator: On the CPU, in the same state on every worker.
 
     Returns:
-        (R, 3) int64, the same on every worker: the mode, then the target and the source cell, each as its number among
-        the cells of that mode in the joined batch of all workers, in order of image, row and column.
+        (G * pairs, 3) int64, the same on every worker: the mode, then the target and the source cell, each as its
+        number among the cells of that mode in the joined batch of all workers, in order of image, row and column. The
+        mode is -1 in rows of modes that a domain lacks: to leave them out, a GPU would have to be waited for.
     """
     counts = sum_over_workers(torch.stack([_mode_counts(cells, num_modes) for cells in (target_modes, source_modes)]))
-    shared = (counts > 0).all(dim=0).nonzero().flatten()
-    positions = torch.rand(2, len(shared), pairs, generator=generator, dtype=torch.float64).to(counts.device)
-    available = counts[:, shared].unsqueeze(2)
+    shared = (counts > 0).all(dim=0)
+    drawn = to_device(torch.rand(2 * num_modes * pairs, generator=generator, dtype=torch.float64), counts.device)
+    # The first numbers are dealt to the shared modes in order, a domain at a time.
+    first = places_among(shared) * pairs + (torch.arange(2, device=counts.device) * shared.sum() * pairs).unsqueeze(1)
+    positions = drawn[first.unsqueeze(2) + torch.arange(pairs, device=counts.device)]
+    available = counts.clamp(min=1).unsqueeze(2)
     cells = (positions * available).long().minimum(available - 1)
-    return torch.cat([shared.repeat_interleave(pairs).unsqueeze(1), cells.flatten(1).T], dim=1)
+    modes = torch.where(shared, torch.arange(num_modes, device=counts.device), -1)
+    return torch.cat([modes.repeat_interleave(pairs).unsqueeze(1), cells.flatten(1).T], dim=1)
+
+
+def places_among(chosen: Tensor) -> Tensor:
+    """Return the number of each true entry of `chosen`, (n,), among them; what stands at the others is below n."""
+    return (chosen.cumsum(0) - 1).clamp(min=0)
 
 
 def sampled_mode_alignment(
@@ -196,7 +206,7 @@ def sampled_mode_alignment(
         source_modes: Mode of each source cell, (B, h, w) int64; -1 for none.
         target: Target embeddings, (B', D, h', w').
         target_modes: Mode of each target cell, (B', h', w') int64.
-        pairs: (R, 3) int64 from `draw_pairs`.
+        pairs: (R, 3) int64 from `draw_pairs`; rows of mode -1 count for nothing.
         num_modes: G = C * M.
         stop_source: Whether source embeddings are constants.
 
@@ -208,8 +218,8 @@ def sampled_mode_alignment(
     """
     source = source.detach() if stop_source else source
     groups, target_cells, source_cells = pairs.unbind(dim=1)
-    drawn = torch.bincount(groups, minlength=num_modes)
-    weights = 1.0 / (drawn[groups] * (drawn > 0).sum()).double()
+    drawn = _mode_counts(groups, num_modes)
+    weights = torch.where(groups < 0, 0.0, 1.0 / (drawn[groups.clamp(min=0)] * (drawn > 0).sum()).double())
     return _weighted_distance(
         pick_unit_vectors(source, source_modes, groups, source_cells, num_groups=num_modes),
         pick_unit_vectors(target, target_modes, groups, target_cells, num_groups=num_modes),
@@ -245,25 +255,27 @@ def pick_unit_vectors(
     Args:
         embeddings: (B, D, h, w), any scale and floating type; normalised here in float32 or wider.
         cell_groups: Group of each cell, (B, h, w) int64; negative for none.
-        groups: Group of each picked cell, (R,) int64, the same on every worker.
+        groups: Group of each picked cell, (R,) int64, the same on every worker; negative picks none.
         cells: Number of each picked cell among the cells of its group in the joined batch of all workers, in order of
             image, row and column, (R,) int64, the same on every worker.
         num_groups: Groups are below this.
 
     Returns:
-        (R, D) with gradient; zero rows for cells of other workers.
+        (R, D) with gradient; zero rows for cells of other workers and for none.
     """
     flat = cell_groups.flatten()
     counts = _mode_counts(cell_groups, num_groups)
     before = gather_over_workers(counts.unsqueeze(0))[: rank()].sum(dim=0)
+    picks_none, groups = groups < 0, groups.clamp(min=0)
     cells = cells - before[groups]
-    on_this_worker = ((cells >= 0) & (cells < counts[groups])).nonzero().flatten()
+    on_this_worker = (cells >= 0) & (cells < counts[groups]) & ~picks_none
     order = flat.argsort(stable=True)  # cells without group come first
     starts = (flat < 0).sum() + counts.cumsum(0) - counts
-    places = order[starts[groups[on_this_worker]] + cells[on_this_worker]]
+    places = order[(starts[groups] + cells).clamp(0, len(flat) - 1)]
     grid = cell_groups[0].numel()
     picked = _unit(embeddings.flatten(2)[places // grid, :, places % grid], _precise(embeddings))
-    return picked.new_zeros(len(groups), embeddings.shape[1]).index_copy(0, on_this_worker, picked)
+    # Every row is read and the others are set to zero: to read some, a GPU would have to be waited for.
+    return torch.where(on_this_worker.unsqueeze(1), picked, 0.0)
 
 
 class _MarginSum(torch.autograd.Function):

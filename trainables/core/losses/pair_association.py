@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from segadapt.trainables.core.data.batch import IGNORE_INDEX
+from segadapt.trainables.core.labelling.features import count_values
 from segadapt.trainables.core.losses.pixel_similarity import (
     KERNEL_ENTRIES,
     Comparison,
@@ -194,9 +195,7 @@ class _WholePair:
             return total, None
         passed_unit = self.target_unit[back.chooser]
         by_passed = torch.zeros_like(passed_unit)
-        starts_none = torch.ones(len(by_source), dtype=torch.bool, device=by_source.device)
-        starts_none[out.chooser] = False
-        others = starts_none.nonzero().flatten()
+        others = _others(out.chooser, len(by_source))
         for part in parts(len(others), self.size):
             slopes = slopes_of_hop_back(self.similarities.index_select(0, others[part]))
             by_source[others[part]] = slopes @ passed_unit
@@ -239,7 +238,8 @@ def associate(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Return the loss sum of one image pair, its number of valid cycles and the gradients by source and target rows.
 
-    The loss sum is float64. Only labelled source pixels hop, and only the distinct pixels they reach hop back.
+    The loss sum is float64. Only labelled source pixels hop, and only the distinct pixels they reach hop back. On a GPU
+    all pixels do, those beside with weight zero: to choose, it would have to be waited for four times.
 
     Args:
         source: (L1, D); may be overwritten.
@@ -251,6 +251,10 @@ def associate(
     """
     whole = operand is None and comparison.floor is None and is_worth_keeping(source, len(target))
     pair = _WholePair(source, target, comparison) if whole else _ChunkedPair(source, target, comparison, operand)
+    if source.is_cuda:
+        out, back = _weighted_hops(pair, labels, len(target), source.dtype)
+        total, slopes = pair.loss(out, back, needs_gradient=needs_gradient)
+        return total, out.weight.sum().long(), slopes
     labelled = (labels != IGNORE_INDEX).nonzero().flatten()
     middle = pair.best_targets(labelled)
     reached, position = torch.unique(middle, return_inverse=True)
@@ -265,6 +269,27 @@ def associate(
     back = Hop(reached[passed], end_of_reached[passed], multiplicity.to(source.dtype)[:, None])
     total, slopes = pair.loss(out, back, needs_gradient=needs_gradient)
     return total, count, slopes
+
+
+def _weighted_hops(
+    pair: _WholePair | _ChunkedPair, labels: Tensor, targets: int, dtype: torch.dtype
+) -> tuple[Hop, Hop]:
+    """Return both hops of all pixels: a source pixel weighs 1 if its cycle is valid, a target pixel as many as pass."""
+    sources, all_targets = (torch.arange(length, device=labels.device) for length in (len(labels), targets))
+    middle, end = pair.best_targets(sources), pair.best_sources(all_targets)
+    valid = (labels != IGNORE_INDEX) & (labels[end[middle]] == labels)
+    passing = count_values(middle.masked_fill(~valid, targets), targets + 1)[:-1]
+    out = Hop(sources, middle, valid.to(dtype)[:, None])
+    return out, Hop(all_targets, end, passing.to(dtype)[:, None])
+
+
+def _others(pixels: Tensor, count: int) -> Tensor:
+    """Return those of `count` pixels that are not among some distinct ones; nothing is read where these are all."""
+    if len(pixels) == count:
+        return pixels[:0]
+    others = torch.ones(count, dtype=torch.bool, device=pixels.device)
+    others[pixels] = False
+    return others.nonzero().flatten()
 
 
 def _over_chosen_(scores: Tensor, chosen: Tensor, factor: float) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ COSTLY_ENTRIES = 2**21
 CACHED_ENTRIES = 2**20
 KERNEL_ENTRIES = 2**24
 SYMMETRIC_BLOCK = 1024
+_LEAST_CAPABILITY = (7, 5)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,9 @@ def parts(length: int, size: int) -> Iterator[slice]:
 
 
 def kernel_operands(kernels: Kernels, maps: tuple[Tensor, ...]) -> torch.dtype | None:
-    """Return the type in which kernels multiply rows of such maps: bfloat16 where that is what came, else float32.
+    """Return the type in which kernels multiply rows of such maps.
+
+    It is bfloat16 where that is what came and the card multiplies in it, else float32.
 
     Returns:
         None for the reference, which needs none.
@@ -179,7 +182,14 @@ def kernel_operands(kernels: Kernels, maps: tuple[Tensor, ...]) -> torch.dtype |
             "`kernels` of 'triton' need float32 or narrower tensors on a CUDA device, but got "
             f"{first.dtype} on {first.device.type}. Choose 'reference'."
         )
-    return torch.bfloat16 if all(values.dtype == torch.bfloat16 for values in maps) else torch.float32
+    narrow = all(values.dtype == torch.bfloat16 for values in maps)
+    capability = torch.cuda.get_device_capability(first.device) if first.is_cuda else (8, 0)
+    if capability < _LEAST_CAPABILITY:
+        raise ValueError(
+            "`kernels` of 'triton' need a card of compute capability 7.5 or more, but this one has "
+            f"{capability[0]}.{capability[1]}. Choose 'reference'."
+        )
+    return torch.bfloat16 if narrow and capability >= (8, 0) else torch.float32
 
 
 def image_rows(image: Tensor) -> Tensor:

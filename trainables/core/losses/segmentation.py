@@ -29,7 +29,7 @@ def segmentation_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         Scalar in nats, averaged over the labelled pixels of the whole batch, all data-parallel workers included:
         local sum over global count, see `global_mean`. Zero, with zero gradient, when all are ignored.
     """
-    pixel_losses = F.cross_entropy(_full_precision(logits), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    pixel_losses = _pixel_cross_entropy(logits, labels)
     total = pixel_losses.sum(dtype=torch.float64).to(pixel_losses.dtype)
     return global_mean(total, (labels != IGNORE_INDEX).sum())
 
@@ -53,7 +53,7 @@ def weighted_cross_entropy(
     Source:
         Tranheden et al., DACS, WACV 2021; lhoyer/MIC@2f932a9, mmseg/models/losses/cross_entropy_loss.py.
     """
-    pixel_losses = F.cross_entropy(_full_precision(logits), labels, ignore_index=IGNORE_INDEX, reduction="none")
+    pixel_losses = _pixel_cross_entropy(logits, labels)
     if weights is not None:
         pixel_losses = pixel_losses * weights
     total = pixel_losses.sum(dtype=torch.float64).to(pixel_losses.dtype)
@@ -139,6 +139,17 @@ def _jaccard_weights(errors: Tensor, foreground: Tensor) -> Tensor:
     weights = torch.empty_like(errors)
     weights[order] = sorted_weights
     return weights
+
+
+def _pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross entropy of each pixel, (B, H, W), 0 where it is ignored."""
+    precise = _full_precision(logits)
+    if not (labels.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return F.cross_entropy(precise, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    # PyTorch has no deterministic kernel of it for GPUs; that of picking a value and its gradient there is.
+    ignored = labels == IGNORE_INDEX
+    picked = precise.log_softmax(dim=1).gather(1, labels.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
+    return torch.where(ignored, 0.0, -picked)
 
 
 def _full_precision(values: Tensor) -> Tensor:

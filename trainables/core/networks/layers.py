@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -79,11 +80,30 @@ class SummedDilatedHead(nn.Module):
         return first
 
 
+class _RoundedOnce(torch.autograd.Function):
+    """`x * scale + shift` of a narrow `x` and wider constants, which are rounded to the type of `x` at the end alone.
+
+    Written into a tensor of the narrow type, so that a GPU casts in its registers: one launch, nothing wide in memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors
+        return torch.mul(gradient, scale, out=torch.empty_like(gradient)), None, None
+
+
 class FrozenBatchNorm(nn.Module):
     """Batch norm whose affine part and statistics are constants: `weight * (x - mean) / sqrt(var + epsilon) + bias`.
 
-    Loads the state of `nn.BatchNorm2d`. Keeps its input's precision, and no copy of it for the backward pass. Scale and
-    shift are computed when the constants are loaded or converted: that spares a GPU five launches in each pass.
+    Loads the state of `nn.BatchNorm2d`. Returns its input's type, and keeps no copy of it for the backward pass. Scale
+    and shift are computed when the constants are loaded or converted: that spares a GPU five launches in each pass.
+    They stay float32 beside a narrower input, and only the result is rounded.
     """
 
     weight: Tensor
@@ -107,8 +127,10 @@ class FrozenBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised `x`, (B, channels, H, W)."""
-        scale, shift = (constant.to(x.dtype).view(-1, 1, 1) for constant in (self.scale, self.shift))
-        return torch.addcmul(shift, x, scale)
+        scale, shift = (constant.view(-1, 1, 1) for constant in (self.scale, self.shift))
+        if x.dtype == scale.dtype:
+            return torch.addcmul(shift, x, scale)
+        return cast(Tensor, _RoundedOnce.apply(x, scale, shift))
 
     def _join_constants(self) -> None:
         self.scale = self.weight * (self.running_var + self.epsilon).rsqrt()

@@ -5,9 +5,10 @@
 import torch
 from torch import Tensor, nn
 
+from segadapt.trainables.core.data.batch import to_device
 from segadapt.trainables.core.distributed import sum_over_workers
 from segadapt.trainables.core.labelling.features import count_values
-from segadapt.trainables.core.losses.mode_alignment import pick_unit_vectors
+from segadapt.trainables.core.losses.mode_alignment import pick_unit_vectors, places_among
 
 CENTER_DEVIATION = 0.1
 OFFSET_DEVIATION = 0.05
@@ -92,14 +93,17 @@ class ClassModes(nn.Module):
         idle_steps = torch.where(nearest_to_a_cell, 0, self.idle_steps + shown_classes)
         dead = (idle_steps >= patience) & (available > 0).unsqueeze(1)
         self.idle_steps.copy_(idle_steps.masked_fill(dead, 0))
-        dead_classes = dead.nonzero()[:, 0]
-        if len(dead_classes) == 0:
-            return
-        positions = torch.rand(len(dead_classes), generator=generator, dtype=torch.float64).to(available.device)
-        drawn = (positions * available[dead_classes]).long().minimum(available[dead_classes] - 1)
+        # All modes draw a cell and the dead ones take it: to ask whether there are any, a GPU would be waited for.
+        mode_classes = torch.arange(classes, device=dead.device).repeat_interleave(modes)
+        positions = to_device(torch.rand(dead.numel(), generator=generator, dtype=torch.float64), dead.device)
+        cells_of_class = available[mode_classes]
+        positions = positions[places_among(dead.flatten())]
+        drawn = (positions * cells_of_class).long().minimum(cells_of_class - 1)
         cell_classes = nearest.div(modes, rounding_mode="floor")
-        rows = sum_over_workers(pick_unit_vectors(embeddings, cell_classes, dead_classes, drawn, num_groups=classes))
-        self.base[dead] = (rows * self.base[dead].norm(dim=1, keepdim=True)).to(self.base.dtype)
+        placed = torch.where(dead.flatten(), mode_classes, -1)
+        rows = sum_over_workers(pick_unit_vectors(embeddings, cell_classes, placed, drawn, num_groups=classes))
+        lengths = self.base.norm(dim=2, keepdim=True)
+        self.base.copy_(torch.where(dead.unsqueeze(2), rows.view_as(self.base) * lengths, self.base))
 
     def _cells(self, nearest: Tensor) -> Tensor:
         """Return this worker's cells of each mode, (C, M) int64."""

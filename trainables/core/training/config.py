@@ -7,6 +7,8 @@ from segadapt.trainables.core.data.transforms import AugmentationConfig, Size
 from segadapt.trainables.core.method import SOURCE_ONLY, Stage
 from segadapt.trainables.core.validation import check
 
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -94,8 +96,11 @@ class TrainerConfig:
     """Threads that read and augment ahead; 0 does so between steps; null: the worker's CPUs beside a GPU, else 0."""
     evaluate_start: bool = False
     """Also evaluate before the first step."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Precision of the networks; auto is bf16 where a GPU supports it. Losses are always float32."""
+    precision: Precision = "auto"
+    """Precision of the networks; auto is bf16 on GPUs that compute in it, fp16 on those before, fp32 on CPUs. In fp16
+    losses are scaled before the backward pass, and a step whose gradients overflow is left out. Losses are float32."""
+    deterministic: bool = False
+    """Whether results repeat to the bit on a GPU, with kernels that are slower. On a CPU they always do."""
     channels_last: bool = True
     """Memory format of images and weights."""
     recompute: bool = False

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from segadapt.trainables.core import distributed
 from segadapt.trainables.core.networks import FrozenParameter
+from segadapt.trainables.core.training.config import Precision
 
 _NOTE = "micro_batch.json"
+_FIRST_TENSOR_CORES = (7, 0)
 
 
 class InfeasibleError(RuntimeError):
@@ -127,11 +129,45 @@ def take_buffers_of_first_worker(method: nn.Module) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-def autocast(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> torch.autocast:
-    """Return the context in which networks compute in the `trainer.precision` asked for."""
+def network_precision(device: torch.device, precision: Precision) -> torch.dtype:
+    """Return the type in which networks multiply under a `trainer.precision`.
+
+    bfloat16 counts where it is native: cards of the Turing and Volta generations emulate it, many times slower than
+    the float16 that their tensor cores are made for. Cards before those have none, and float16 is slow there.
+    """
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+        if device.type != "cuda":
+            return torch.float32
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability(device) >= _FIRST_TENSOR_CORES else torch.float32
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """Return the context in which networks compute in the `trainer.precision` asked for."""
+    dtype = network_precision(device, precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def choose_kernels(device: torch.device, deterministic: bool) -> None:
+    """Let PyTorch take kernels whose results repeat to the bit, or those that cuDNN finds to be the fastest.
+
+    It holds for the whole process, which trains one trial after another.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it is for finding faults, and takes time
+    torch.backends.cudnn.benchmark = not deterministic
+    if device.type == "cuda":  # cuBLAS reads it when it starts, for which there is but one time in a process
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def loss_scale(device: torch.device, precision: Precision) -> torch.amp.GradScaler:
+    """Return what scales losses, so that gradients do not vanish in float16; in other types it does nothing.
+
+    The fused optimisers of GPUs read on the device whether a step is to be left out.
+    """
+    return torch.amp.GradScaler(device.type, enabled=network_precision(device, precision) == torch.float16)
 
 
 def describe_memory(method: nn.Module, micro_batch: int, batch_size: int, device: torch.device) -> dict[str, Any]:

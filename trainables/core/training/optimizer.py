@@ -152,10 +152,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["factor"]
 
 
-def move_weights(method: Method, stage: Stage, optimizer: torch.optim.Optimizer, clip_norm: float | None) -> None:
-    """Take an optimiser step, with gradients clipped to `clip_norm` where that is given, and drop the gradients."""
+def move_weights(
+    method: Method,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    clip_norm: float | None,
+    scale: torch.amp.GradScaler,
+) -> None:
+    """Take an optimiser step and drop the gradients.
+
+    Args:
+        method: The method.
+        stage: Stage of the step.
+        optimizer: Its optimiser.
+        clip_norm: What gradients are clipped to; None leaves them.
+        scale: What the losses were scaled by.
+    """
     if clip_norm is not None:
+        scale.unscale_(optimizer)
         parameters = [parameter for _, parameter in trained_parameters(method, stage) if parameter.requires_grad]
         nn.utils.clip_grad_norm_(parameters, clip_norm)
-    optimizer.step()
+    scale.step(optimizer)
+    scale.update()
     optimizer.zero_grad(set_to_none=True)

@@ -13,10 +13,18 @@ from segadapt.trainables.core.training.gradients import batch_norm_explained, sy
 
 Precision = Callable[[], contextlib.AbstractContextManager[Any]]
 """Opens the context in which networks compute."""
+Scale = Callable[[Tensor], Tensor]
 
 
 def pass_step(
-    method: Method, train_step: nn.Module, batches: Iterator[DomainBatch], step: int, parts: int, precision: Precision
+    method: Method,
+    train_step: nn.Module,
+    batches: Iterator[DomainBatch],
+    step: int,
+    parts: int,
+    *,
+    precision: Precision,
+    scale: Scale,
 ) -> dict[str, Tensor]:
     """Pass the micro-batches of a step forward and backward, which adds up their gradients.
 
@@ -27,21 +35,31 @@ def pass_step(
         step: Steps taken in the stage before.
         parts: Micro-batches of a step.
         precision: Context in which networks compute.
+        scale: Raises losses so that gradients in half precision do not vanish.
 
     Returns:
         The mean of each loss term over the micro-batches.
     """
     means = dict[str, Tensor]()
+
+    def back(loss: Tensor) -> None:
+        torch.autograd.backward(scale(loss / parts))
+
     for part in range(parts):
         batch = next(batches)
         with synchronised(train_step, part == parts - 1), batch_norm_explained():
-            for name, term in _pass_back(method, train_step, batch, step, parts, precision).items():
+            for name, term in _pass_back(method, train_step, batch, step, precision, back).items():
                 means[name] = means.get(name, 0.0) + term.detach().double() / parts
     return means
 
 
 def _pass_back(
-    method: Method, train_step: nn.Module, batch: DomainBatch, step: int, parts: int, precision: Precision
+    method: Method,
+    train_step: nn.Module,
+    batch: DomainBatch,
+    step: int,
+    precision: Precision,
+    back: Callable[[Tensor], None],
 ) -> dict[str, Tensor]:
     """Pass a micro-batch forward and backward and return its terms.
 
@@ -52,17 +70,17 @@ def _pass_back(
     if online is None:
         with precision():
             terms: dict[str, Tensor] = train_step(batch, step)
-        torch.autograd.backward(torch.stack(list(terms.values())).sum() / parts)
+        back(torch.stack(list(terms.values())).sum())
         return terms
     labelled = dict[str, Tensor]()
     for name, term in online.terms(method.segmenter, batch, step, precision):
-        torch.autograd.backward(term / parts)
+        back(term)
         labelled[name] = term.detach()
     with online.watched(method.segmenter.backbone, batch.source_images) as maps, precision():
         terms = train_step(batch, step)
     terms = {**terms, **online.feature_term(method.segmenter, batch, maps, precision)}
-    total = torch.stack(list(terms.values())).sum() / parts
+    total = torch.stack(list(terms.values())).sum()
     if online.mask_token is not None:  # workers exchange what this pass reaches
         total = total + 0 * online.mask_token.sum()
-    torch.autograd.backward(total)
+    back(total)
     return {**labelled, **terms}

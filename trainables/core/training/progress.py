@@ -26,3 +26,12 @@ class Progress:
         """Return the mean of each term over steps and workers."""
         scale = self.steps * distributed.world_size()
         return {name: float(distributed.sum_over_workers(total)) / scale for name, total in sorted(self.terms.items())}
+
+    def pace(self, elapsed_s: float, images: int) -> dict[str, float]:
+        """Return seconds per step, and images per second.
+
+        Args:
+            elapsed_s: Seconds since the last report.
+            images: Images of a step.
+        """
+        return {"time/step": elapsed_s / self.steps, "time/images_per_second": images * self.steps / elapsed_s}

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +17,7 @@ from segadapt.trainables.core import distributed
 from segadapt.trainables.core.data.batch import DomainBatch, DomainData, EvaluationData
 from segadapt.trainables.core.data.loading import BatchSource, evaluation_for_network
 from segadapt.trainables.core.data.sampling import derived_seed
+from segadapt.trainables.core.data.threads import loader_threads
 from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.labelling.files import PseudoLabelFolder
 from segadapt.trainables.core.method import Method, Stage, StageData
@@ -29,8 +29,10 @@ from segadapt.trainables.core.training.gradients import (
     SmallerMicroBatchError,
     Snapshot,
     autocast,
+    choose_kernels,
     data_parallel,
     describe_memory,
+    loss_scale,
     note_micro_batch,
     noted_micro_batch,
     smaller_micro_batch,
@@ -115,7 +117,9 @@ class Trainer:
         self.settings = settings
         self.report = report
         self.folder = folder
+        self._loader_threads = loader_threads(settings.trainer.loader_threads, self.device)
         self._times = StepTimes(self.device)
+        self._loss_scale = loss_scale(self.device, settings.trainer.precision)
         self.micro_batch = noted_micro_batch(folder) or settings.trainer.batch_size
         """Images of each domain per micro-batch over all workers; smaller than asked for once memory was short."""
 
@@ -135,6 +139,7 @@ class Trainer:
             SmallerMicroBatchError: If it is for one of several workers: run all again, from the last checkpoint.
             PreemptedError: If a worker was asked to end: the step it was in is saved, run all again from there.
         """
+        choose_kernels(self.device, self.settings.trainer.deterministic)
         names = [stage.name for stage in self.plan]
         state = later_state(self.folder, load_state(resume) if resume is not None else None, names)
         check_frozen(state, self._frozen)
@@ -168,6 +173,7 @@ class Trainer:
         config, steps = self.settings.trainer, self.steps[stage.name]
         select_trained(self.method, stage, self.trainable)
         optimizer = build_optimizer(self.method, stage, self.settings.optimizer, self.device)
+        self._loss_scale = loss_scale(self.device, config.precision)  # anew, since another trial may begin here
         if state is not None:
             start = self._resume_stage(stage, done, optimizer, state)
         else:
@@ -197,7 +203,7 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
                 batches = self.batches(stage, step)
             progress.add(terms)
-            move_weights(self.method, stage, optimizer, self.settings.optimizer.clip_norm)
+            move_weights(self.method, stage, optimizer, self.settings.optimizer.clip_norm, self._loss_scale)
             self.method.after_step(step)
             if (online := self.method.online_in(stage)) is not None:
                 online.follow(self.method.deployed)
@@ -216,7 +222,7 @@ class Trainer:
         note("stage_begun", message, stage=stage.name, step=done, steps=steps)
         self._seed(stage, 0)
         self.method.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.precision():
             self.method.prepare_stage(stage, self.stage_data(stage))
             if (online := self.method.online_in(stage)) is not None:
                 online.begin(self.method.deployed)
@@ -228,6 +234,8 @@ class Trainer:
         """Load the method and the optimiser as they were in the middle of the stage; return the steps taken."""
         self.method.load_state_dict(state["state"])
         optimizer.load_state_dict(state["optimizer"] or optimizer.state_dict())  # none where the stage has ended
+        if state.get("loss_scale"):  # else it does nothing
+            self._loss_scale.load_state_dict(state["loss_scale"])
         start: int = state["step"]
         steps = self.steps[stage.name]
         message = f"Stage '{stage.name}' goes on after {start} of {steps} steps."
@@ -312,11 +320,16 @@ class Trainer:
             The mean of each loss term over the micro-batches; None if the device has no room.
         """
         module = self.method if train_step is None else train_step
-        precision = partial(autocast, self.device, self.settings.trainer.precision)
         try:
-            return pass_step(self.method, module, batches, number, self.micro_batches_per_step, precision)
+            scale = self._loss_scale.scale
+            parts = self.micro_batches_per_step
+            return pass_step(self.method, module, batches, number, parts, precision=self.precision, scale=scale)
         except torch.OutOfMemoryError:
             return None
+
+    def precision(self) -> torch.autocast:
+        """Return the context in which networks compute in the precision of the training, in evaluations as well."""
+        return autocast(self.device, self.settings.trainer.precision)
 
     def parallel(self) -> nn.Module:
         """Return the method, wrapped for data parallelism where there are several workers."""
@@ -350,13 +363,6 @@ class Trainer:
         """Seed anew at every checkpoint, so that resuming draws what going on would have drawn, on every worker."""
         torch.manual_seed(derived_seed(self.settings.seed, stage.name, step, distributed.rank()))
 
-    @property
-    def _loader_threads(self) -> int:
-        threads = self.settings.trainer.loader_threads
-        if threads is None:
-            return torch.get_num_threads() if self.device.type == "cuda" else 0
-        return threads
-
     def _normalised(self, images: Tensor) -> Tensor:
         return self.method.segmenter.normalise(images.to(self.device, non_blocking=True)).contiguous(
             memory_format=self.memory_format
@@ -364,12 +370,8 @@ class Trainer:
 
     def _on_device(self, batch: DomainBatch) -> DomainBatch:
         moved = batch.to(self.device)
-        target = moved.target_images
-        return replace(
-            moved,
-            source_images=self._normalised(moved.source_images),
-            target_images=self._normalised(target) if target is not None else None,
-        )
+        images = {name: getattr(moved, name) for name in ("source_images", "target_images")}
+        return replace(moved, **{name: self._normalised(value) for name, value in images.items() if value is not None})
 
     def stage_data(self, stage: Stage) -> StageData:
         """Return what the method may look at before a stage."""
@@ -404,7 +406,8 @@ class Trainer:
         take_buffers_of_first_worker(self.method)
         validation = evaluation_for_network(self.evaluation, self.settings.augmentation)
         folder, threads = self.folder / stage.name, self._loader_threads
-        evaluated = evaluate_method(self.method, stage, folder, validation, config, self.device, threads)
+        with self.precision():
+            evaluated = evaluate_method(self.method, stage, folder, validation, config, self.device, threads)
         refuse_non_finite_scores(evaluated.scores, stage, step)
         metrics: dict[str, Any] = {
             "step": done + step,
@@ -417,16 +420,14 @@ class Trainer:
             **memory,
         }
         if progress.steps:
-            metrics["loss/total"] = sum(losses.values())
             images = config.batch_size * config.accumulate * (2 if "target" in stage.domains else 1)
-            metrics["time/step"] = elapsed / progress.steps
-            metrics["time/images_per_second"] = images * progress.steps / elapsed
-            metrics |= times
-            metrics["lr"] = optimizer.param_groups[0]["lr"]
+            metrics |= {"loss/total": sum(losses.values()), "lr": optimizer.param_groups[0]["lr"], **times}
+            metrics |= progress.pace(elapsed, images)
 
         def write(checkpoint: Path) -> None:
             state = self._state(stage, step, optimizer)
-            write_checkpoint(checkpoint, state, self.method, validation, evaluated.evaluation, metrics, self.device)
+            with self.precision():
+                write_checkpoint(checkpoint, state, self.method, validation, evaluated.evaluation, metrics, self.device)
 
         if distributed.rank() == 0:
             note_evaluation(metrics)
@@ -445,5 +446,6 @@ class Trainer:
             "micro_batch": self.micro_batch,
             "state": self.method.state_dict(),
             "optimizer": optimizer.state_dict() if step < self.steps[stage.name] else None,
+            "loss_scale": self._loss_scale.state_dict(),
             FROZEN: self._frozen,
         }
