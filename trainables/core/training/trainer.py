@@ -321,8 +321,7 @@ class Trainer:
         """
         module = self.method if train_step is None else train_step
         try:
-            scale = self._loss_scale.scale
-            parts = self.micro_batches_per_step
+            parts, scale = self.micro_batches_per_step, self._loss_scale.scale
             return pass_step(self.method, module, batches, number, parts, precision=self.precision, scale=scale)
         except torch.OutOfMemoryError:
             return None
@@ -421,8 +420,8 @@ class Trainer:
         }
         if progress.steps:
             images = config.batch_size * config.accumulate * (2 if "target" in stage.domains else 1)
-            metrics |= {"loss/total": sum(losses.values()), "lr": optimizer.param_groups[0]["lr"], **times}
-            metrics |= progress.pace(elapsed, images)
+            metrics |= {"loss/total": sum(losses.values()), **times, **progress.pace(elapsed, images)}
+            metrics["lr"] = optimizer.param_groups[0]["lr"]
 
         def write(checkpoint: Path) -> None:
             state = self._state(stage, step, optimizer)
