@@ -58,11 +58,13 @@ def batch_norm_explained() -> Iterator[None]:
 class Snapshot:
     """Parameters, buffers and random numbers as they were before a step, so that a failed step leaves no trace.
 
-    A forward may move buffers (running statistics) and parameters (DRSL's modes), hence both are kept, on the device.
+    A forward may move buffers (running statistics) and parameters (DRSL's modes), hence both are kept, on the device,
+    but for the weights of a teacher, which only moves between steps.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._tensors = [*module.parameters(), *module.buffers()]
+        weights = [weight for name, weight in module.named_parameters() if not name.startswith("online.teacher.")]
+        self._tensors = [*weights, *module.buffers()]
         self._kept = [tensor.detach().clone() for tensor in self._tensors]
         self._cuda = any(tensor.is_cuda for tensor in self._tensors)
 
