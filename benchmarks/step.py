@@ -53,7 +53,7 @@ from segadapt.trainables.core.networks import NETWORKS, base_lr, build_segmenter
 from segadapt.trainables.core.training.config import OptimizerConfig, TrainerConfig, TrainerSettings
 from segadapt.trainables.core.training.trainer import Trainer
 
-MEASURED = [method.name for method in METHODS if method.name != "self_training"]
+MEASURED = [method.name for method in METHODS if method.name != "self_training" and not method.always_online]
 FORMS = ("trainer", "bare", "literal")
 PARTS = ("data", "forward", "losses", "backward", "optimiser")
 NETWORK_OF = {"streets": "compact", "paper": "deeplabv2_resnet101"}

@@ -285,6 +285,9 @@ def _new_search(request: SearchRequest, place: Place) -> Record:
     objective = Objective.parse(base.objective if request.objective is None else request.objective)
     scheduler = "none" if objective.is_front else base.scheduler
     configs = {method: checked_config(method, {**each.fixed, **each.first}) for method, each in candidates.items()}
+    for method, each in candidates.items():
+        if "online.enabled" in each.space:  # only some trials have what must fit then
+            checked_config(method, {**each.fixed, **each.first, "online.enabled": True})
     usual = usual_name("search", candidates, next(iter(configs.values())).data.name)
     earlier_searches = dict.fromkeys([*([request.fork] if request.fork is not None else []), *request.warm_start])
     seeds = _DEFAULT_SEEDS if request.seeds is None else request.seeds

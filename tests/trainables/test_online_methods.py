@@ -358,3 +358,21 @@ def test_features_of_things_stay_near_the_pretrained_ones(tmp_path: Path) -> Non
     assert passes[True] == 2 * 3, "source, mixed and masked images alone pass the network"
     state, network = trainer.method.state_dict(), trainer.method.segmenter.state_dict()
     assert len(state) == 2 * len(network) + 1, "the pretrained network is no part of the state"
+
+
+def test_whether_the_terms_are_added_can_be_searched_and_both_ways_are_checked_first(tmp_path: Path) -> None:
+    from segadapt.platform.experiment.planning import SearchRequest, plan_search
+    from segadapt.platform.storage.folders import Place
+
+    place, either = Place(tmp_path), {"online.enabled": "choice(false, true)"}
+    record = plan_search(SearchRequest(methods=["sdca"], settings=either), place)
+    assert record.candidates["sdca"].first["online.enabled"] is False
+    with pytest.raises(UsageError, match=r"online\.mask=token needs a plain transformer"):
+        plan_search(SearchRequest(methods=["sdca"], settings={**either, "online.mask": "token"}), place)
+    with pytest.raises(UsageError, match=r"add online_self_training\.online\.enabled=true"):
+        plan_search(SearchRequest(methods=["all"], settings=either), place)
+    alone = {**either, "online_self_training.online.enabled": True}
+    candidates = plan_search(SearchRequest(methods=["all"], settings=alone), place).candidates
+    assert [method for method, each in candidates.items() if "online.enabled" in each.space] == [
+        method for method in candidates if method != "online_self_training"
+    ]

@@ -165,14 +165,16 @@ def test_training_data_holds_no_target_label() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [*([name] for name in NAMES), ["drsl", "finish"], ["sdca", "finish", "lora"]], ids=" ".join
+    "words",
+    [*([name] for name in NAMES), ["drsl", "finish"], ["sdca", "finish", "lora"], ["bicl", "online"]],
+    ids=" ".join,
 )
 def test_two_workers_equal_one_on_the_joined_batch(words: list[str], tmp_path: Path) -> None:
-    name, *finish = words
+    name, *added = words
     script = Path(__file__).with_name("two_workers.py")
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), name, str(workers), str(rank), str(tmp_path / f"workers_{workers}"), *finish],
+            [sys.executable, str(script), name, str(workers), str(rank), str(tmp_path / f"workers_{workers}"), *added],
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -62,12 +62,16 @@ class Snapshot:
     """Parameters, buffers and random numbers as they were before a step, so that a failed step leaves no trace.
 
     A forward may move buffers (running statistics) and parameters (DRSL's modes), hence both are kept, on the device,
-    without what is frozen.
+    without what is frozen and the weights of a teacher, which only moves between steps.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        parameters = [parameter for parameter in module.parameters() if not isinstance(parameter, FrozenParameter)]
-        self._tensors = [*parameters, *module.buffers()]
+        weights = [
+            weight
+            for name, weight in module.named_parameters()
+            if not isinstance(weight, FrozenParameter) and not name.startswith("online.teacher.")
+        ]
+        self._tensors = [*weights, *module.buffers()]
         self._kept = [tensor.detach().clone() for tensor in self._tensors]
         self._cuda = any(tensor.is_cuda for tensor in self._tensors)
 
