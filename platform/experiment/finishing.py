@@ -113,7 +113,7 @@ def plan_finish(request: FinishRequest, place: Place) -> tuple[Record, Row]:
         ) from error
     values = request.settings if request.rounds is None else {**request.settings, "method.rounds": request.rounds}
     settings = finish_settings(row.method, trained, anchored(values), keep_losses=request.keep_losses)
-    checked_config("self_training", settings)
+    checked_config("self_training", settings, place)
     noted = checkpoint_name(place.folders, start)
     name = _finish_name(request, row, settings, noted)
     former_name = _finish_name(request, row, settings, row.checkpoint)  # an earlier version may have begun it

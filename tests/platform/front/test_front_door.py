@@ -68,6 +68,8 @@ assert_type(segadapt.data_make("town", {}, layout="gta5"), Path)
 assert_type(len(segadapt.data_check("folder", "town").faults), int)
 assert_type(len(segadapt.data_pack("folder", "town", "packed", size=(32, 64)).shards), int)
 assert_type(segadapt.data_show("sheet.png", {}), Path)
+assert_type(segadapt.weights_fetch("timm:test_vit", "vit.pth", licence="mit", place=place).sha256, str)
+assert_type([stored.licence for stored in segadapt.weights_list(place=place)], list[str])
 assert_type(segadapt.list_methods(), list[tuple[str, str]])
 assert_type(segadapt.describe("sdca")[0][0].doc, str)
 try:

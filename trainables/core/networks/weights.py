@@ -91,13 +91,18 @@ def some(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + more if names else "none"
 
 
+def is_file(weights: str) -> bool:
+    """Return whether a value of `network.weights` is a file's path, rather than the name of published weights."""
+    return weights.endswith(_FILES)
+
+
 def read_file(weights: str) -> Mapping[str, Tensor]:
     """Return the named tensors of a file.
 
     Raises:
         ValueError: If it is missing, damaged or of another kind.
     """
-    if not weights.endswith(_FILES):
+    if not is_file(weights):
         raise ValueError(
             f"network.weights must be none, pretrained, or a {_FILES_SHOWN} file, but got {weights!r}. Correct it."
         )
@@ -115,7 +120,7 @@ def read_weights(name: str, published: str | None, weights: str) -> Mapping[str,
     Raises:
         ValueError: If the weights cannot be had.
     """
-    if weights.endswith(_FILES):
+    if is_file(weights):
         return _local_state(Path(weights).expanduser())
     if published is None:
         raise ValueError(
