@@ -23,7 +23,7 @@ from segadapt.platform.settings.resources import Allocation
 from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.stage_keys import own_steps, split_plan, stage_keys
 from segadapt.platform.storage.stages import find
-from segadapt.platform.storage.weights import weights_hash, with_stored_weights
+from segadapt.platform.storage.weights import weights_hash, weights_origin, with_stored_weights
 from segadapt.trainables.core.method import Stage
 from segadapt.trainables.core.training.config import stage_steps
 
@@ -299,6 +299,17 @@ def _notes(
         asked = _one_worker(configs[method], resources.workers).trainer.batch_size
         if probe.micro_batch < asked:
             yield f"{method}: {asked} images do not fit the device; micro-batches of {probe.micro_batch} are used."
+    yield from weights_notes(configs, options.place.folders)
+
+
+def weights_notes(configs: Mapping[str, TrialConfig], storage: Storage) -> list[str]:
+    """Return what the networks of methods start from, and under which licences that is."""
+    origins = {method: weights_origin(config.network, storage) for method, config in configs.items()}
+    return [
+        f"{method} starts from the weights of {origin.source}, licence {origin.licence}."
+        for method, origin in origins.items()
+        if origin is not None
+    ]
 
 
 def _problems(estimated: Estimate, record: Record, storage: Storage) -> Iterator[str]:

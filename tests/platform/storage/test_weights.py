@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save
 
 import segadapt as api
 from segadapt.platform.deployment.export import CARD
+from segadapt.platform.experiment.estimate import weights_notes
 from segadapt.platform.settings.config import resolve
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.storage.stage_keys import stage_keys
@@ -104,6 +105,15 @@ def test_the_papers_networks_start_from_stored_weights_too(place: Place, tmp_pat
     segmenter = build_segmenter(num_classes=3, **vars(with_stored_weights(network, place.folders)))
     kept = {tuple(tensor.shape): tensor for tensor in segmenter.backbone.state_dict().values() if tensor.ndim == 4}
     assert any(torch.equal(tensor, original.state_dict()["features.0.0.weight"]) for tensor in kept.values())
+
+
+def test_a_plan_tells_from_which_weights_its_methods_start(place: Place, tmp_path: Path) -> None:
+    stored = api.weights_fetch(VIT, saved(tmp_path), licence="mit", place=place)
+    asked = {"network.name": VIT, "network.weights": "pretrained"}
+    plan = api.plan(["sdca", "plca"], {f"sdca.{key}": value for key, value in asked.items()}, place=place)
+    assert weights_notes(plan.record.configs, place.folders) == [
+        f"sdca starts from the weights of {stored.source}, licence mit."
+    ]
 
 
 def test_shared_stages_of_other_weights_have_other_keys() -> None:
