@@ -29,6 +29,9 @@ from segadapt.trainables.core.networks.weights import is_file, read_file, read_w
 PRETRAINED = "pretrained"
 """Value of `network.weights` that stands for the weights in the storage, or else for timm's."""
 
+FETCHED = ".fetched-"
+"""How the name of a folder begins in which weights are written; a kill leaves it."""
+
 _LOCK = ".lock"
 
 _OPEN = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc-by-4.0", "cc0-1.0", "isc")
@@ -77,7 +80,12 @@ def stored_weights(storage: Storage) -> list[StoredWeights]:
     Raises:
         UsageError: If a record or a file of them is damaged.
     """
-    return [_read(storage, path) for path in sorted(storage.weights.glob("*.json"))]
+    return [read_record(storage, path) for path in records(storage)]
+
+
+def records(storage: Storage) -> list[Path]:
+    """Return the files that say what weights there are, one for each network."""
+    return sorted(storage.weights.glob("*.json"))
 
 
 def find_weights(storage: Storage, network: str) -> StoredWeights | None:
@@ -91,7 +99,7 @@ def find_weights(storage: Storage, network: str) -> StoredWeights | None:
         UsageError: If they are damaged.
     """
     record = _record_path(storage, _with_tag(network))
-    return _read(storage, record) if record.is_file() else None
+    return read_record(storage, record) if record.is_file() else None
 
 
 def with_stored_weights(network: NetworkConfig, storage: Storage) -> NetworkConfig:
@@ -195,7 +203,7 @@ def store_weights(storage: Storage, network: str, weights: str, licence: str | N
         raise UsageError(str(error)) from error
     source, stated = _source(network, weights)
     storage.weights.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetched-", dir=storage.weights) as folder:
+    with tempfile.TemporaryDirectory(prefix=FETCHED, dir=storage.weights) as folder:
         whole = Path(folder) / "whole.safetensors"
         _write(state, whole)
         with whole.open("rb") as file:
@@ -216,7 +224,7 @@ def _recorded(storage: Storage, stored: StoredWeights, whole: Path | None = None
     with locked(storage.weights / _LOCK):
         if whole is not None:
             shutil.copymode(storage.weights / _LOCK, whole)  # else its owner alone could read it
-        present = _read(storage, record) if record.is_file() else None
+        present = read_record(storage, record) if record.is_file() else None
         if present is not None and present.sha256 != stored.sha256:
             raise UsageError(
                 f"A network must have one set of weights in a storage folder, but {stored.network} has those of "
@@ -288,7 +296,12 @@ def _record_path(storage: Storage, network: str) -> Path:
     return storage.weights / f"{network.replace(':', '-').replace('/', '-')}.json"
 
 
-def _read(storage: Storage, record: Path) -> StoredWeights:
+def read_record(storage: Storage, record: Path) -> StoredWeights:
+    """Return the weights that a file of `records` tells of.
+
+    Raises:
+        UsageError: If it or the weights are damaged.
+    """
     try:
         stored: StoredWeights = TypeAdapter(StoredWeights).validate_json(record.read_bytes())
         written = stored.path(storage).stat().st_size

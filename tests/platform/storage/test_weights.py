@@ -29,11 +29,14 @@ from safetensors.torch import load_file, save
 
 import segadapt as api
 from segadapt.platform.deployment.export import CARD
+from segadapt.platform.doctor.findings import Examination
+from segadapt.platform.doctor.storage import storage_findings
 from segadapt.platform.experiment.estimate import weights_notes
 from segadapt.platform.settings.config import resolve
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.storage.stage_keys import stage_keys
 from segadapt.platform.storage.weights import (
+    FETCHED,
     licence_note,
     weights_hash,
     weights_origin,
@@ -328,6 +331,26 @@ def test_a_licence_is_what_timm_says_and_unknown_is_said_as_such(tmp_path: Path)
 def test_one_sentence_tells_of_a_licence_that_not_everybody_may_use(licence: str, told: str | None) -> None:
     note = licence_note("timm/x", licence)
     assert (note is None) if told is None else (note is not None and told in note and "timm/x" in note)
+
+
+def test_doctor_names_damaged_weights_and_removes_what_a_killed_fetch_left(place: Place, tmp_path: Path) -> None:
+    stored = api.weights_fetch(VIT, saved(tmp_path), place=place)
+    left, in_work = (place.folders.weights / f"{FETCHED}{name}" for name in ("left", "in-work"))
+    for folder in (left, in_work):
+        folder.mkdir()
+        (folder / "whole.safetensors").write_bytes(b"half")
+    for path in (left / "whole.safetensors", left):
+        os.utime(path, (0, 0))
+    what = Examination(place)
+    (finding,) = (entry for entry in storage_findings(what) if entry.level == "fault")
+    assert left.name in finding.text
+    assert finding.mended().repaired
+    assert (left.exists(), in_work.exists()) == (False, True)
+    assert [entry for entry in storage_findings(what) if entry.level == "fault"] == []
+    stored.path(place.folders).unlink()
+    (damaged,) = (entry for entry in storage_findings(what) if entry.level == "fault")
+    assert "Remove" in damaged.text
+    assert "fetch them again" in damaged.text
 
 
 @pytest.mark.slow
