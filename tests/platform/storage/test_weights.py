@@ -160,8 +160,16 @@ def test_others_may_read_what_one_has_stored(place: Place, tmp_path: Path) -> No
         ("timm:test_resnet", "FILE", "network.weights must be those of timm's 'test_resnet'"),
         ("compact", "FILE", "must fill the backbone of 'compact', but lack 27 of its tensors: backbone.stem"),
         ("compact", "PART", "must fill the backbone of 'compact', but lack"),
-        ("compact", "pretrained", "no weights are published for it"),
-        ("deeplabv2_resnet101", "pretrained", "or one of IMAGENET1K_V1, IMAGENET1K_V2, but got 'pretrained'"),
+        (
+            "compact",
+            "pretrained",
+            "run `segadapt weights fetch compact WEIGHTS`, where WEIGHTS is a .pth",
+        ),
+        (
+            "deeplabv2_resnet101",
+            "pretrained",
+            "safetensors file, or one of IMAGENET1K_V1, IMAGENET1K_V2.",
+        ),
         (VIT, "absent.pth", "must be an existing file, but there is none at"),
         (VIT, "IMAGENET1K_V1", "must be none, pretrained, or a .pth"),
         (VIT, "", "must be none, pretrained, or a .pth"),

@@ -122,6 +122,12 @@ def read_weights(name: str, published: str | None, weights: str) -> Mapping[str,
     """
     if is_file(weights):
         return _local_state(Path(weights).expanduser())
+    if weights == "pretrained":
+        names = f", or one of {', '.join(_published(published))}" if published is not None else ""
+        raise ValueError(
+            f"network.weights=pretrained of {name!r} must be in the storage, but are not: run `segadapt weights fetch "
+            f"{name} WEIGHTS`, where WEIGHTS is a {_FILES_SHOWN} file{names}."
+        )
     if published is None:
         raise ValueError(
             f"network.weights of {name!r} must be none or a {_FILES_SHOWN} file, but got {weights!r}: "
@@ -170,11 +176,17 @@ def _safetensors_state(path: Path) -> Mapping[str, Tensor]:
     return state
 
 
+def _published(backbone: str) -> list[str]:
+    """Return torchvision's names of the weights of a backbone, without DEFAULT, which changes between versions."""
+    from torchvision.models import get_model_weights
+
+    return [choice.name for choice in get_model_weights(backbone)]
+
+
 def _published_state(backbone: str, weights: str) -> Mapping[str, Tensor]:
     from torchvision.models import get_model_weights
 
-    choices = get_model_weights(backbone)
-    known = [choice.name for choice in choices]  # without the alias DEFAULT, which changes between versions
+    choices, known = get_model_weights(backbone), _published(backbone)
     if weights not in known:
         raise ValueError(
             f"network.weights must be none, a {_FILES_SHOWN} file, or one of {', '.join(known)}, but got {weights!r}."
