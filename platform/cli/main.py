@@ -5,7 +5,7 @@ import traceback
 
 import typer
 
-from segadapt.platform.cli import cache, data, doctor, jobs, models, runs, search
+from segadapt.platform.cli import cache, data, doctor, jobs, models, runs, search, weights
 from segadapt.platform.cli.options import LateHelp
 from segadapt.platform.settings.termination import treat_termination_as_interrupt
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app)
 app.add_typer(cache.app)
+app.add_typer(weights.app)
 app.command("list")(runs.list_methods)
 app.command()(runs.describe)
 app.command(cls=LateHelp)(search.search)

@@ -108,6 +108,8 @@ def export(
     for name, difference in result.differences.items():
         print(f"{result.folder}/{name}: class probabilities within {difference:.1e} of the run's network")
     print(f"registered in MLflow: models:/{result.model}/{result.version}")
+    if result.licence is not None:
+        print(result.licence)
 
 
 @shared(place=tracked_place, _debug=debug)

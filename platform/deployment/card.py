@@ -55,6 +55,12 @@ class Card:
     """Fingerprint of the data it was trained on."""
     config: Mapping[str, Any]
     """Configuration of the run."""
+    weights: str | None = None
+    """What the training began from: a name on a hub, an address or a file; None for random numbers."""
+    weights_licence: str | None = None
+    """Under which those are, as their publishers name it, or unknown; None without."""
+    weights_sha256: str | None = None
+    """Hash of their file in the storage; None if they were not in it."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values."""

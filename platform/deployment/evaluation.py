@@ -16,7 +16,8 @@ from segadapt.platform.results.leaderboard import find_run, run_tags
 from segadapt.platform.settings.config import TrialConfig, Values, flatten, keys, resolve
 from segadapt.platform.settings.text import first_line
 from segadapt.platform.storage.checkpoints import checkpoint_name, class_names, configuration, read_metrics
-from segadapt.platform.storage.folders import Place, user_path
+from segadapt.platform.storage.folders import Place, Storage, user_path
+from segadapt.platform.storage.weights import with_stored_weights
 from segadapt.platform.tracking.tags import KEY_TAG
 from segadapt.platform.tracking.tracker import Tracker
 from segadapt.platform.trial.training import build_method
@@ -63,13 +64,16 @@ class Deployed:
     """Training steps it has seen."""
 
 
-def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> Deployed:
+def load_deployed(
+    checkpoint: Path, overrides: Values, device: torch.device, storage: Storage | None = None
+) -> Deployed:
     """Rebuild the network that a trial deploys from its checkpoint folder.
 
     Args:
         checkpoint: The folder.
         overrides: Settings to use in place of the trial's, by dotted key.
         device: Where the network goes.
+        storage: Where the pretrained weights of a frozen backbone may be kept.
 
     Raises:
         UsageError: If the checkpoint is missing or damaged, or a setting is not as it must be.
@@ -94,7 +98,7 @@ def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> 
             f"--aggregation must be left out for a network that was trained by {method}: it does not offer aggregation."
         )
     config = resolve(method, {**dict(flatten(content)), **overrides})
-    built = _built(dataclasses.replace(config, online=OnlineConfig()), weights, len(names))
+    built = _built(dataclasses.replace(config, online=OnlineConfig()), weights, len(names), storage)
     try:
         check_frozen(state, frozen_hash(built.segmenter))
         built.deployed.load_state_dict(weights)
@@ -105,13 +109,14 @@ def load_deployed(checkpoint: Path, overrides: Values, device: torch.device) -> 
     return Deployed(built.deployed.to(device).eval(), config, names, step)
 
 
-def _built(config: TrialConfig, weights: Collection[str], num_classes: int) -> Method:
+def _built(config: TrialConfig, weights: Collection[str], num_classes: int, storage: Storage | None) -> Method:
     """Build the method of a trial, with the backbone it started from where that was frozen.
 
     Args:
         config: Of the trial.
         weights: Names in the state of the deployed network.
         num_classes: Number of classes of the network.
+        storage: Where pretrained weights may be kept.
 
     Raises:
         UsageError: If the backbone was frozen and cannot be had.
@@ -119,7 +124,8 @@ def _built(config: TrialConfig, weights: Collection[str], num_classes: int) -> M
     if config.network.tune == "full":
         return build_method(dataclasses.replace(config, network=_untrained(config.network, weights)), num_classes)
     try:
-        return build_method(config, num_classes)
+        network = config.network if storage is None else with_stored_weights(config.network, storage)
+        return build_method(dataclasses.replace(config, network=network), num_classes)
     except ValueError as error:
         raise UsageError(
             f"A checkpoint of network.tune={config.network.tune} needs the backbone that it was trained beside, and "
@@ -419,7 +425,7 @@ def evaluate_run(
     assert row.checkpoint is not None
     key = run_tags(row, place)[KEY_TAG]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    deployed = load_deployed(Path(row.checkpoint), overrides, device)
+    deployed = load_deployed(Path(row.checkpoint), overrides, device, place.folders)
     images, labelled = target_images(deployed.config, deployed.names)
     chosen = protocol_of(protocol, deployed.names, labelled)
     submission = Submission(predictions, deployed.names) if predictions is not None else None

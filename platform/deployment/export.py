@@ -24,10 +24,13 @@ from segadapt.platform.settings.config import TrialConfig
 from segadapt.platform.settings.objective import MIOUS
 from segadapt.platform.settings.text import first_line
 from segadapt.platform.storage.checkpoints import class_colors, read_metrics, state_hash
-from segadapt.platform.storage.folders import Place, user_path
+from segadapt.platform.storage.folders import Place, Storage, user_path
+from segadapt.platform.storage.weights import WeightsOrigin, licence_note
+from segadapt.platform.tracking.descriptions import origin_of_tags
 from segadapt.platform.tracking.tags import DATA_TAG
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.evaluation.deployed import DeployedNetwork, smallest_side, stride
+from segadapt.trainables.core.networks.hub import UNKNOWN
 
 ONNX = "model.onnx"
 
@@ -72,6 +75,10 @@ class Origin:
     run: str = ""
     run_id: str = ""
     data_fingerprint: str = ""
+    weights: WeightsOrigin | None = None
+    """What its training began from; None at random numbers, or where nothing tells."""
+    storage: Storage | None = None
+    """Where the pretrained weights of a frozen backbone may be kept."""
 
 
 def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork, Card]:
@@ -80,7 +87,7 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
     Raises:
         UsageError: If its checkpoint is missing or damaged.
     """
-    deployed = evaluating.load_deployed(origin.checkpoint, {}, device)
+    deployed = evaluating.load_deployed(origin.checkpoint, {}, device, origin.storage)
     network, config = deployed.network, deployed.config
     metrics = read_metrics(origin.checkpoint)
     aggregation = float(getattr(config.method, evaluating.AGGREGATION.removeprefix("method."), 0.0))
@@ -88,6 +95,7 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
     pixels = _WHOLE_PIXELS
     if aggregation and size is None:
         pixels = min(pixels, _WHOLE_CELLS * stride(network) ** 2)
+    weights = origin.weights or _noted_weights(config)
     mean, std = (part.flatten().tolist() for part in (network.mean, network.std))
     card = Card(
         classes=deployed.names,
@@ -106,8 +114,17 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
         step=deployed.step,
         data_fingerprint=origin.data_fingerprint,
         config=config.as_dict(),
+        weights=weights.source if weights is not None else None,
+        weights_licence=weights.licence if weights is not None else None,
+        weights_sha256=weights.sha256 if weights is not None else None,
     )
     return DeployedNetwork(network, size, config.augmentation.interpolation).to(device), card
+
+
+def _noted_weights(config: TrialConfig) -> WeightsOrigin | None:
+    """Return what a configuration alone says of the weights that the training began from."""
+    weights = config.network.weights
+    return None if weights in (None, "none") else WeightsOrigin(f"{config.network.name} {weights}", UNKNOWN)
 
 
 def from_run(origin: Origin, device: torch.device) -> tuple["Predict", Card]:
@@ -298,6 +315,8 @@ class ExportResult:
     model: str
     """Name in the registry."""
     version: str
+    licence: str | None = None
+    """What to know of the licence of the weights that the training began from; None if everybody may use them."""
 
 
 def origin_of(run: str, search: str, place: Place) -> Origin:
@@ -308,8 +327,9 @@ def origin_of(run: str, search: str, place: Place) -> Origin:
     """
     row = find_run(run, search, place, kinds=("trial", "finish"))
     assert row.checkpoint is not None
-    fingerprint = run_tags(row, place).get(DATA_TAG, "")
-    return Origin(Path(row.checkpoint), search, row.name, row.run_id, fingerprint)
+    tags = run_tags(row, place)
+    weights = origin_of_tags(tags)
+    return Origin(Path(row.checkpoint), search, row.name, row.run_id, tags.get(DATA_TAG, ""), weights, place.folders)
 
 
 def export_run(run: str, search: str, out: str | None, register: str | None, place: Place) -> ExportResult:
@@ -323,4 +343,5 @@ def export_run(run: str, search: str, out: str | None, register: str | None, pla
     with variables_set({}, ("TORCHINDUCTOR_CACHE_DIR",)):  # PyTorch's exporter leaves it behind
         differences = write(network, card, folder)
     version = registry.register(open_client(place), name, card, folder / ONNX)
-    return ExportResult(origin.run, str(folder), differences, name, version)
+    licence = licence_note(str(card.weights), card.weights_licence) if card.weights_licence is not None else None
+    return ExportResult(origin.run, str(folder), differences, name, version, licence)

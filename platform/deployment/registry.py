@@ -11,7 +11,9 @@ import numpy as np
 
 from segadapt.platform.deployment.card import Card
 from segadapt.platform.errors import UsageError
+from segadapt.platform.storage.weights import WeightsOrigin
 from segadapt.platform.tracking.client import mlflow_settings
+from segadapt.platform.tracking.descriptions import weights_tags
 from segadapt.platform.tracking.tags import DATA_TAG, MODEL_CHECKPOINT_TAG, MODEL_SEARCH_TAG, MODEL_TRIAL_TAG
 
 _SERVED_EXAMPLE_SIZE = (64, 96)
@@ -66,6 +68,9 @@ def register(client: Any, name: str, card: Card, onnx: Path) -> str:
     miou = card.metrics.get("target_val/miou")
     described = f"{card.run} of {card.search} at step {card.step}, target mIoU "
     described += f"{miou:.3f}" if miou is not None else "unknown: no target label to measure it by"
+    if card.weights is not None:
+        described += f"; began from {card.weights}, licence {card.weights_licence}"
+        tags |= weights_tags(WeightsOrigin(card.weights, str(card.weights_licence), card.weights_sha256))
     made = int(client.create_model_version(name, source, card.run_id, tags, description=described).version)
     first = min(versions(), default=made)
     if first < made:  # another export of the same checkpoint registered it meanwhile

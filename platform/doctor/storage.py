@@ -13,11 +13,12 @@ from segadapt.platform.doctor.drivers import Drivers, experiment_of
 from segadapt.platform.doctor.findings import Examination, Finding, fault
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.record import BEGUN
-from segadapt.platform.storage import cache
+from segadapt.platform.storage import cache, leases
 from segadapt.platform.storage.checkpoints import is_sound
 from segadapt.platform.storage.driving import driving
 from segadapt.platform.storage.files import MOUNTS, file_system, keeps_locks_apart, lock, locked
 from segadapt.platform.storage.folders import Storage, open_storage
+from segadapt.platform.storage.weights import FETCHED, read_record, records
 from segadapt.platform.tracking import outbox
 
 _OLD_S = 3600.0
@@ -47,6 +48,7 @@ def storage_findings(what: Examination) -> Iterator[Finding]:
     yield from _locks(storage, kind, options)
     yield from _in_work(storage)
     yield from _stage_cache(storage)
+    yield from _weights(storage)
 
 
 def _locks(storage: Storage, kind: str, options: str) -> Iterator[Finding]:
@@ -109,6 +111,19 @@ def _stage_cache(storage: Storage) -> Iterator[Finding]:
             repair = partial(_undisturbed, storage, stage.needed_by, partial(_remove_stage, storage, stage.hash))
             yield Finding("storage", "fault", text, "Trials that load it fail", advice, repair)
     yield from _begun_stages(storage, drivers)
+
+
+def _weights(storage: Storage) -> Iterator[Finding]:
+    for folder in sorted(storage.weights.glob(f"{FETCHED}*")):
+        changed = max((path.stat().st_mtime for path in (folder, *folder.glob("*"))), default=0.0)
+        if leases.clock(storage.weights) - changed > _OLD_S:
+            text = f"weights/{folder.name} holds weights that were never stored whole"
+            yield _left(text, "A command was killed while it fetched them", partial(shutil.rmtree, folder))
+    for record in records(storage):
+        try:
+            read_record(storage, record)
+        except UsageError as error:
+            yield fault("storage", str(error), "Trials with network.weights=pretrained fail", "Do as it says")
 
 
 def _tidy(storage: Storage) -> None:

@@ -23,6 +23,7 @@ from segadapt.platform.settings.resources import Allocation
 from segadapt.platform.storage.folders import Storage
 from segadapt.platform.storage.stage_keys import own_steps, split_plan, stage_keys
 from segadapt.platform.storage.stages import find
+from segadapt.platform.storage.weights import weights_hash, weights_origin, with_stored_weights
 from segadapt.trainables.core.method import Stage
 from segadapt.trainables.core.training.config import stage_steps
 
@@ -133,7 +134,9 @@ def _probes(record: Record, options: Options, resources: Allocation) -> dict[str
     probes = {}
     for method, config in record.configs.items():
         options.say(f"measuring {PROBE_STEPS} steps of each stage of {method} ...")
-        probes[method] = run_probe(method, _one_worker(config, resources.workers), resources.cpus, threads)
+        network = with_stored_weights(config.network, options.place.folders)
+        measured = _one_worker(dataclasses.replace(config, network=network), resources.workers)
+        probes[method] = run_probe(method, measured, resources.cpus, threads)
     return probes
 
 
@@ -144,7 +147,8 @@ def _method_costs(record: Record, storage: Storage, probes: Mapping[str, Probe])
     computed: set[str] = set()
     costs = {}
     for method, probe in probes.items():
-        keys = stage_keys(record.shared_configs[method], probe.fingerprint)
+        config = record.shared_configs[method]
+        keys = stage_keys(config, probe.fingerprint, weights=weights_hash(config.network, storage))
         missing = [key for key in keys if key.hash not in computed and find(storage, key) is None]
         computed |= {key.hash for key in keys}
         costs[method] = _method_cost(configs[method], probe, rungs, tuple(key.stage for key in missing))
@@ -295,6 +299,17 @@ def _notes(
         asked = _one_worker(configs[method], resources.workers).trainer.batch_size
         if probe.micro_batch < asked:
             yield f"{method}: {asked} images do not fit the device; micro-batches of {probe.micro_batch} are used."
+    yield from weights_notes(configs, options.place.folders)
+
+
+def weights_notes(configs: Mapping[str, TrialConfig], storage: Storage) -> list[str]:
+    """Return what the networks of methods start from, and under which licences that is."""
+    origins = {method: weights_origin(config.network, storage) for method, config in configs.items()}
+    return [
+        f"{method} starts from the weights of {origin.source}, licence {origin.licence}."
+        for method, origin in origins.items()
+        if origin is not None
+    ]
 
 
 def _problems(estimated: Estimate, record: Record, storage: Storage) -> Iterator[str]:

@@ -114,7 +114,7 @@ def plan_finish(request: FinishRequest, place: Place) -> tuple[Record, Row]:
         ) from error
     values = request.settings if request.rounds is None else {**request.settings, "method.rounds": request.rounds}
     settings = finish_settings(row.method, trained, anchored(values), keep_losses=request.keep_losses)
-    check_tuning(checked_config("self_training", settings), trained, request.seeds)
+    check_tuning(checked_config("self_training", settings, place), trained, request.seeds)
     noted = checkpoint_name(place.folders, start)
     name = _finish_name(request, row, settings, noted)
     former_name = _finish_name(request, row, settings, row.checkpoint)  # an earlier version may have begun it

@@ -24,6 +24,7 @@ from segadapt.platform.settings.config import TrialConfig, Values, anchored, rea
 from segadapt.platform.settings.objective import LABEL_FREE, TARGET, Objective
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.trial.training import build_method
+from segadapt.platform.storage.weights import with_stored_weights
 from segadapt.trainables.core.networks import NETWORKS, build_segmenter
 from segadapt.trainables.core.online.fitting import check_online
 
@@ -182,7 +183,7 @@ def plan_training(request: TrainRequest, place: Place) -> Record:
     preset = search_spaces.DEFAULT_PRESET if request.preset is None else request.preset
     base = preset_settings(request.method, preset) if preset != search_spaces.DEFAULT_PRESET else {}
     settings = with_packed_sizes(anchored({**base, **_settings(request)}))
-    config = checked_config(request.method, settings)
+    config = checked_config(request.method, settings, place)
     record = Record(
         kind="train",
         name=free_name(place, request.name, usual_name("train", [request.method], config.data.name)),
@@ -284,10 +285,12 @@ def _new_search(request: SearchRequest, place: Place) -> Record:
     base = parent or Record("search", "", {}, TARGET, trials=_DEFAULT_TRIALS)
     objective = Objective.parse(base.objective if request.objective is None else request.objective)
     scheduler = "none" if objective.is_front else base.scheduler
-    configs = {method: checked_config(method, {**each.fixed, **each.first}) for method, each in candidates.items()}
+    configs = {
+        method: checked_config(method, {**each.fixed, **each.first}, place) for method, each in candidates.items()
+    }
     for method, each in candidates.items():
         if "online.enabled" in each.space:  # only some trials have what must fit then
-            checked_config(method, {**each.fixed, **each.first, "online.enabled": True})
+            checked_config(method, {**each.fixed, **each.first, "online.enabled": True}, place)
     usual = usual_name("search", candidates, next(iter(configs.values())).data.name)
     earlier_searches = dict.fromkeys([*([request.fork] if request.fork is not None else []), *request.warm_start])
     seeds = _DEFAULT_SEEDS if request.seeds is None else request.seeds
@@ -356,20 +359,31 @@ def search_only(record: Record, option: str) -> Record:
     return record
 
 
-def checked_config(method: str, values: Values) -> TrialConfig:
-    """Return the configuration, having looked at everything that can be wrong before a process is started."""
+def checked_config(method: str, values: Values, place: Place) -> TrialConfig:
+    """Return the configuration, having looked at everything that can be wrong before a process is started.
+
+    Args:
+        method: Name of the method.
+        values: Settings by dotted key.
+        place: Where pretrained weights may be kept.
+
+    Raises:
+        UsageError: If something is wrong.
+    """
     from segadapt.trainables.core.data.datasets import load_data
 
     config = resolve(method, values)
     try:
         if config.data.name != "streets":  # generated, nothing can be missing
             load_data(config.data)
+        network = with_stored_weights(config.network, place.folders)
         if config.online.enabled:
             data = load_data(config.data)[0]
-            if (online := build_method(config, len(data.classes)).online) is not None:
-                check_online(online, data, config.augmentation)
-        elif config.network.weights is not None or config.network.name not in NETWORKS:
-            build_segmenter(num_classes=2, **vars(config.network))
+            built = build_method(replace(config, network=network), len(data.classes))
+            if built.online is not None:
+                check_online(built.online, data, config.augmentation)
+        elif network.weights is not None or network.name not in NETWORKS:
+            build_segmenter(num_classes=2, **vars(network))
     except ValueError as error:
         raise UsageError(str(error)) from error
     return config

@@ -30,6 +30,7 @@ from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.storage.retention import CheckpointRetention
 from segadapt.platform.storage.stage_keys import code_versions
 from segadapt.platform.storage.stages import need_no_more
+from segadapt.platform.storage.weights import store_pretrained
 from segadapt.platform.tracking.tags import FROM_TAG, VERDICT_TAG
 from segadapt.platform.trial.spec import TrialSpec
 from segadapt.trainables.core.data.datasets import DataConfig
@@ -90,6 +91,7 @@ def run(record: Record, options: Options) -> Outcome:
         check_studies(record, options.place)
     storage = options.place.prepared()
     _tell_if_locks_are_apart(storage, options)
+    store_pretrained((config.network for config in record.configs.values()), storage, options.say)
     if record.kind == "search":
         open_study_storage(options.place.study_url)  # answers, or nothing is begun
         record = dataclasses.replace(record, study=study_database_name(options.place))

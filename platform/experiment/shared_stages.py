@@ -24,6 +24,7 @@ from segadapt.platform.storage.stages import (
     put_damaged_aside,
     turn_to_compute,
 )
+from segadapt.platform.storage.weights import weights_hash
 from segadapt.platform.tracking.tags import CACHE_TAGS, STAGE_TAGS
 from segadapt.platform.trial.spec import TrialSpec
 from segadapt.trainables.core.training.checkpoint import GALLERY
@@ -68,7 +69,8 @@ class SharedStages:
         from segadapt.trainables.core.data.datasets import load_data
 
         config = self.spec.shared_config(method, seed)
-        return stage_keys(config, load_data(config.data)[0].fingerprint, self.spec.code)
+        weights = weights_hash(config.network, self.spec.storage)
+        return stage_keys(config, load_data(config.data)[0].fingerprint, self.spec.code, weights)
 
     def _ensure_of(self, method: str, seed: int | None, keys: list[StageKey]) -> bool:
         """Load a method's shared stages, wait for those that others compute, and compute what is missing."""

@@ -16,7 +16,8 @@ from segadapt.platform.experiment.tune_state import StateArchive
 from segadapt.platform.settings.reported import Reported
 from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.retention import CheckpointRetention
-from segadapt.platform.tracking.descriptions import datasets
+from segadapt.platform.storage.weights import weights_origin
+from segadapt.platform.tracking.descriptions import datasets, weights_tags
 from segadapt.platform.tracking.tags import (
     CHECKPOINT_TAG,
     DATA_TAG,
@@ -118,6 +119,7 @@ class TrialRuns:
             EXPERIMENT_TAG: self._spec.experiment,
             SEED_TAG: str(config.seed),
             OBJECTIVE_TAG: str(self._spec.objective),
+            **weights_tags(weights_origin(config.network, self._spec.storage)),
             **git_tags(self._environment),
             **self._labels.tags,
         }

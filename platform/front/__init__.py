@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     )
     from segadapt.platform.api.results import report, runs, status, trial_log
     from segadapt.platform.api.training import Finish, Plan, Result, finish, plan, search, train
+    from segadapt.platform.api.weights import weights_fetch, weights_list
     from segadapt.platform.errors import UsageError
     from segadapt.platform.settings.resources import Resources, Tolerance
     from segadapt.platform.storage.folders import Place
@@ -44,6 +45,7 @@ _MODULES = {
     "api.operation": ("cache_list", "cache_prune", "doctor", "jobs", "logs", "stop", "submit", "ui"),
     "api.results": ("report", "runs", "status", "trial_log"),
     "api.training": ("Finish", "Plan", "Result", "finish", "plan", "search", "train"),
+    "api.weights": ("weights_fetch", "weights_list"),
     "errors": ("UsageError",),
     "settings.resources": ("Resources", "Tolerance"),
     "storage.folders": ("Place",),
@@ -86,6 +88,8 @@ __all__ = [
     "train",
     "trial_log",
     "ui",
+    "weights_fetch",
+    "weights_list",
 ]
 
 if not TYPE_CHECKING:  # a type checker would take any name for one that this returns

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from segadapt.platform.results.plots import MEASURES, importances
 from segadapt.platform.settings.objective import TARGET, Objective
 from segadapt.platform.settings.text import number_text, short_text
+from segadapt.platform.storage.weights import WeightsOrigin
+from segadapt.platform.tracking.descriptions import origin_of_tags
 from segadapt.platform.tracking.tags import KIND_TAG
 from segadapt.trainables.core.training.checkpoint import GALLERY
 
@@ -94,9 +96,15 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
         figures={name: _html(figure) for name, figure in figures.items() if figure is not None},
         importance={method: _html(figure) for method, figure in _importance_figures(study, objective).items()},
         plotly=_plotly(),
+        weights=_weights(entries),
         costs=_costs(client, entries),
         advice=advice(board, best, curves),
     )
+
+
+def _weights(entries: Sequence[Any]) -> list[WeightsOrigin]:
+    """Return what the networks of runs started from, without those that started at random."""
+    return list(dict.fromkeys(origin for entry in entries if (origin := origin_of_tags(entry.data.tags)) is not None))
 
 
 def advice(board: "Leaderboard", best: "Row | None", curves: Sequence[Curve]) -> list[tuple[str, str]]:

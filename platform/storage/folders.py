@@ -61,6 +61,11 @@ class Storage:
         """Finished shared stages by their hash."""
         return self.root / "stages"
 
+    @property
+    def weights(self) -> Path:
+        """Pretrained weights by their hash, with a record for each network."""
+        return self.root / "weights"
+
     def experiment(self, name: str) -> Path:
         """Return the folder of a search or run.
 

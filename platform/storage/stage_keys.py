@@ -70,7 +70,9 @@ def own_steps(config: TrialConfig) -> int:
     return sum(stage_steps(split_plan(config)[1], config.warmup.steps, config.trainer.steps).values())
 
 
-def stage_keys(config: TrialConfig, fingerprint: str, code: CodeVersions | None = None) -> list[StageKey]:
+def stage_keys(
+    config: TrialConfig, fingerprint: str, code: CodeVersions | None = None, weights: str | None = None
+) -> list[StageKey]:
     """Return the keys of a trial's shared stages in order; each depends on the one before.
 
     The warm-up depends on data, network, `warmup.*`, the optimiser's, trainer's and augmentation's settings that act in
@@ -80,6 +82,7 @@ def stage_keys(config: TrialConfig, fingerprint: str, code: CodeVersions | None 
         config: Without searched values (`TrialSpec.shared_config`): what a trial varies never acts on a shared stage.
         fingerprint: Fingerprint of the data.
         code: Hashes of what computes them; None looks at it now.
+        weights: Hash of the weights in the storage that the network starts from; None if it starts from others.
     """
     code = code or code_versions([config.method_name])
     optimizer = dataclasses.asdict(config.optimizer)
@@ -94,6 +97,8 @@ def stage_keys(config: TrialConfig, fingerprint: str, code: CodeVersions | None 
         "batch": [config.trainer.batch_size, config.trainer.accumulate, config.trainer.precision],
         "seed": config.seed,
     }
+    if weights is not None:
+        content["weights"] = weights
     augmentation = config.augmentation.in_every_stage()
     if augmentation:
         content["augmentation"] = augmentation

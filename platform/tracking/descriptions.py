@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping
 
+from segadapt.platform.storage.weights import WeightsOrigin
+from segadapt.platform.tracking.tags import LICENCE_TAG, WEIGHTS_HASH_TAG, WEIGHTS_TAG
 from segadapt.trainables.core.data.datasets import DataConfig, split_location
 from segadapt.trainables.core.training.checkpoint import GALLERY
 
@@ -31,6 +33,21 @@ def datasets(config: DataConfig, fingerprint: str) -> list[dict[str, str]]:
         }
         for domain, context in parts
     ]
+
+
+def weights_tags(origin: WeightsOrigin | None) -> dict[str, str]:
+    """Return the tags that say what the network of a run started from; none if it started at random."""
+    if origin is None:
+        return {}
+    stored = {WEIGHTS_HASH_TAG: origin.sha256} if origin.sha256 is not None else {}
+    return {WEIGHTS_TAG: origin.source, LICENCE_TAG: origin.licence, **stored}
+
+
+def origin_of_tags(tags: Mapping[str, str]) -> WeightsOrigin | None:
+    """Return what `weights_tags` made the tags of a run of; None if they say nothing of weights."""
+    if WEIGHTS_TAG not in tags:
+        return None
+    return WeightsOrigin(tags[WEIGHTS_TAG], tags[LICENCE_TAG], tags.get(WEIGHTS_HASH_TAG))
 
 
 def search_note(name: str, best: str, values: Mapping[str, float], step: int, trials: int, verdict: str | None) -> str:

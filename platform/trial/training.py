@@ -12,6 +12,7 @@ from segadapt.platform.settings.reported import Reported
 from segadapt.platform.storage.checkpoints import read_metrics, write_configuration
 from segadapt.platform.storage.stage_keys import StageKey, split_plan, stage_keys
 from segadapt.platform.storage.stages import longest_prefix, publishing
+from segadapt.platform.storage.weights import weights_hash, with_stored_weights
 from segadapt.platform.trial.environment import machine
 from segadapt.platform.trial.spec import Trial, TrialSpec
 from segadapt.trainables import method_class
@@ -77,8 +78,10 @@ def train(trial: Trial, deliver: Deliver, resume: Path | None) -> None:
     data, evaluation = load_data(config.data)
     use = MachineUse()
     report = _describing(deliver, config, data.fingerprint, use)
-    method = build_method(config, len(data.classes))
-    keys = stage_keys(trial.shared_config, data.fingerprint, spec.code)
+    network = with_stored_weights(config.network, spec.storage)
+    method = build_method(dataclasses.replace(config, network=network), len(data.classes))
+    weights = weights_hash(config.network, spec.storage)
+    keys = stage_keys(trial.shared_config, data.fingerprint, spec.code, weights)
     done = longest_prefix(spec.storage, keys)
     if spec.shared_stages:
         plan = tuple(key.stage for key in keys[len(done) :])

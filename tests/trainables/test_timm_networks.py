@@ -316,5 +316,5 @@ except ValueError as error:
         check=False,
     )
     assert "network.weights=pretrained must be downloaded once, but the weights of 'test_vit.r160_in1k'" in done.stderr
-    assert "set network.weights to its path" in done.stderr
+    assert "Run `segadapt weights fetch timm:test_vit.r160_in1k` on a machine with network access" in done.stderr
     assert "Traceback" not in done.stderr

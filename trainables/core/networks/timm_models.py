@@ -20,7 +20,9 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from segadapt.trainables.core.networks.heads import HEADS, DecoderHead, exportable
+from segadapt.trainables.core.networks.hub import source_options
 from segadapt.trainables.core.networks.layers import Encoding, SummedDilatedHead
+from segadapt.trainables.core.networks.naming import timm_names
 from segadapt.trainables.core.networks.segmenter import Normalisation, Segmenter
 from segadapt.trainables.core.networks.tuning import leave_frozen_out
 from segadapt.trainables.core.networks.weights import some
@@ -254,7 +256,8 @@ def _created(name: str, options: Mapping[str, Any], drop_path: float, *, dilated
     for stride in strides:
         for sizing in _ANY_SIZE:
             try:
-                model: nn.Module = timm.create_model(name, **options, **stride, **sizing)
+                source = source_options(name) if options["pretrained"] else {}
+                model: nn.Module = timm.create_model(name, **options, **source, **stride, **sizing)
             except (TypeError, NotImplementedError) as error:  # how families of timm say that they lack an option
                 refused = str(error)
             except (OSError, RuntimeError) as error:  # no network, a gated model, a damaged file
@@ -262,8 +265,8 @@ def _created(name: str, options: Mapping[str, Any], drop_path: float, *, dilated
                     raise
                 raise ValueError(
                     f"network.weights=pretrained must be downloaded once, but the weights of {name!r} could not be "
-                    f"had: {_short(str(error))} Fetch their file on a machine with network access and set "
-                    "network.weights to its path."
+                    f"had: {_short(str(error))} Run `segadapt weights fetch {PREFIX}{name}` on a machine with network "
+                    "access that sees --storage, or give it, or network.weights, a file."
                 ) from error
             else:
                 if hasattr(model, "forward_intermediates") and getattr(model, "feature_info", None):
@@ -283,7 +286,7 @@ def _load(name: str, encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
     """
     inner = {key.split("backbone.encoder.", 1)[1]: value for key, value in state.items() if "backbone.encoder." in key}
     renamed = getattr(sys.modules[type(encoder).__module__], "checkpoint_filter_fn", None)  # timm's, of one family
-    tensors = dict(inner or state)
+    tensors = inner or timm_names(state, encoder)
     if renamed is not None and not inner:
         tensors = renamed(tensors, encoder)
     places = encoder.state_dict()

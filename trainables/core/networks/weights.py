@@ -91,13 +91,18 @@ def some(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + more if names else "none"
 
 
+def is_file(weights: str) -> bool:
+    """Return whether a value of `network.weights` is a file's path, rather than the name of published weights."""
+    return weights.endswith(_FILES)
+
+
 def read_file(weights: str) -> Mapping[str, Tensor]:
     """Return the named tensors of a file.
 
     Raises:
         ValueError: If it is missing, damaged or of another kind.
     """
-    if not weights.endswith(_FILES):
+    if not is_file(weights):
         raise ValueError(
             f"network.weights must be none, pretrained, or a {_FILES_SHOWN} file, but got {weights!r}. Correct it."
         )
@@ -115,8 +120,14 @@ def read_weights(name: str, published: str | None, weights: str) -> Mapping[str,
     Raises:
         ValueError: If the weights cannot be had.
     """
-    if weights.endswith(_FILES):
+    if is_file(weights):
         return _local_state(Path(weights).expanduser())
+    if weights == "pretrained":
+        names = f", or one of {', '.join(_published(published))}" if published is not None else ""
+        raise ValueError(
+            f"network.weights=pretrained of {name!r} must be in the storage, but are not: run `segadapt weights fetch "
+            f"{name} WEIGHTS`, where WEIGHTS is a {_FILES_SHOWN} file{names}."
+        )
     if published is None:
         raise ValueError(
             f"network.weights of {name!r} must be none or a {_FILES_SHOWN} file, but got {weights!r}: "
@@ -165,11 +176,17 @@ def _safetensors_state(path: Path) -> Mapping[str, Tensor]:
     return state
 
 
+def _published(backbone: str) -> list[str]:
+    """Return torchvision's names of the weights of a backbone, without DEFAULT, which changes between versions."""
+    from torchvision.models import get_model_weights
+
+    return [choice.name for choice in get_model_weights(backbone)]
+
+
 def _published_state(backbone: str, weights: str) -> Mapping[str, Tensor]:
     from torchvision.models import get_model_weights
 
-    choices = get_model_weights(backbone)
-    known = [choice.name for choice in choices]  # without the alias DEFAULT, which changes between versions
+    choices, known = get_model_weights(backbone), _published(backbone)
     if weights not in known:
         raise ValueError(
             f"network.weights must be none, a {_FILES_SHOWN} file, or one of {', '.join(known)}, but got {weights!r}."
