@@ -67,6 +67,7 @@ __all__ = [
     "base_lr",
     "build_segmenter",
     "least_images",
+    "least_side",
     "load_weights",
     "recommended_optimizer",
     "recompute_blocks",
@@ -154,6 +155,11 @@ def least_images(name: str) -> int:
         ValueError: If there is no such network; lists the known ones. Names of timm's models are not looked up.
     """
     return 1 if name.startswith(TIMM) else _recipe(name).least_images
+
+
+def least_side(segmenter: Segmenter) -> int:
+    """Return the least height and width of an image that a network takes."""
+    return segmenter.backbone.least_side if isinstance(segmenter.backbone, TimmBackbone) else 1
 
 
 def base_lr(name: str, *, pretrained: bool = True) -> float:

@@ -100,6 +100,11 @@ class TimmBackbone(Encoding):
         return maps[0] if len(maps) == 1 else maps
 
     @property
+    def least_side(self) -> int:
+        """The least height and width of an image, of which a plain transformer sees whole patches."""
+        return -(-_PERCENT * self.cell // self._percent) if self.plain else 1
+
+    @property
     def stem(self) -> SharedStem:  # type: ignore[override]
         """The shallow part that a method may keep per domain: what comes before the blocks, as timm names it."""
         matches = re.compile(self.encoder.group_matcher(coarse=True)["stem"]).match
@@ -128,10 +133,10 @@ class TimmBackbone(Encoding):
     def _fitted(self, images: Tensor) -> Tensor:
         """Return the images at the nearest size of whole cells to their scaled size, so that cells tile the image."""
         sides = images.shape[-2:]
-        if self.plain and min(sides) < self.cell:
+        if min(sides) < self.least_side:
             raise ValueError(
-                f"An image must have at least {self.cell}x{self.cell} pixels, a patch of this network, but got "
-                f"{sides[0]}x{sides[1]}. Raise augmentation.*_size or *_crop, or choose a network of smaller patches."
+                f"An image must have at least {self.least_side}x{self.least_side} pixels, a patch of this network, but "
+                f"got {sides[0]}x{sides[1]}. Show larger images, or choose a network of smaller patches."
             )
         unit = _PERCENT * self.cell
         up = 0 if self.plain else unit - 1
