@@ -24,6 +24,7 @@ from segadapt.platform.settings.config import TrialConfig, Values, anchored, rea
 from segadapt.platform.settings.objective import LABEL_FREE, TARGET, Objective
 from segadapt.platform.storage.folders import Place
 from segadapt.trainables.core.data.batch import TargetImages
+from segadapt.trainables.core.data.transforms import Domain
 from segadapt.trainables.core.networks import NETWORKS, build_segmenter, least_side
 from segadapt.trainables.core.validation import check
 
@@ -359,7 +360,7 @@ def checked_config(method: str, values: Values) -> TrialConfig:
 
     config = resolve(method, values)
     try:
-        images: dict[str, TargetImages] = {}
+        images: dict[Domain, TargetImages] = {}
         if config.data.name != "streets":  # generated, nothing can be missing
             data, _ = load_data(config.data)
             images = {"source": data.source, "target": data.target}
@@ -370,7 +371,7 @@ def checked_config(method: str, values: Values) -> TrialConfig:
     return config
 
 
-def _check_sizes(config: TrialConfig, least: int, images: Mapping[str, TargetImages]) -> None:
+def _check_sizes(config: TrialConfig, least: int, images: Mapping[Domain, TargetImages]) -> None:
     """Make sure that the network is shown no image that is smaller than its patches.
 
     Args:
