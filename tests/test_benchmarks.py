@@ -23,7 +23,7 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "finish": ("trainer.steps=2", "--methods", "bicl", "--seeds", "0", "--rounds=1", "--trial", *TINY),
     "input": ("--width=64", "--height=32", "--images=2", "--repeats=1"),
     "kernels": ("--grid", "4", "4", "--channels=32"),
-    "memory": ("--methods", "sdca", "--sizes", "32x64", "--steps=2"),
+    "memory": ("--methods", "sdca", "--sizes", "32x64", "--steps=2", "--networks", "timm:test_resnet"),
     "networks": ("--networks", "timm:test_vit", "--sizes", "32x32", "--batch-size=1", "--repeats=1"),
     "overhead": (*SMALL, "--trials=1", "--steps=2"),
     "plca_loss": ("--images=1", *MAPS),

@@ -275,7 +275,10 @@ def test_weights_are_taken_from_a_file_of_timm_or_of_ours(tmp_path: Path, freeze
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "timm:test_vot"}, r"needs the name of a model of timm .* 'test_vot'\. Near: test_vit"),
+        (
+            {"name": "timm:test_vot"},
+            r"needs the name of a model of timm .* 'test_vot'\. Near: test_vit.* entry point is of segadapt\.backbones",
+        ),
         ({"name": "timm:test_vit.no_tag"}, r"needs the name of a model of timm .*Near: test_vit"),
         (
             {"name": "timm:mixer_s32_224"},

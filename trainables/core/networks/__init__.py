@@ -83,8 +83,8 @@ class NetworkConfig:
     """Which network is trained and what it starts from; `build_segmenter(num_classes=C, **asdict(config))`."""
 
     name: str = "compact"
-    """One of `NETWORKS`, or timm:MODEL for a backbone of timm, such as timm:vit_small_patch14_dinov2.lvd142m, or of yours
-    that an installed package registers with timm."""
+    """One of `NETWORKS`, or timm:MODEL for a backbone of timm, such as timm:vit_small_patch14_dinov2.lvd142m, or of an
+    installed package of yours."""
     weights: str | None = None
     """Null or "none": random. A path ending in .pth, .pt or .safetensors: that file. Else like "IMAGENET1K_V1", of
     timm's models "pretrained"."""
