@@ -89,6 +89,16 @@ class Labeller:
             return self._reduced(images)
         return self._in_parts(images)
 
+    def record(self) -> dict[str, Any]:
+        """Return what decides the labels of an image, in JSON's types."""
+        return {
+            "checkpoint_sha256": self.card.checkpoint_sha256,
+            "asked": str(self.inference),
+            "input_size": None if self.card.input_size is None else list(self.card.input_size),
+            "classes": list(self.card.classes),
+            "colors": [list(color) for color in self.card.colors],
+        }
+
     def batch(self, size: tuple[int, int], at_most: int) -> int:
         """Return how many images of a size are predicted at a time."""
         return max(1, min(at_most, self.whole_pixels // (size[0] * size[1])))
@@ -169,17 +179,8 @@ def predict(
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, but got {batch_size}.")
     items = _items(images, out)
-    record = {
-        "checkpoint_sha256": labeller.card.checkpoint_sha256,
-        "images": str(images.absolute()),
-        "asked": str(labeller.inference),
-        "input_size": labeller.card.input_size and list(labeller.card.input_size),
-        "overlay": overlay,
-        "confidence": confidence,
-        "classes": list(labeller.card.classes),
-        "colors": [list(color) for color in labeller.card.colors],
-    }
-    _begin(out, record)
+    options = {"images": str(images.absolute()), "overlay": overlay, "confidence": confidence}
+    _begin(out, {**labeller.record(), **options})
     # A label is written last, and whole or not at all: where it is, everything of its image is.
     missing = [item for item in items if not (out / LABELS / f"{item.name}.png").is_file()]
     progress(len(items) - len(missing), len(items))
