@@ -1,7 +1,7 @@
 """Evaluate, export and use a trained network."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.settings.config import Values
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from segadapt.platform.deployment.evaluation import EvaluationResult
     from segadapt.platform.deployment.export import ExportResult
     from segadapt.platform.deployment.prediction import Labeller, PredictionResult
+    from segadapt.trainables.core.evaluation.inference import Inference
 
 
 def evaluate(
@@ -101,17 +102,31 @@ def export(
     return export_run(run, search, out, register, place)
 
 
+class Labelling(TypedDict, total=False):
+    """How images are labelled, and what is written of each."""
+
+    scales: Sequence[float]
+    """Sizes at which an image is shown; class probabilities are averaged."""
+    flip: bool
+    """Show each image mirrored as well."""
+    batch_size: int
+    """Images of equal size that are predicted at a time, at most; by default 8."""
+    overlay: bool
+    """Also write the images under their classes' colours, as is done by default."""
+    confidence: bool
+    """Also write the probability of the predicted class, 0 to 255."""
+
+
 def predict(
     source: str,
     images: str,
     out: str,
+    settings: Values | None = None,
     *,
     search: str | None = None,
-    batch_size: int = 8,
-    overlay: bool = True,
-    confidence: bool = False,
     place: Place = HERE,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **labelling: Unpack[Labelling],
 ) -> "PredictionResult":
     """Label an image or a folder of images, on a GPU if there is one, and go on if that was interrupted.
 
@@ -121,12 +136,12 @@ def predict(
         images: An image, or a folder that is searched recursively.
         out: New, empty, or begun by the same command. Gets `labels`, `overlays` and `confidence`, with the images'
             paths.
+        settings: What differs from the run's settings, by dotted key: another size of the images, other windows.
         search: The search (or single run) that holds the run; None for a file.
-        batch_size: Images of equal size that are predicted at a time, at most.
-        overlay: Also write the images under their classes' colours.
-        confidence: Also write the probability of the predicted class, 0 to 255.
         place: Where the search is kept and tracked.
         progress: Called with the number of images just done and of all.
+        labelling: `scales`, `flip`, `batch_size`, `overlay`, `confidence`; see `Labelling`. An exported file is asked
+            once about an image: only a run or a checkpoint folder takes settings, scales and flip.
 
     Returns:
         The result: how many images were labelled and how many had been before, and which could not be read. A label is
@@ -141,25 +156,28 @@ def predict(
         >>> labelled.written, labelled.unreadable
         (2, ())
     """
-    from segadapt.platform.deployment import prediction
+    from segadapt.platform.deployment import evaluation, prediction
 
     shown, written = user_path("IMAGES", images), user_path("OUT", out)
+    settings = evaluation.prediction_settings(settings or {})
+    inference = evaluation.asked(labelling.get("scales", (1.0,)), flip=labelling.get("flip", False))
     return prediction.predict(
-        _labeller(source, search, place),
+        _labeller(source, search, place, settings, inference),
         shown,
         written,
-        batch_size=batch_size,
-        overlay=overlay,
-        confidence=confidence,
+        batch_size=labelling.get("batch_size", 8),
+        overlay=labelling.get("overlay", True),
+        confidence=labelling.get("confidence", False),
         progress=progress,
     )
 
 
-def _labeller(source: str, search: str | None, place: Place) -> "Labeller":
+def _labeller(source: str, search: str | None, place: Place, settings: Values, inference: "Inference") -> "Labeller":
     """Return what labels images with the network of a file, or of a run in a search."""
     import torch
 
     from segadapt.platform.deployment import export, prediction
+    from segadapt.trainables.core.evaluation.inference import ONCE
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = user_path("RUN", source)
@@ -169,8 +187,14 @@ def _labeller(source: str, search: str | None, place: Place) -> "Labeller":
             " a .pt2 file runs what its maker put into it. Name the model.onnx that `segadapt export` writes beside it."
         )
     is_file = path.suffix == ".onnx"
+    if is_file and (settings or inference != ONCE):
+        raise UsageError(
+            f"--scales, --flip and KEY=VALUE need a run or a checkpoint folder, but got the file {source!r}, which is "
+            "asked once about an image. Leave them out, or name the run and its --search."
+        )
     if search is not None and not is_file:
-        return prediction.Labeller(*export.from_run(export.origin_of(source, search, place), device))
+        origin = export.origin_of(source, search, place)
+        return prediction.Labeller(*export.from_run(origin, device, settings, inference))
     if search is not None or place != HERE:
         raise UsageError(
             f"--search, --storage and --tracking-uri say where a run is, but got {source!r}"
@@ -179,7 +203,7 @@ def _labeller(source: str, search: str | None, place: Place) -> "Labeller":
     if is_file:
         return prediction.Labeller(*export.open_exported(path, device))
     if path.is_dir():
-        return prediction.Labeller(*export.from_run(export.Origin(path), device))
+        return prediction.Labeller(*export.from_run(export.Origin(path), device, settings, inference))
     raise UsageError(
         f"RUN needs --search NAME, a file must end in .onnx and a checkpoint be a folder, but got {source!r} alone. "
         "`segadapt runs NAME` shows the runs of a search."

@@ -27,7 +27,14 @@ _Changes = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="What differs from the run: data.*, augmentation.target_size, trainer.eval_window.",
+        help="What differs from the run: data.*, augmentation.target_size, trainer.eval_window, trainer.eval_stride.",
+    ),
+]
+_Shown = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="What differs from the run: augmentation.target_size, trainer.eval_window, trainer.eval_stride.",
     ),
 ]
 _Protocol = Annotated[
@@ -41,6 +48,7 @@ _Scales = Annotated[
     list[str] | None,
     typer.Option("--scales", help="Show each image at these sizes and average, e.g. 0.75 1.0 1.25; default: as it is."),
 ]
+_Flip = Annotated[bool, typer.Option("--flip", help="Show each image mirrored as well, and average.")]
 _Aggregation = Annotated[
     float | None, typer.Option(help="PLCA's aggregation when predicting, e.g. 0.5; default: as the run has it.")
 ]
@@ -58,7 +66,7 @@ def evaluate(
     settings: _Changes = None,
     protocol: _Protocol = "auto",
     scale_words: _Scales = None,
-    flip: Annotated[bool, typer.Option("--flip", help="Show each image mirrored as well, and average.")] = False,
+    flip: _Flip = False,
     aggregation: _Aggregation = None,
     save_predictions: _Predictions = None,
     as_json: AsJson = False,
@@ -125,7 +133,10 @@ def predict(
     ],
     images: Annotated[str, typer.Argument(help="An image, or a folder that is searched recursively.")],
     out: Annotated[str, typer.Argument(help="A new folder, or one in which this was interrupted.")],
+    settings: _Shown = None,
     search_name: Annotated[str | None, typer.Option("--search", help="The search that holds the run.")] = None,
+    scale_words: _Scales = None,
+    flip: _Flip = False,
     batch_size: Annotated[int, typer.Option(help="Images of equal size predicted at a time, at most.")] = 8,
     overlay: Annotated[bool, typer.Option(help="Write the images under their classes' colours.")] = True,
     confidence: Annotated[
@@ -140,12 +151,16 @@ def predict(
     """
     from segadapt.platform.api import models
 
+    words = settings or []
     with progress_bar(f"labelling {images}") as progress:
         result = models.predict(
             source,
             images,
             out,
+            assignments([word for word in words if not is_number(word)]),
             search=search_name,
+            scales=scales(scale_words, [word for word in words if is_number(word)]),
+            flip=flip,
             batch_size=batch_size,
             overlay=overlay,
             confidence=confidence,

@@ -16,7 +16,7 @@ _PREFIX = "segadapt."
 _LABELS = 255
 """A label is a byte, and 255 stands for none."""
 
-_LEAST_PART = 64
+LEAST_PART = 64
 """Least height and width, in pixels, of the parts in which a large image is looked at."""
 
 
@@ -82,7 +82,7 @@ class Card:
             raise ValueError(f"{len(card.classes)} classes and {len(card.colors)} colours do not fit together")
         if not all(0 <= value < 256 for color in card.colors for value in color):
             raise ValueError("colours are not of 8 bits")
-        if not max(_LEAST_PART, card.smallest_side) <= math.isqrt(max(0, card.whole_pixels)) or card.smallest_side < 1:
+        if not max(LEAST_PART, card.smallest_side) <= math.isqrt(max(0, card.whole_pixels)) or card.smallest_side < 1:
             raise ValueError(f"no image can have {card.smallest_side} and {card.whole_pixels} pixels")
         return card
 

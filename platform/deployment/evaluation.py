@@ -46,8 +46,11 @@ PROTOCOLS = ("auto", *(f"cityscapes-{size}" for size in SUBSETS))
 AGGREGATION = "method.inference_aggregation"
 """Setting of methods whose network can aggregate when it predicts."""
 
-_SETTINGS = ("data.", "augmentation.target_size", "augmentation.interpolation", "trainer.eval_")
-"""What may differ from the run."""
+_SHOWN = ("augmentation.target_size", "augmentation.interpolation", "trainer.eval_window", "trainer.eval_stride")
+"""How images are shown to the network, which may differ from the run."""
+
+_SETTINGS = ("data.", *_SHOWN, "trainer.eval_batch_size")
+"""What may differ from the run in an evaluation."""
 
 _LEAST_THREADS = 2
 
@@ -161,13 +164,38 @@ def data_settings(values: Values) -> Values:
     """
     for key, value in values.items():
         check_no_password(key, value)
-    others = [key for key in values if not key.startswith(_SETTINGS)]
+    return _only("an evaluation", values, _SETTINGS)
+
+
+def prediction_settings(values: Values) -> Values:
+    """Return `values` if a prediction may change them.
+
+    Raises:
+        UsageError: If one decides more than how images are shown to the network.
+    """
+    return _only("a prediction", values, _SHOWN)
+
+
+def _only(what: str, values: Values, known: tuple[str, ...]) -> Values:
+    others = [key for key in values if not key.startswith(known)]
     if others:
         raise UsageError(
-            f"Settings of an evaluation must start with one of {', '.join(_SETTINGS)}, but got {', '.join(others)}: "
+            f"Settings of {what} must start with one of {', '.join(known)}, but got {', '.join(others)}: "
             "the run has the others."
         )
     return values
+
+
+def asked(scales: Sequence[float], *, flip: bool) -> Inference:
+    """Return how a network is asked.
+
+    Raises:
+        UsageError: If a scale is not as it must be.
+    """
+    try:
+        return Inference(scales=tuple(scales), flip=flip)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 class _Renumbered:
@@ -338,6 +366,12 @@ def variant_name(protocol_name: str, inference: Inference, aggregation: float | 
     return "-".join(parts)
 
 
+def in_windows(deployed: Deployed, inference: Inference) -> Inference:
+    """Return how a network is asked, in the windows that its settings name."""
+    trainer = deployed.config.trainer
+    return dataclasses.replace(inference, window=trainer.eval_window, stride=trainer.eval_stride)
+
+
 def aggregation_text(config: TrialConfig) -> str:
     """Return whether the network of a trial aggregates when it predicts."""
     weight = getattr(config.method, AGGREGATION.removeprefix("method."), 0.0)
@@ -414,10 +448,7 @@ def evaluate_run(
     place: Place,
 ) -> EvaluationResult:
     """Evaluate a run's network on the target validation set; see `api.evaluate`."""
-    try:
-        inference = Inference(scales=tuple(scales), flip=flip)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    inference = asked(scales, flip=flip)
     settings = data_settings(settings)
     predictions = user_path("--save-predictions", save_predictions) if save_predictions is not None else None
     overrides = dict(settings) if aggregation is None else {**settings, AGGREGATION: float(aggregation)}
@@ -429,7 +460,7 @@ def evaluate_run(
     images, labelled = target_images(deployed.config, deployed.names)
     chosen = protocol_of(protocol, deployed.names, labelled)
     submission = Submission(predictions, deployed.names) if predictions is not None else None
-    inference = dataclasses.replace(inference, window=deployed.config.trainer.eval_window)
+    inference = in_windows(deployed, inference)
     confusion = evaluate_target(deployed, images, inference, device, submission).confusion
     scored = score(confusion, deployed.names, chosen)
     result = EvaluationResult(

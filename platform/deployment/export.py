@@ -20,7 +20,7 @@ from segadapt.platform.deployment.card import Card
 from segadapt.platform.errors import UsageError
 from segadapt.platform.ray_internals.start import variables_set
 from segadapt.platform.results.leaderboard import find_run, open_client, run_tags
-from segadapt.platform.settings.config import TrialConfig
+from segadapt.platform.settings.config import TrialConfig, Values
 from segadapt.platform.settings.objective import MIOUS
 from segadapt.platform.settings.text import first_line
 from segadapt.platform.storage.checkpoints import class_colors, read_metrics, state_hash
@@ -30,6 +30,7 @@ from segadapt.platform.tracking.descriptions import origin_of_tags
 from segadapt.platform.tracking.tags import DATA_TAG
 from segadapt.trainables.core.data.datasets import load_data
 from segadapt.trainables.core.evaluation.deployed import DeployedNetwork, smallest_side, stride
+from segadapt.trainables.core.evaluation.inference import Inference
 from segadapt.trainables.core.networks.hub import UNKNOWN
 
 ONNX = "model.onnx"
@@ -88,6 +89,12 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
         UsageError: If its checkpoint is missing or damaged.
     """
     deployed = evaluating.load_deployed(origin.checkpoint, {}, device, origin.storage)
+    size, interpolation = deployed.config.augmentation.target_size, deployed.config.augmentation.interpolation
+    return DeployedNetwork(deployed.network, size, interpolation).to(device), _card(deployed, origin)
+
+
+def _card(deployed: evaluating.Deployed, origin: Origin) -> Card:
+    """Return what is known of a run's network."""
     network, config = deployed.network, deployed.config
     metrics = read_metrics(origin.checkpoint)
     aggregation = float(getattr(config.method, evaluating.AGGREGATION.removeprefix("method."), 0.0))
@@ -97,7 +104,7 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
         pixels = min(pixels, _WHOLE_CELLS * stride(network) ** 2)
     weights = origin.weights or _noted_weights(config)
     mean, std = (part.flatten().tolist() for part in (network.mean, network.std))
-    card = Card(
+    return Card(
         classes=deployed.names,
         colors=class_colors(origin.checkpoint) or _data_colors(config),
         whole_pixels=pixels,
@@ -118,7 +125,6 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
         weights_licence=weights.licence if weights is not None else None,
         weights_sha256=weights.sha256 if weights is not None else None,
     )
-    return DeployedNetwork(network, size, config.augmentation.interpolation).to(device), card
 
 
 def _noted_weights(config: TrialConfig) -> WeightsOrigin | None:
@@ -127,16 +133,31 @@ def _noted_weights(config: TrialConfig) -> WeightsOrigin | None:
     return None if weights in (None, "none") else WeightsOrigin(f"{config.network.name} {weights}", UNKNOWN)
 
 
-def from_run(origin: Origin, device: torch.device) -> tuple["Predict", Card]:
-    """Return what `open_exported` returns of the run's file, without exporting it."""
-    network, card = load_network(origin, device)
+def from_run(
+    origin: Origin, device: torch.device, settings: Values, inference: Inference
+) -> tuple["Predict", Card, Inference]:
+    """Return what `open_exported` returns of the run's file, without exporting it, and how the network is asked.
+
+    Args:
+        origin: Where the network comes from.
+        device: Where it computes.
+        settings: What differs from the run's settings, by dotted key.
+        inference: Scales and flip; the windows are those of the run.
+
+    Raises:
+        UsageError: If the checkpoint is missing or damaged, or a setting is not as it must be.
+    """
+    deployed = evaluating.load_deployed(origin.checkpoint, settings, device, origin.storage)
+    inference = evaluating.in_windows(deployed, inference)
+    size, interpolation = deployed.config.augmentation.target_size, deployed.config.augmentation.interpolation
+    network = DeployedNetwork(deployed.network, size, interpolation, inference).to(device)
 
     def predict(images: Tensor) -> Tensor:
         with torch.no_grad():
             probabilities: Tensor = network(images.to(device))
         return probabilities
 
-    return predict, card
+    return predict, _card(deployed, origin), inference
 
 
 def _data_colors(config: TrialConfig) -> tuple[tuple[int, int, int], ...]:

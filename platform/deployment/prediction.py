@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from segadapt.platform.deployment.card import Card
+from segadapt.platform.deployment.card import LEAST_PART, Card
 from segadapt.platform.deployment.export import Predict
 from segadapt.platform.errors import UsageError
 from segadapt.platform.storage.files import PARTIAL, write_whole
 from segadapt.trainables.core.data.decoding import UnreadableError, decode_image, header_size, read_file
 from segadapt.trainables.core.data.threads import decoding_threads, in_threads
+from segadapt.trainables.core.evaluation.inference import ONCE, Inference
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -70,19 +71,37 @@ class Labeller:
 
     predict: Predict
     card: Card
+    inference: Inference = ONCE
+    """How `predict` asks the network."""
+
+    @property
+    def whole_pixels(self) -> int:
+        """Pixels that an image has at most to be predicted whole: fewer where the network sees it enlarged."""
+        enlarged = 1.0 if self.card.input_size is not None else max(1.0, *self.inference.scales)
+        return max(LEAST_PART**2, int(self.card.whole_pixels / enlarged**2))
 
     def __call__(self, images: Pixels) -> tuple[Pixels, Pixels]:
         """Return class indices and confidence, 0 to 255, (B, H, W) each, of RGB images, (B, H, W, 3)."""
         height, width = images.shape[1:3]
-        if height * width <= self.card.whole_pixels:
+        if height * width <= self.whole_pixels:
             return self._whole(images)
         if self.card.input_size is not None:
             return self._reduced(images)
         return self._in_parts(images)
 
+    def record(self) -> dict[str, Any]:
+        """Return what decides the labels of an image, in JSON's types."""
+        return {
+            "checkpoint_sha256": self.card.checkpoint_sha256,
+            "asked": str(self.inference),
+            "input_size": None if self.card.input_size is None else list(self.card.input_size),
+            "classes": list(self.card.classes),
+            "colors": [list(color) for color in self.card.colors],
+        }
+
     def batch(self, size: tuple[int, int], at_most: int) -> int:
         """Return how many images of a size are predicted at a time."""
-        return max(1, min(at_most, self.card.whole_pixels // (size[0] * size[1])))
+        return max(1, min(at_most, self.whole_pixels // (size[0] * size[1])))
 
     def _whole(self, images: Pixels) -> tuple[Pixels, Pixels]:
         height, width = images.shape[1:3]
@@ -95,7 +114,7 @@ class Labeller:
     def _reduced(self, images: Pixels) -> tuple[Pixels, Pixels]:
         """Reduce by a whole factor first, as the network reduces further anyway, and enlarge the labels."""
         height, width = images.shape[1:3]
-        factor = math.ceil(math.sqrt(height * width / self.card.whole_pixels))
+        factor = math.ceil(math.sqrt(height * width / self.whole_pixels))
         small = np.stack([np.asarray(Image.fromarray(image).reduce(factor)) for image in images])
         labels, confidence = self._whole(small)
         return tuple(  # type: ignore[return-value]  # two
@@ -105,7 +124,7 @@ class Labeller:
     def _in_parts(self, images: Pixels) -> tuple[Pixels, Pixels]:
         height, width = images.shape[1:3]
         labels, confidence = np.empty(images.shape[:3], np.uint8), np.empty(images.shape[:3], np.uint8)
-        side = math.isqrt(self.card.whole_pixels) // 64 * 64
+        side = math.isqrt(self.whole_pixels) // LEAST_PART * LEAST_PART
         for seen_rows, rows in spans(height, side):
             for seen_columns, columns in spans(width, side):
                 labelled = self._whole(images[:, seen_rows, seen_columns])
@@ -160,15 +179,8 @@ def predict(
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, but got {batch_size}.")
     items = _items(images, out)
-    record = {
-        "checkpoint_sha256": labeller.card.checkpoint_sha256,
-        "images": str(images.absolute()),
-        "overlay": overlay,
-        "confidence": confidence,
-        "classes": list(labeller.card.classes),
-        "colors": [list(color) for color in labeller.card.colors],
-    }
-    _begin(out, record)
+    options = {"images": str(images.absolute()), "overlay": overlay, "confidence": confidence}
+    _begin(out, {**labeller.record(), **options})
     # A label is written last, and whole or not at all: where it is, everything of its image is.
     missing = [item for item in items if not (out / LABELS / f"{item.name}.png").is_file()]
     progress(len(items) - len(missing), len(items))

@@ -23,10 +23,13 @@ from segadapt.platform.search.schedulers import SCHEDULERS
 from segadapt.platform.settings.config import TrialConfig, Values, anchored, read_experiment, resolve
 from segadapt.platform.settings.objective import LABEL_FREE, TARGET, Objective
 from segadapt.platform.storage.folders import Place
-from segadapt.platform.trial.training import build_method
 from segadapt.platform.storage.weights import with_stored_weights
-from segadapt.trainables.core.networks import NETWORKS, build_segmenter
+from segadapt.platform.trial.training import build_method
+from segadapt.trainables.core.data.batch import TargetImages
+from segadapt.trainables.core.data.transforms import Domain
+from segadapt.trainables.core.networks import NETWORKS, build_segmenter, least_side
 from segadapt.trainables.core.online.fitting import check_online
+from segadapt.trainables.core.validation import check
 
 
 class SearchChoices(TypedDict, total=False):
@@ -374,19 +377,50 @@ def checked_config(method: str, values: Values, place: Place) -> TrialConfig:
 
     config = resolve(method, values)
     try:
+        images: dict[Domain, TargetImages] = {}
         if config.data.name != "streets":  # generated, nothing can be missing
-            load_data(config.data)
+            data, _ = load_data(config.data)
+            images = {"source": data.source, "target": data.target}
         network = with_stored_weights(config.network, place.folders)
         if config.online.enabled:
-            data = load_data(config.data)[0]
+            data, _ = load_data(config.data)
             built = build_method(replace(config, network=network), len(data.classes))
             if built.online is not None:
                 check_online(built.online, data, config.augmentation)
+            _check_sizes(config, least_side(built.segmenter), images)
         elif network.weights is not None or network.name not in NETWORKS:
-            build_segmenter(num_classes=2, **vars(network))
+            _check_sizes(config, least_side(build_segmenter(num_classes=2, **vars(network))), images)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return config
+
+
+def _check_sizes(config: TrialConfig, least: int, images: Mapping[Domain, TargetImages]) -> None:
+    """Make sure that the network is shown no image that is smaller than its patches.
+
+    Args:
+        config: Configuration of the trial.
+        least: Least height and width of an image that the network takes.
+        images: Training images by domain, the first of which is looked at; none if they are generated.
+
+    Raises:
+        ValueError: If it is.
+    """
+    augmentation, streets = config.augmentation, config.data.streets
+    sizes = {f"augmentation.{name}": getattr(augmentation, name) for name in ("crop", "source_size", "target_size")}
+    sizes["trainer.eval_window"] = config.trainer.eval_window
+    if not images:
+        sizes["data.streets.height, data.streets.width"] = (streets.height, streets.width)
+    for domain, images_of_domain in images.items() if least > 1 else ():
+        if augmentation.crop is None and augmentation.size(domain) is None:
+            sizes[f"the first {domain} image"] = tuple(images_of_domain.image(0).shape[-2:])
+    for name, size in sizes.items():
+        check(
+            size is None or min(size) >= least,
+            f"{name} must have sides of at least {least} pixels, a patch of {config.network.name}",
+            list(size or ()),
+            "Show larger images, or choose a network of smaller patches.",
+        )
 
 
 def check_labels(record: Record) -> None:

@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from segadapt.trainables.core.evaluation.evaluate import Protocol, evaluate_doma
 from segadapt.trainables.core.evaluation.inference import Inference, mean_probabilities, predict, views
 from segadapt.trainables.core.evaluation.metrics import confusion_matrix
 from segadapt.trainables.core.networks import Segmenter, SegmenterOutput
+from segadapt.trainables.core.training.config import TrainerConfig
 
 CLASSES = ClassList(("road", "sky", "car"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)))
 CPU = torch.device("cpu")
@@ -135,8 +137,32 @@ def test_windows_of_a_pixelwise_network_add_up_to_the_whole_image() -> None:
 def test_a_window_that_holds_the_image_shows_it_whole() -> None:
     torch.manual_seed(0)
     network, images = FunctionSegmenter(nn.Conv2d(3, 3, 3, stride=2, padding=1)), some_images()
-    expected = network.upsample(network(network.normalise(images)).logits, (6, 8))
-    torch.testing.assert_close(views(network, images, Inference(window=(64, 64)))[0], expected)
+    for window in ((64, 64), (6, 8)):
+        (logits,) = views(network, images, Inference(window=window, stride=(1, 2)))
+        assert torch.equal(logits, views(network, images)[0])
+
+
+def test_windows_stand_as_far_apart_as_asked_and_the_last_ends_with_the_image() -> None:
+    seen = Seen()
+    network, images = FunctionSegmenter(seen), some_images(count=1, height=6, width=9)
+    (whole,) = views(network, images)
+    (slid,) = views(network, images, Inference(window=(6, 4), stride=(1, 2)))
+    assert seen.sizes[1:] == [(6, 4)] * 4, "from columns 0, 2, 4 and 5"
+    torch.testing.assert_close(slid, whole)
+
+
+def test_a_window_has_its_size_at_every_scale() -> None:
+    seen = Seen()
+    views(FunctionSegmenter(seen), some_images(), Inference(scales=(0.5, 2.0), window=(8, 8), stride=(8, 8)))
+    assert seen.sizes == [(3, 4), *[(8, 8)] * 4], "an image of 6x8 fits one at half its size"
+
+
+@pytest.mark.parametrize(("window", "stride"), [(None, (4, 4)), ((8, 8), (9, 8)), ((8, 8), (8, 9)), ((8, 8), (0, 4))])
+def test_a_stride_that_leaves_gaps_between_windows_is_refused(window: Any, stride: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"eval_stride must be at least 1 and at most trainer\.eval_window, which is"):
+        Inference(window=window, stride=stride)
+    with pytest.raises(ValueError, match=r"eval_stride must be at least 1 and at most trainer\.eval_window, which is"):
+        TrainerConfig(eval_window=window, eval_stride=stride)
 
 
 def test_overlapping_windows_average_logits_by_how_many_saw_a_pixel() -> None:
@@ -159,6 +185,7 @@ def test_the_options_are_stated() -> None:
     assert str(Inference()) == "single scale, no flip"
     assert str(Inference(scales=(0.75, 1.0), flip=True)) == "scales 0.75 1, flip"
     assert str(Inference(window=(512, 1024))) == "single scale, no flip, windows of 512x1024"
+    assert str(Inference(window=(8, 9), stride=(4, 5))) == "single scale, no flip, windows of 8x9 every 4x5"
 
 
 def test_a_subset_drops_true_pixels_of_other_classes_and_keeps_predictions_of_them_as_misses() -> None:

@@ -12,9 +12,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from toy import toy_config, toy_trainer
 
 from segadapt.trainables import METHODS
+from segadapt.trainables.core.evaluation.inference import Inference, mean_probabilities, views
 from segadapt.trainables.core.networks import (
     HEADS,
     NetworkConfig,
@@ -92,13 +94,20 @@ def test_maps_of_hierarchies_are_those_of_timm_to_the_bit(model: str, tmp_path: 
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("model", ["test_vit", "test_vit2", "vit_tiny_patch16_224"])
-def test_the_map_of_a_plain_transformer_is_its_last_normalised_tokens_to_the_bit(model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "patch", "extra"),
+    [("test_vit", 16, 1), ("test_vit2", 16, 1), ("vit_small_patch14_reg4_dinov2", 14, 5)],
+)
+def test_the_map_of_a_plain_transformer_is_its_last_normalised_tokens_to_the_bit(
+    model: str, patch: int, extra: int
+) -> None:
     segmenter = build(model, head="linear").eval()
     encoder: Any = copy.deepcopy(backbone_of(segmenter).encoder)
+    assert encoder.num_prefix_tokens == extra, "class and register tokens"
+    shown = images(4 * patch, 6 * patch)
     with torch.no_grad():
-        tokens = encoder.forward_features(images())[:, encoder.num_prefix_tokens :]
-        (ours,) = maps_of(segmenter, images())
+        tokens = encoder.forward_features(shown)[:, extra:]
+        (ours,) = maps_of(segmenter, shown)
     assert torch.equal(ours, tokens.transpose(1, 2).reshape(2, -1, 4, 6))
 
 
@@ -114,6 +123,25 @@ def test_shifting_an_image_by_a_patch_shifts_the_up_sampled_logits_by_a_patch() 
     with torch.no_grad():
         plain, shifted = (segmenter.upsample(segmenter(part).logits, (96, 96)) for part in (shown, shown.roll(16, -1)))
     torch.testing.assert_close(shifted[..., 32:-16], plain[..., 16:-32], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", KINDS.values(), ids=KINDS)
+def test_windows_scales_and_mirror_images_serve_every_kind_of_network(model: str) -> None:
+    segmenter = build(model, head="linear").eval()
+    shown = torch.randint(0, 256, (1, 3, 40, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = mean_probabilities(segmenter, views(segmenter, shown), (40, 56))
+        for window in ((40, 56), (64, 64)):
+            covered = views(segmenter, shown, Inference(window=window))
+            assert torch.equal(mean_probabilities(segmenter, covered, (40, 56)), whole)
+        asked = Inference(scales=(1.0, 1.25), flip=True, window=(32, 40), stride=(16, 20))
+        answers = views(segmenter, shown, asked)
+        assert len(answers) == 4
+        probabilities = mean_probabilities(segmenter, answers, (40, 56))
+        mirrored = mean_probabilities(segmenter, views(segmenter, shown.flip(-1), asked), (40, 56))
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(1, 40, 56))
+    assert not torch.allclose(probabilities, whole)
+    torch.testing.assert_close(mirrored.flip(-1), probabilities, atol=1e-3, rtol=0)
 
 
 def test_a_size_that_patches_do_not_fill_is_shown_at_the_next_smaller_one_that_they_do() -> None:
@@ -136,8 +164,36 @@ def test_an_input_scale_shows_a_vfm_udas_crop_as_its_code_does() -> None:
 
 
 def test_an_image_smaller_than_a_patch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"at least 16x16 pixels, a patch of this network, but got 15x40\. Raise"):
+    with pytest.raises(ValueError, match=r"at least 16x16 pixels, a patch of this network, but got 15x40\. Show"):
         build("test_vit")(images(15, 40))
+    with pytest.raises(ValueError, match=r"at least 32x32 pixels, a patch of this network, but got 31x40\. Show"):
+        build("test_vit", input_scale=0.5)(images(31, 40))
+    with torch.no_grad():
+        assert build("test_vit", input_scale=0.5)(images(32, 40)).logits.shape[-2:] == (4, 4)
+        assert build("test_vit", input_scale=1.1)(images(15, 40)).logits.shape[-2:] == (4, 8)
+
+
+@pytest.mark.parametrize(("model", "blocks"), [("test_vit", 6), ("pvt_v2_b0", 8), ("eva02_tiny_patch14_224", 12)])
+def test_attention_is_torchs_fused_one(model: str, blocks: int) -> None:
+    calls: list[str] = []
+
+    class Recorded(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    segmenter = build(model, head="linear")
+    with Recorded():
+        segmenter(images())
+    assert calls.count("scaled_dot_product_attention") == blocks
+    assert "softmax" not in calls
+
+
+def test_the_table_of_heads_is_whole() -> None:
+    for model, fitting in FITTING.items():
+        for head in {*HEADS, "deeplabv2"} - set(fitting):
+            with pytest.raises(ValueError, match=r"network\.head="):
+                build(model, head=head)
 
 
 @pytest.mark.parametrize("model", KINDS.values())
@@ -219,7 +275,10 @@ def test_weights_are_taken_from_a_file_of_timm_or_of_ours(tmp_path: Path, freeze
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "timm:test_vot"}, r"needs the name of a model of timm .* 'test_vot'\. Near: test_vit"),
+        (
+            {"name": "timm:test_vot"},
+            r"needs the name of a model of timm .* 'test_vot'\. Near: test_vit.* entry point is of segadapt\.backbones",
+        ),
         ({"name": "timm:test_vit.no_tag"}, r"needs the name of a model of timm .*Near: test_vit"),
         (
             {"name": "timm:mixer_s32_224"},

@@ -108,8 +108,14 @@ def test_an_image_may_be_shown_in_windows(
     assert whole["how"] == "single scale, no flip, windows of 32x64, no aggregation"
     _, run = tracked(trained)
     miou = whole["metrics"]["target_val/miou"]
-    assert miou == pytest.approx(run.data.metrics["best/target_val/miou"], abs=1e-3)
+    assert miou == pytest.approx(run.data.metrics["best/target_val/miou"], abs=1e-12)
     assert miou != windows["metrics"]["target_val/miou"] == run.data.metrics[f"{windows['tracked']}/target_val/miou"]
+    words = ["source_only", "trainer.eval_window=[16,24]", "trainer.eval_stride=[4,6]", "--search", "tiny", "--json"]
+    command_line(monkeypatch, trained, *words)
+    closer = json.loads(capsys.readouterr().out)
+    assert closer["how"] == "single scale, no flip, windows of 16x24 every 4x6, no aggregation"
+    assert closer["tracked"] != windows["tracked"]
+    assert closer["confusion"] != windows["confusion"]
 
 
 @pytest.mark.parametrize(

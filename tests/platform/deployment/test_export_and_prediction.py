@@ -205,7 +205,17 @@ def test_a_run_its_checkpoint_and_its_file_label_a_folder_alike(
         assert all(np.mean(labels[name] == run[name]) > 0.999 for name in run)
 
 
-def test_labels_equal_those_of_the_evaluation(trained: Path, tmp_path: Path) -> None:
+WINDOWS = {"trainer.eval_window": (16, 24), "trainer.eval_stride": (8, 12)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings"),
+    [(Inference(), {}), (Inference(scales=(0.75, 1.0), flip=True, window=(16, 24), stride=(8, 12)), WINDOWS)],
+    ids=["once", "in windows, at scales and mirrored"],
+)
+def test_labels_equal_those_of_the_evaluation(
+    trained: Path, tmp_path: Path, asked: Inference, settings: dict[str, Any]
+) -> None:
     (row,) = api.runs("tiny", place=Place(str(trained / "runs"))).rows
     assert row.checkpoint is not None
     deployed = load_deployed(Path(row.checkpoint), {}, CPU)
@@ -214,8 +224,12 @@ def test_labels_equal_those_of_the_evaluation(trained: Path, tmp_path: Path) -> 
     for index, image_id in enumerate(images.ids):
         Image.fromarray(images.image(index).permute(1, 2, 0).numpy()).save(tmp_path / "val" / f"{image_id}.png")
     expected: dict[str, Tensor] = {}
-    evaluate_target(deployed, images, Inference(), CPU, lambda name, label: expected.update({name: label}))  # type: ignore[arg-type]
-    api.predict("best", str(tmp_path / "val"), str(tmp_path / "out"), search="tiny", place=Place(str(trained / "runs")))
+    evaluate_target(deployed, images, asked, CPU, lambda name, label: expected.update({name: label}))  # type: ignore[arg-type]
+    where = {"search": "tiny", "place": Place(str(trained / "runs"))}
+    shown: dict[str, Any] = {"scales": asked.scales, "flip": asked.flip}
+    api.predict("best", str(tmp_path / "val"), str(tmp_path / "out"), settings, **where, **shown)
+    with pytest.raises(UsageError, match="was begun with other asked"):
+        api.predict("best", str(tmp_path / "val"), str(tmp_path / "out"), settings, **where, scales=(0.5, 1.5))
     labels = labels_in(tmp_path / "out")
     assert len(labels) == len(images)
     for name, label in expected.items():
@@ -281,6 +295,10 @@ def test_the_command_names_unreadable_images_writes_pictures_and_goes_on_after_a
         ({"out": "photos"}, "OUT must be new, empty, or begun by the same command"),
         ({"images": "twins"}, "Images must differ in more than their suffix"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"flip": True}, r"--scales, --flip and KEY=VALUE need a run .* but got the file .* asked once"),
+        ({"settings": {"augmentation.target_size": (32, 64)}}, "--scales, --flip and KEY=VALUE need a run"),
+        ({"settings": {"data.target": "x"}}, "Settings of a prediction must start with one of .*, but got data.target"),
+        ({"scales": (11.0,)}, r"a scale must lie in \[0\.1, 10\], but got 11"),
     ],
 )
 def test_wrong_usage_is_refused(
@@ -467,6 +485,22 @@ def test_large_images_are_labelled_in_parts_without_seams(size: tuple[int, int])
     parts = Labeller(brightness, a_card(whole_pixels=128 * 128))(images)
     for expected, found in zip(whole, parts, strict=True):
         assert np.array_equal(expected, found)
+
+
+def test_images_that_are_seen_enlarged_are_predicted_fewer_at_a_time_and_in_smaller_parts() -> None:
+    enlarged = Inference(scales=(1.0, 2.0))
+    labeller = Labeller(brightness, a_card(), enlarged)
+    assert labeller.batch((1024, 1024), 8) == 1 < Labeller(brightness, a_card()).batch((1024, 1024), 8) == 4
+    images = np.random.default_rng(0).integers(0, 256, (1, 300, 200, 3), np.uint8)
+    seen = []
+
+    def looking(shown: Tensor) -> Tensor:
+        seen.append(shown.shape[-2] * shown.shape[-1])
+        return brightness(shown)
+
+    parts = Labeller(looking, a_card(whole_pixels=256 * 256), enlarged)(images)
+    assert max(seen) <= 128 * 128
+    assert np.array_equal(parts[0], Labeller(brightness, a_card())(images)[0])
 
 
 def test_large_images_that_the_network_reduces_are_reduced_before() -> None:

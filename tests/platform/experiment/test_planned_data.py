@@ -125,3 +125,27 @@ def test_the_size_of_packed_images_is_that_of_evaluation(town: dict[str, str], t
     for target, size in ((f"shards:{tmp_path}/packed24", (24, 48)), (town["data.target"], None)):
         forked = segadapt.plan(settings={"data.target": target}, fork="small", place=place).record
         assert forked.configs["sdca"].augmentation.target_size == size, "the size follows the data"
+
+
+@pytest.mark.parametrize(
+    ("settings", "smaller"),
+    [
+        ({"augmentation.crop": [15, 40]}, r"augmentation\.crop .* but got \[15, 40\]"),
+        ({"augmentation.target_size": [32, 8]}, r"augmentation\.target_size .* but got \[32, 8\]"),
+        ({"trainer.eval_window": [8, 8]}, r"trainer\.eval_window .* but got \[8, 8\]"),
+        ({"network.input_scale": 0.1}, r"data\.streets\.height, .* at least 160 pixels.* but got \[32, 64\]"),
+    ],
+)
+def test_what_shows_a_network_less_than_a_patch_is_refused(
+    settings: dict[str, Any], smaller: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=smaller + r"\. Show larger images, or choose a network of smaller patches\."):
+        planned(SMALL | {"network.name": "timm:test_vit", **settings}, tmp_path)
+    planned(SMALL | {"network.name": "timm:test_convnext", **settings}, tmp_path)
+
+
+def test_images_that_are_smaller_than_a_patch_are_refused(town: dict[str, str], tmp_path: Path) -> None:
+    settings = {**town, "network.name": "timm:test_vit", "network.input_scale": 0.4}
+    with pytest.raises(UsageError, match=r"the first source image must .* at least 40 pixels.* but got \[32, 64\]"):
+        planned(settings, tmp_path)
+    planned({**settings, "augmentation.source_size": [40, 80], "augmentation.crop": [40, 40]}, tmp_path)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segadapt.trainables.core.evaluation.inference import ONCE, Inference, mean_probabilities, views
 from segadapt.trainables.core.networks import Segmenter, TimmBackbone, merged
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -26,21 +27,27 @@ class DeployedNetwork(nn.Module):
             its weights.
         size: (h, w) that images are resized to, as `augmentation.target_size`; None shows them as they are.
         interpolation: How images are resized, antialiased.
+        inference: How the network is asked about the resized image. An exported network is asked once.
     """
 
     def __init__(
-        self, network: Segmenter, size: tuple[int, int] | None, interpolation: Interpolation = "bilinear"
+        self,
+        network: Segmenter,
+        size: tuple[int, int] | None,
+        interpolation: Interpolation = "bilinear",
+        inference: Inference = ONCE,
     ) -> None:
         super().__init__()
         self.network = _with_flooring_pools(merged(network)).to(memory_format=torch.contiguous_format).eval()
         self.size = size
         self.interpolation = interpolation
+        self.inference = inference
 
     def forward(self, images: Tensor) -> Tensor:
         """Return class probabilities, (B, C, H, W) float32, of RGB images, (B, 3, H, W) uint8."""
         shown = images.float() if self.size is None else resized_antialiased(images, self.size, self.interpolation)
-        logits = self.network(self.network.normalise(shown)).logits.float()
-        return self.network.upsample(logits, (images.shape[-2], images.shape[-1])).softmax(1)
+        answers = views(self.network, shown, self.inference)
+        return mean_probabilities(self.network, answers, (images.shape[-2], images.shape[-1]))
 
 
 def resized_antialiased(images: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:

@@ -23,6 +23,8 @@ class Inference:
     """Whether each size is also shown mirrored left to right."""
     window: Size | None = None
     """Height and width of the overlapping windows in which an image is shown; None: whole."""
+    stride: Size | None = None
+    """Rows and columns from one window to the next, the last of which ends with the image; None: two thirds of one."""
 
     def __post_init__(self) -> None:
         check(len(self.scales) > 0, "at least one scale must be given", self.scales)
@@ -30,10 +32,23 @@ class Inference:
         for scale in self.scales:
             check(0.1 <= scale <= 10, "a scale must lie in [0.1, 10]", scale)
         check(self.window is None or min(self.window) >= 1, "a window must have at least one pixel", self.window)
+        self._check_stride()
+
+    def _check_stride(self) -> None:
+        """Make sure that windows leave no gap between them."""
+        if self.stride is not None:
+            sides = (0, 0) if self.window is None else self.window
+            check(
+                all(1 <= step <= side for step, side in zip(self.stride, sides, strict=True)),
+                "trainer.eval_stride must be at least 1 and at most trainer.eval_window, which is "
+                f"{None if self.window is None else list(self.window)}",
+                list(self.stride),
+            )
 
     def __str__(self) -> str:
         scales = "single scale" if self.scales == (1.0,) else f"scales {' '.join(f'{s:g}' for s in self.scales)}"
         window = f", windows of {self.window[0]}x{self.window[1]}" if self.window else ""
+        window += f" every {self.stride[0]}x{self.stride[1]}" if self.stride else ""
         return f"{scales}, {'flip' if self.flip else 'no flip'}{window}"
 
 
@@ -42,46 +57,44 @@ ONCE = Inference()
 
 
 def views(segmenter: Segmenter, images: Tensor, inference: Inference = ONCE) -> list[Tensor]:
-    """Return what a network says of uint8 images (B, 3, H, W) each time it is asked.
+    """Return what a network says of RGB images in 0 to 255, (B, 3, H, W), each time it is asked.
 
     Images are resized bilinearly, with antialiasing where they shrink; mirrored answers are mirrored back.
 
     Returns:
-        Logits at feature resolution, (B, C, h, w) float32 each; h and w differ between scales. With windows they have
-        the resolution of the images that were shown.
+        Logits at feature resolution, (B, C, h, w) float32 each; h and w differ between scales. Where several windows
+        were needed they have the resolution of the image that was shown.
     """
     normalised = segmenter.normalise(images)
     answers = []
     for scale in inference.scales:
         size = [max(1, round(side * scale)) for side in images.shape[-2:]]
         shown = normalised if scale == 1 else F.interpolate(normalised, size=size, mode="bilinear", antialias=True)
-        answers.append(_logits(segmenter, shown, inference.window))
+        answers.append(_logits(segmenter, shown, inference))
         if inference.flip:
-            answers.append(_logits(segmenter, shown.flip(-1), inference.window).flip(-1))
+            answers.append(_logits(segmenter, shown.flip(-1), inference).flip(-1))
     return answers
 
 
-def _logits(segmenter: Segmenter, shown: Tensor, window: Size | None) -> Tensor:
-    """Return logits of normalised images (B, 3, H, W); in windows (B, C, H, W), averaged where windows overlap.
-
-    Neighbouring windows overlap by at least a third, and the last ones end with the image.
-    """
-    if window is None:
+def _logits(segmenter: Segmenter, shown: Tensor, inference: Inference) -> Tensor:
+    """Return logits of normalised images (B, 3, H, W); in windows (B, C, H, W), averaged where windows overlap."""
+    window = inference.window
+    if window is None or all(side <= most for side, most in zip(shown.shape[-2:], window, strict=True)):
         return cast(Tensor, segmenter(shown).logits.float())
     height, width = (min(side, most) for side, most in zip(shown.shape[-2:], window, strict=True))
+    down, right = inference.stride or (max(1, 2 * window[0] // 3), max(1, 2 * window[1] // 3))
     total = shown.new_zeros((len(shown), segmenter.num_classes, *shown.shape[-2:]), dtype=torch.float32)
     times = total.new_zeros(shown.shape[-2:])
-    for top in _starts(shown.shape[-2], height):
-        for left in _starts(shown.shape[-1], width):
+    for top in _starts(shown.shape[-2], height, down):
+        for left in _starts(shown.shape[-1], width, right):
             part = (..., slice(top, top + height), slice(left, left + width))
             total[part] += segmenter.upsample(segmenter(shown[part]).logits.float(), (height, width))
             times[part] += 1
     return total.div_(times)
 
 
-def _starts(length: int, window: int) -> list[int]:
+def _starts(length: int, window: int, stride: int) -> list[int]:
     """Return where windows of a side begin so that they cover `length` pixels."""
-    stride = max(1, 2 * window // 3)
     return [*range(0, length - window, stride), length - window]
 
 
@@ -90,7 +103,7 @@ def mean_probabilities(segmenter: Segmenter, answers: Sequence[Tensor], size: tu
     total = segmenter.upsample(answers[0], size).softmax(1)
     for logits in answers[1:]:
         total += segmenter.upsample(logits, size).softmax(1)
-    return total.div_(len(answers))
+    return total.div_(len(answers)) if len(answers) > 1 else total
 
 
 def decide(segmenter: Segmenter, answers: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

@@ -77,6 +77,7 @@ __all__ = [
     "build_segmenter",
     "frozen_parameters",
     "least_images",
+    "least_side",
     "load_weights",
     "merged",
     "recommended_optimizer",
@@ -93,7 +94,8 @@ class NetworkConfig:
     """Which network is trained and what it starts from; `build_segmenter(num_classes=C, **asdict(config))`."""
 
     name: str = "compact"
-    """One of `NETWORKS`, or timm:MODEL for a backbone of timm, such as timm:vit_small_patch14_dinov2.lvd142m."""
+    """One of `NETWORKS`, or timm:MODEL for a backbone of timm, such as timm:vit_small_patch14_dinov2.lvd142m, or of an
+    installed package of yours."""
     weights: str | None = None
     """Null or "none": random. A path ending in .pth, .pt or .safetensors: that file. Else like "IMAGENET1K_V1", of
     timm's models "pretrained"."""
@@ -189,6 +191,11 @@ def least_images(name: str) -> int:
         ValueError: If there is no such network; lists the known ones. Names of timm's models are not looked up.
     """
     return 1 if name.startswith(TIMM) else _recipe(name).least_images
+
+
+def least_side(segmenter: Segmenter) -> int:
+    """Return the least height and width of an image that a network takes."""
+    return segmenter.backbone.least_side if isinstance(segmenter.backbone, TimmBackbone) else 1
 
 
 def base_lr(name: str, *, pretrained: bool = True) -> float:

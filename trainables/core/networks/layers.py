@@ -154,11 +154,17 @@ def recompute_blocks(network: nn.Module) -> None:
         network: A network or a whole method; changed in place.
 
     Raises:
-        ValueError: If a block has batch norm that is trained, whose running statistics would move twice.
+        ValueError: If a block has batch norm that is trained, whose running statistics would move twice, or a backbone
+            of timm's kind cannot do so.
     """
     encoders = [part.encoder for part in network.modules() if isinstance(part, Encoding)]
     for encoder in encoders:
         _check_no_trained_norm(encoder)
+        if not hasattr(encoder, "set_grad_checkpointing"):
+            raise ValueError(
+                "trainer.recompute=true needs a backbone with set_grad_checkpointing, but "
+                f"{type(encoder).__name__} has none. Set trainer.recompute=false."
+            )
         encoder.set_grad_checkpointing(True)
     in_encoders = {part for encoder in encoders for part in encoder.modules()}
     for block in network.modules():

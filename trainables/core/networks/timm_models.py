@@ -11,6 +11,7 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any, cast
 
 import torch
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "timm:"
 """What the name of a network begins with whose backbone is a model of timm."""
+
+OWN_BACKBONES = "segadapt.backbones"
+"""Group of entry points by which installed packages name modules that register models of theirs with timm."""
 
 _ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
 """How families of models are told to take images of any size; the last need not be told."""
@@ -104,6 +108,11 @@ class TimmBackbone(Encoding):
         return maps[0] if len(maps) == 1 else maps
 
     @property
+    def least_side(self) -> int:
+        """The least height and width of an image, of which a plain transformer sees whole patches."""
+        return -(-_PERCENT * self.cell // self._percent) if self.plain else 1
+
+    @property
     def stem(self) -> SharedStem:  # type: ignore[override]
         """The shallow part that a method may keep per domain: what comes before the blocks, as timm names it."""
         matches = re.compile(self.encoder.group_matcher(coarse=True)["stem"]).match
@@ -132,10 +141,10 @@ class TimmBackbone(Encoding):
     def _fitted(self, images: Tensor) -> Tensor:
         """Return the images at the nearest size of whole cells to their scaled size, so that cells tile the image."""
         sides = images.shape[-2:]
-        if self.plain and min(sides) < self.cell:
+        if min(sides) < self.least_side:
             raise ValueError(
-                f"An image must have at least {self.cell}x{self.cell} pixels, a patch of this network, but got "
-                f"{sides[0]}x{sides[1]}. Raise augmentation.*_size or *_crop, or choose a network of smaller patches."
+                f"An image must have at least {self.least_side}x{self.least_side} pixels, a patch of this network, but "
+                f"got {sides[0]}x{sides[1]}. Show larger images, or choose a network of smaller patches."
             )
         unit = _PERCENT * self.cell
         up = 0 if self.plain else unit - 1
@@ -185,7 +194,7 @@ def build_timm_segmenter(
     """Build a segmenter on a model of timm.
 
     Args:
-        name: timm's name of the model.
+        name: timm's name of the model, or one that an installed package registers with timm; see `OWN_BACKBONES`.
         num_classes: C.
         head: One of `HEADS`, `deeplabv2` or `auto`.
         state: Tensors that the backbone starts from, named as timm, its authors or a checkpoint of ours name them.
@@ -230,14 +239,30 @@ def build_timm_segmenter(
     )
 
 
+def _register_own() -> None:
+    """Import the modules that installed packages name to register models of theirs with timm."""
+    for entry in entry_points(group=OWN_BACKBONES):
+        try:
+            entry.load()
+        except Exception as error:  # a module may do anything
+            raise ValueError(
+                f"An entry point of {OWN_BACKBONES} must name a module that Python can import, but {entry.value!r} of "
+                f"the package {entry.dist.name if entry.dist else '?'} raises {type(error).__name__}: "
+                f"{_short(str(error)).rstrip('.')}. Mend or remove the package."
+            ) from error
+
+
 def _check_known(name: str, *, pretrained: bool) -> None:
     import timm
 
+    if not timm.is_model(name):
+        _register_own()
     if not timm.is_model(name) or ("." in name and name not in timm.list_pretrained()):
         near = difflib.get_close_matches(name, [*timm.list_models(), *timm.list_pretrained()], n=5, cutoff=0.4)
         raise ValueError(
             f"network.name={PREFIX}MODEL needs the name of a model of timm {timm.__version__}, but got {name!r}. "
-            f"{'Near: ' + ', '.join(near) + '. ' if near else ''}timm.list_models() in Python lists all."
+            f"{'Near: ' + ', '.join(near) + '. ' if near else ''}timm.list_models() in Python lists all. One of your "
+            f"own comes with a package whose entry point is of {OWN_BACKBONES}."
         )
     if pretrained and not timm.is_model_pretrained(name):
         raise ValueError(

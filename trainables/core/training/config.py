@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from segadapt.trainables.core.data.transforms import AugmentationConfig, Size
+from segadapt.trainables.core.evaluation.inference import Inference
 from segadapt.trainables.core.method import SOURCE_ONLY, Stage
 from segadapt.trainables.core.validation import check
 
@@ -92,6 +93,8 @@ class TrainerConfig:
     """Images per evaluation batch and worker."""
     eval_window: Size | None = None
     """Height and width of overlapping windows in which evaluations show an image; null: whole, as the papers do."""
+    eval_stride: Size | None = None
+    """Rows and columns from one such window to the next; null: two thirds of the window."""
     loader_threads: int | None = None
     """Threads that read and augment ahead; 0 does so between steps; null: the worker's CPUs beside a GPU, else 0."""
     evaluate_start: bool = False
@@ -119,6 +122,12 @@ class TrainerConfig:
             "trainer.eval_window must be null or two sides of at least 1",
             self.eval_window,
         )
+        _ = self.inference  # refuses a stride that does not fit the window
+
+    @property
+    def inference(self) -> Inference:
+        """How evaluations ask a network about an image."""
+        return Inference(window=self.eval_window, stride=self.eval_stride)
 
     def check_workers(self, workers: int, least_images: int) -> None:
         """Make sure that workers can share a batch.

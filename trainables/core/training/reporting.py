@@ -13,7 +13,6 @@ import torch
 from segadapt.trainables.core.data.batch import EvaluationData
 from segadapt.trainables.core.evaluation.evaluate import Evaluation, evaluate
 from segadapt.trainables.core.evaluation.gallery import save_gallery
-from segadapt.trainables.core.evaluation.inference import Inference
 from segadapt.trainables.core.evaluation.label_free import ScoredImages, label_free_scores
 from segadapt.trainables.core.journal import note
 from segadapt.trainables.core.labelling.files import read_provenance
@@ -72,7 +71,7 @@ def evaluate_method(
     network = method.exported
     provenance = read_provenance(folder) if stage.pseudo_labels else None
     rule = method.label_rule(stage, provenance)
-    inference = Inference(window=config.eval_window)
+    inference = config.inference
     if rule is not None and (inference.window is not None or network is not method.deployed):
         rule = by_network(rule, method.deployed)  # labels are made of whole images, by the network that is trained
     batch_size = config.eval_batch_size
