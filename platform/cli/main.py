@@ -15,7 +15,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Exit status: 0 finished, 1 a trial failed or a file has faults, 2 wrong usage, 130 interrupted.",
+    epilog="Exit status: 0 finished, 1 a trial failed or a file has faults, 2 wrong usage, 3 Ray did not start on this "
+    "machine, 130 interrupted.",
 )
 app.add_typer(data.app)
 app.add_typer(cache.app)
@@ -56,7 +57,7 @@ def _fail(error: Exception) -> None:
     screen = console(stderr=True)
     if isinstance(error, UsageError):
         screen.print(f"error: {redacted(error)}", markup=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(error.exit_status)
     screen.print(f"error: {type(error).__name__}: {redacted(error)}", markup=False)
     where = traceback.extract_tb(error.__traceback__)[-1]
     screen.print(f"(raised at {where.filename}:{where.lineno}; --debug shows the whole traceback)", markup=False)
