@@ -38,6 +38,7 @@ class Running(TypedDict, total=False):
     tolerance: Tolerance
     debug: bool
     say: Callable[[str], None]
+    quiet: bool
 
 
 class Choices(Running, SearchChoices, total=False):

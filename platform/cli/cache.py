@@ -27,7 +27,7 @@ def list_stages(place: "Place", as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(content), indent=1))
     else:
-        show_cache(content)
+        show_cache(content, place)
 
 
 @app.command()

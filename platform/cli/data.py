@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from segadapt.platform.cli.next_steps import after_data_check, after_data_make, after_data_pack, show_next
 from segadapt.platform.cli.options import AsJson, Assignments, LateHelp, assignments
 from segadapt.platform.cli.tables import console, progress_bar, show_dataset
 from segadapt.platform.settings.text import size_text
@@ -35,6 +36,7 @@ def make(
     from segadapt.platform.api import data
 
     print(f"Wrote {data.data_make(folder, assignments(settings), layout=layout)}")
+    show_next(after_data_make(folder, layout))
 
 
 @app.command(cls=LateHelp)
@@ -57,6 +59,8 @@ def check(
         print(json.dumps(dataclasses.asdict(report), indent=1))
     else:
         show_dataset(report)
+        if any(split.images for split in report.splits.values()):
+            show_next(after_data_check(kind, root))
     sys.exit(1 if report.faults else 0)
 
 
@@ -90,6 +94,7 @@ def pack(
     held = ", ".join(f"{name} {counts['images']} images" for name, counts in manifest.splits.items())
     packed = size_text(sum(shard.bytes for shard in manifest.shards))
     console().print(f"{out}: {held}, {packed} in {len(manifest.shards)} shards", markup=False, soft_wrap=True)
+    show_next(after_data_pack("shards", out))
 
 
 @app.command(cls=LateHelp)

@@ -41,6 +41,7 @@ _MaxFailures = Annotated[
 _TrialTimeout = Annotated[
     float, typer.Option(metavar="SECONDS", help="A trial that reports nothing for so long hangs: start it again.")
 ]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress, only what came out.")]
 _Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what workers print.")]
 
 Assignments = Annotated[
@@ -164,6 +165,7 @@ def running(
     gpus: _Gpus = None,
     max_failures: _MaxFailures = 2,
     trial_timeout: _TrialTimeout = 7200.0,
+    quiet: _Quiet = False,
     debug: _Debug = False,
 ) -> "Running":
     """Return how an experiment runs."""
@@ -175,7 +177,8 @@ def running(
         "resources": Resources(workers, gpus, launcher),  # type: ignore[arg-type]  # it looks at the launcher
         "tolerance": Tolerance(max_failures, trial_timeout),
         "debug": debug,
-        "say": lambda text: console().print(text, markup=False),
+        "say": lambda text: None if quiet else console().print(text, markup=False),
+        "quiet": quiet,
     }
 
 

@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segadapt.platform.cli.next_steps import (
+    after_describe,
+    after_list,
+    after_report,
+    after_runs,
+    after_status,
+    show_next,
+)
 from segadapt.platform.cli.options import AsJson, folder, place, shared, tracked_place
 from segadapt.platform.cli.tables import console, show_leaderboard, show_selection, show_status
 
@@ -26,6 +34,7 @@ def list_methods() -> None:
 
     for name, description in methods.list_methods():
         print(f"{name:16} {description}")
+    show_next(after_list())
 
 
 def describe(method: Annotated[str, typer.Argument(help="A name shown by `segadapt list`.")]) -> None:
@@ -41,6 +50,7 @@ def describe(method: Annotated[str, typer.Argument(help="A name shown by `segada
         shown = ", ".join(f"{name} {value}" for name, value in presets.items())
         table.add_row(key.name, key.type, str(key.default), searched, shown, key.doc)
     console().print(table)
+    show_next(after_describe(method))
 
 
 @shared(place=tracked_place)
@@ -62,6 +72,7 @@ def runs(
         show_leaderboard(board)
         if selection:
             show_selection(board)
+        show_next(after_runs(board, place))
 
 
 @shared(place=place)
@@ -83,8 +94,10 @@ def status(
         else:
             show_status(standing, clear=watch)
         if not watch or standing.state != "running":
-            return
+            break
         time.sleep(_WATCH_S)
+    if not as_json:
+        show_next(after_status(standing, place))
 
 
 @shared(place=place)
@@ -97,6 +110,7 @@ def report(
     from segadapt.platform.api import results
 
     print(f"Wrote {results.report(search_name, out, place=place)}")
+    show_next(after_report(search_name, place))
 
 
 @shared(place=folder)

@@ -1,13 +1,12 @@
 """The commands that train: search, train and finish."""
 
-import os
-import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from segadapt.platform.cli.jobs import hand_over
+from segadapt.platform.cli.next_steps import after_experiment, after_finish, after_plan, show_next
 from segadapt.platform.cli.options import (
     Assignments,
     ConfigFile,
@@ -150,6 +149,7 @@ def search(
         estimate = plan.estimate()
         show_estimate(estimate)
         estimate.check()
+        show_next(after_plan())
     else:
         _conclude(training.search(methods, assignments(settings), **asked, **running), running, resume_by="search")
 
@@ -224,12 +224,15 @@ def finish(
         show_finish(results[0])
     if len(results) > 1:
         show_seeds(results)
+    if not running["quiet"]:
+        show_next(after_finish(results, search_name, place, interrupted=finished.interrupted))
     sys.exit(_status(finished.failed, interrupted=finished.interrupted))
 
 
 def _conclude(result: "Result", running: "Running", *, resume_by: str) -> None:
     """Show what came out and what to do next, and exit."""
     from segadapt.platform.errors import redacted
+    from segadapt.platform.storage.command_lines import command_line
 
     place, name, say = result.place, result.name, running["say"]
     status = _status(result.failed, interrupted=result.interrupted)
@@ -240,20 +243,14 @@ def _conclude(result: "Result", running: "Running", *, resume_by: str) -> None:
             raise
         say(
             f"{name} ended, but its MLflow server does not answer: {redacted(error)}\n"
-            f"`segadapt runs {name}` shows it later."
+            f"{command_line('runs', name, place=place)} shows it later."
         )
         sys.exit(status)
     show_leaderboard(board)
-    where = "" if place.storage == "runs" else f" --storage {shlex.quote(str(place.storage))}"
     parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in result.seconds.items())
-    say(f"\n{name} took {sum(result.seconds.values()):.0f} s ({parts}). Next:")
-    segadapt = "uv run segadapt" if "UV_RUN_RECURSION_DEPTH" in os.environ else "segadapt"  # as it was called
-    if place.tracking_uri is None:
-        say(f"  {segadapt} ui{where}    then open experiment {name} at http://127.0.0.1:5000")
-    if result.interrupted:
-        say(f"  {segadapt} {resume_by} --resume {name}{where}    goes on where it stopped")
-    elif any(row.checkpoint for row in board.rows):
-        say(f"  {segadapt} finish best --search {name}{where}    self-trains the best trial")
+    say(f"\n{name} took {sum(result.seconds.values()):.0f} s ({parts}).")
+    if not running["quiet"]:
+        show_next(after_experiment(result, board, resume_by))
     sys.exit(status)
 
 

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from segadapt.platform.settings.text import duration_text, number_text, short_text, size_text
+from segadapt.platform.settings.text import duration_text, number_text, short_text, size_text, span_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from segadapt.platform.results.leaderboard import Leaderboard
     from segadapt.platform.results.status import SearchStatus
     from segadapt.platform.storage.cache import CacheContent, CachedStage, Pruned, RunningLease
+    from segadapt.platform.storage.folders import Place
     from segadapt.trainables.core.data.checking import DatasetReport
 
 _SHOWN_PARAMS = 8
@@ -148,12 +149,14 @@ def show_status(status: "SearchStatus", *, clear: bool) -> None:
     if status.best is not None:
         screen.print(f"best so far {status.best:.3f} ({status.best_name}), for {status.objective}", markup=False)
     if status.left_s is not None:
-        screen.print(f"about {duration_text(status.left_s)} left")
-    if status.running:
+        screen.print(f"{span_text(*status.left_s)} left")
+    if status.state == "running" and not status.states and not status.stages:
+        screen.print("shared stages, which all trials start from, are about to begin")
+    if status.running or status.stages:
         table = Table(box=None)
-        for column in ("trial", "state", "step", "best", "last heard"):
-            table.add_column(column, justify="left" if column in ("trial", "state") else "right")
-        for trial in status.running:
+        for column in ("trial or shared stage", "state", "step", "best", "last heard"):
+            table.add_column(column, justify="right" if column in ("step", "best", "last heard") else "left")
+        for trial in (*status.stages, *status.running):
             heard = f"{duration_text(trial.heard_s)} ago" + (" (stalled)" if trial.stalled else "")
             table.add_row(trial.name, trial.state, str(trial.step), number_text(trial.value), heard)
         screen.print(table)
@@ -257,9 +260,11 @@ def show_evaluation(result: "EvaluationResult") -> None:
         screen.print(f"predictions: {result.predictions}", soft_wrap=True, markup=False)
 
 
-def show_cache(content: "CacheContent") -> None:
+def show_cache(content: "CacheContent", place: "Place") -> None:
     """Show the shared stages, the leases on them and what was left over."""
     from rich.table import Table
+
+    from segadapt.platform.storage.command_lines import command_line
 
     screen = console()
     table = Table(box=None)
@@ -276,7 +281,8 @@ def show_cache(content: "CacheContent") -> None:
         screen.print(_lease_text(lease), markup=False, soft_wrap=True)
     if content.left_over:
         screen.print(
-            f"{len(content.left_over)} left-over copies of dead processes; `segadapt cache prune` removes them"
+            f"{len(content.left_over)} left-over copies of dead processes; "
+            f"`{command_line('cache', 'prune', '--older-than', 30, place=place)}` removes them"
         )
     screen.print(f"{len(content.stages)} stages, {size_text(content.bytes)}")
 
@@ -297,9 +303,11 @@ def show_pruned(pruned: "Pruned", *, dry_run: bool) -> None:
     screen.print(f"{'would free' if dry_run else 'freed'} {size_text(pruned.bytes)}")
 
 
-def show_findings(examination: "Iterable[Finding]") -> "list[Finding]":
+def show_findings(examination: "Iterable[Finding]", place: "Place") -> "list[Finding]":
     """Show what a check-up finds as it comes; returns it."""
     from rich.text import Text
+
+    from segadapt.platform.storage.command_lines import command_line
 
     screen = console()
     styles = {"ok": "green", "warning": "yellow", "fault": "bold red", "repaired": "green"}
@@ -316,7 +324,7 @@ def show_findings(examination: "Iterable[Finding]") -> "list[Finding]":
     screen.print(
         f"\n{count['fault']} faults, {count['warning']} warnings"
         + (f", {repaired} repaired" if repaired else "")
-        + (f"; `segadapt doctor --fix` repairs {mendable}" if mendable else "")
+        + (f"; `{command_line('doctor', '--fix', place=place)}` repairs {mendable}" if mendable else "")
     )
     return findings
 

@@ -9,6 +9,7 @@ from segadapt.platform.experiment.record import Record
 from segadapt.platform.results.seeds import Reranked, verdict
 from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.checkpoints import TrialCheckpoint
+from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.descriptions import datasets, search_note
 from segadapt.platform.tracking.tags import (
     BEST_NAME_TAG,
@@ -33,8 +34,8 @@ class ParentRun:
     record: Record
     spec: TrialSpec
     tracker: Any
-    study_url: str
-    """Address of Optuna's storage."""
+    place: Place
+    """Where the experiment is kept and tracked."""
 
     def open(self, data_notes: Sequence[str]) -> None:
         """Open the run, or continue it.
@@ -106,7 +107,7 @@ class ParentRun:
         goals = {goal: best.metrics[goal] for goal in self.spec.objective.goals if goal in best.metrics}
         reached = {f"best/{goal}": value for goal, value in goals.items()}
         self.tracker.log_summary(record.name, reached, steps)
-        note = search_note(record.name, result.name, goals, best.metrics["step"], trials, lead)
+        note = search_note(record.name, result.name, goals, best.metrics["step"], trials, lead, self.place)
         tags = {BEST_TRIAL_TAG: result.trial_id, BEST_NAME_TAG: result.name}
         self.tracker.set_tags(record.name, tags | ({NOTE_TAG: note} if record.kind == "search" else {}))
         if best.kept:
@@ -119,7 +120,7 @@ class ParentRun:
         from segadapt.platform.results.plots import study_figures
 
         objective, key = self.spec.objective, self.record.name
-        study = load_study(key, self.study_url)
+        study = load_study(key, self.place.study_url)
         for name, make in study_figures(study, objective):
             self.tracker.log_figure(key, make, name)
         if compared := compare_methods(study.get_trials(deepcopy=False), objective):

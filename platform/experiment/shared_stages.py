@@ -4,12 +4,12 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segadapt.platform.experiment.record import BEGUN, Record
+from segadapt.platform.experiment.record import BEGUN, Options, Record
 from segadapt.platform.experiment.tune_state import mend
 from segadapt.platform.settings.config import override
 from segadapt.platform.settings.resources import Allocation
@@ -44,7 +44,7 @@ class SharedStages:
     resources: Allocation
     """What a trial takes that computes them: the whole machine."""
     tracker: Any
-    say: Callable[[str], None]
+    options: Options
     parent_key: str
     """Key of the run that the experiment's trials hang under."""
 
@@ -72,7 +72,7 @@ class SharedStages:
 
     def _ensure_of(self, method: str, seed: int | None, keys: list[StageKey]) -> bool:
         """Load a method's shared stages, wait for those that others compute, and compute what is missing."""
-        storage, say = self.spec.storage, self.say
+        storage, say = self.spec.storage, self.options.say
         for name in put_damaged_aside(storage, keys):
             say(f"{method}: the files of the stage {name} are damaged; it is computed anew.")
         try:
@@ -119,7 +119,8 @@ class SharedStages:
         steps = sum(stage_steps(missing, config.warmup.steps, config.trainer.steps).values())
         names = [stage.name for stage in missing]
         labels = Labels(self.record.name, "stage", names[:1], {}, self.parent_key)
-        results = run_experiment(spec, labels, steps, self.tracker, f"shared stages {', '.join(names)}")
+        title = None if self.options.quiet else f"shared stages {', '.join(names)}"
+        results = run_experiment(spec, labels, steps, self.tracker, title)
         reason = next((result.error for result in results if result.error), None)
         if reason is not None:
             raise StageFailedError(f"The shared stages did not finish: {reason}")
@@ -132,7 +133,7 @@ class SharedStages:
         if folder.exists() and not (begun.exists() and begun.read_text() == hashes):
             shutil.rmtree(folder)  # it was finished and pruned since, or the code was edited
         if mended := mend(folder):
-            self.say(mended)
+            self.options.say(mended)
         folder.mkdir(exist_ok=True)
         write_whole(begun, hashes)
 

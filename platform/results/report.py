@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from segadapt.platform.results.plots import MEASURES, importances
 from segadapt.platform.settings.objective import TARGET, Objective
+from segadapt.platform.settings.states import TrialState
 from segadapt.platform.settings.text import number_text, short_text
-from segadapt.platform.tracking.tags import KIND_TAG
+from segadapt.platform.storage.command_lines import command_line
+from segadapt.platform.tracking.tags import KIND_TAG, STATE_TAG
 from segadapt.trainables.core.training.checkpoint import GALLERY
 
 if TYPE_CHECKING:
     from segadapt.platform.results.leaderboard import Leaderboard, Row
+    from segadapt.platform.storage.folders import Place
 
 _COLORS = ("#3b7dd8", "#d9822b", "#2f9e63", "#b84fb0", "#c0392b", "#7f8c3a", "#5f6caf")
 """Colours of the methods, readable on light and dark ground."""
@@ -45,7 +48,7 @@ class Cost:
     """Wall time, summed over runs."""
 
 
-def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any | None) -> str:
+def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any | None, place: "Place") -> str:
     """Return the page of a search as HTML that loads nothing from anywhere.
 
     Args:
@@ -53,6 +56,7 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
         entries: MLflow runs of the search.
         client: MLflow client, for histories and artifacts.
         study: Optuna study of the search, for parameter importance; None leaves that out.
+        place: Where the search is kept and tracked, for the commands that come next.
     """
     import jinja2
 
@@ -95,14 +99,31 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
         importance={method: _html(figure) for method, figure in _importance_figures(study, objective).items()},
         plotly=_plotly(),
         costs=_costs(client, entries),
-        advice=advice(board, best, curves),
+        advice=advice(board, best, curves, parent.data.tags.get(STATE_TAG, ""), place),
     )
 
 
-def advice(board: "Leaderboard", best: "Row | None", curves: Sequence[Curve]) -> list[tuple[str, str]]:
-    """Return what may be done next, as a reason and a command."""
+def advice(
+    board: "Leaderboard", best: "Row | None", curves: Sequence[Curve], state: str, place: "Place"
+) -> list[tuple[str, str]]:
+    """Return what may be done next, as a reason and a command.
+
+    Args:
+        board: Leaderboard of the search.
+        best: The best trial; None if none has left a result.
+        curves: How the trials went, in the order of proposal.
+        state: Of the search.
+        place: Where it is kept and tracked.
+    """
+    name = board.search
+    if state == TrialState.RUNNING:
+        return [("The search has not ended yet.", command_line("status", name, "--watch", place=place))]
+    if state == TrialState.INTERRUPTED:
+        resume = command_line("search", "--resume", name, place=place)
+        return [("The search was interrupted: it goes on where it stopped.", resume)]
     if best is None:
-        return [("No trial has left a result: the failures say why.", f"segadapt runs {board.search}")]
+        failures = command_line("runs", name, place=place)
+        return [("No trial has left a result: the failures say why.", failures)]
     suggestions = []
     names = [curve.name for curve in curves]
     late = best.name in names and names.index(best.name) >= 0.75 * len(names) and len(names) >= 4
@@ -111,17 +132,19 @@ def advice(board: "Leaderboard", best: "Row | None", curves: Sequence[Curve]) ->
             (
                 f"The best trial is among the last quarter ({names.index(best.name) + 1} of {len(names)}): more trials "
                 "may find a better one.",
-                f"segadapt search --extend {board.search} --trials {len(names)}",
+                command_line("search", "--extend", name, "--trials", len(names), place=place),
             )
         )
     if not board.reranked:
         suggestions.append(
             (
                 "Every trial ran on one seed: the best of many is in part the luckiest.",
-                f"segadapt search --resume {board.search} --rerank 3 --seeds 3",
+                command_line("search", "--resume", name, "--rerank", 3, "--seeds", 3, place=place),
             )
         )
-    suggestions.append(("Turn the best trial into the final model.", f"segadapt finish best --search {board.search}"))
+    if best.checkpoint is not None:
+        finish = command_line("finish", "best", "--search", name, place=place)
+        suggestions.append(("Turn the best trial into the final model.", finish))
     return suggestions
 
 

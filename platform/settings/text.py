@@ -4,6 +4,9 @@ from pathlib import Path
 
 from segadapt.platform.errors import redacted
 
+_ROUGH = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+"""Seconds of a unit, and its name."""
+
 
 def path_of(text: str) -> Path:
     """Return the path that a user wrote, `~` and `~USER` replaced by that user's home; any other `~` is a name."""
@@ -43,6 +46,23 @@ def duration_text(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def span_text(fewest_s: float, most_s: float) -> str:
+    """Return a time span that is roughly known, both ends in the unit of the larger."""
+    size, unit = _rough_unit(most_s)
+    fewest, most = (f"{seconds / size:.0f}" for seconds in (fewest_s, most_s))
+    return f"about {most} {unit}" if fewest == most else f"{fewest} to {most} {unit}"
+
+
+def rough_text(seconds: float) -> str:
+    """Return a time span as a whole number of its unit."""
+    size, unit = _rough_unit(seconds)
+    return f"{seconds / size:.0f} {unit}"
+
+
+def _rough_unit(seconds: float) -> tuple[int, str]:
+    return next((size, unit) for size, unit in _ROUGH if seconds >= 1.5 * size or size == 1)
 
 
 def first_line(error: BaseException) -> str:

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping
 
+from segadapt.platform.storage.command_lines import command_line
+from segadapt.platform.storage.folders import Place
 from segadapt.trainables.core.data.datasets import DataConfig, split_location
 from segadapt.trainables.core.training.checkpoint import GALLERY
 
@@ -33,7 +35,9 @@ def datasets(config: DataConfig, fingerprint: str) -> list[dict[str, str]]:
     ]
 
 
-def search_note(name: str, best: str, values: Mapping[str, float], step: int, trials: int, verdict: str | None) -> str:
+def search_note(
+    name: str, best: str, values: Mapping[str, float], step: int, trials: int, verdict: str | None, place: Place
+) -> str:
     """Return the description of a search that has ended, in Markdown."""
     reached = ", ".join(f"{goal} {value:.3f}" for goal, value in values.items())
     lines = [f"**{best}** is the best of {trials} trials: {reached} at step {step}.", ""]
@@ -45,8 +49,8 @@ def search_note(name: str, best: str, values: Mapping[str, float], step: int, tr
         "",
         "Next:",
         "",
-        f"    segadapt report {name}",
-        f"    segadapt finish best --search {name}",
+        f"    {command_line('report', name, place=place)}",
+        f"    {command_line('finish', 'best', '--search', name, place=place)}",
     ]
     return "\n".join(lines)
 

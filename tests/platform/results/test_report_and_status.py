@@ -88,7 +88,7 @@ def test_a_report_is_one_file_that_loads_nothing(told: Path, tmp_path: Path) -> 
     for row in board.rows:
         assert row.name in page
     assert page.count("data:image/png;base64,") >= 2, "galleries of source-only and best"
-    assert f"segadapt search --resume {NAME} --rerank" in page, "what to do next"
+    assert f"segadapt search --resume {NAME} --rerank 3 --seeds 3 --storage {told}/runs" in page, "what to do next"
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?https?:", page)
     with pytest.raises(api.UsageError, match="must be writable"):
         api.report(NAME, str(tmp_path / "none" / "told.html"), place=Place(str(told / "runs")))
@@ -193,7 +193,7 @@ def test_a_report_shows_importance_and_the_verdict_over_seeds(told: Path) -> Non
     board = dataclasses.replace(board, reranked=ranking, verdict=verdict(ranking))
     assert board.verdict
     client = MlflowClient(f"sqlite:///{told}/runs/mlflow.db")
-    page = render(board, list(tracked(told, NAME).values()), client, study)
+    page = render(board, list(tracked(told, NAME).values()), client, study, Place(told / "runs"))
     assert all(f'"name":"{name}"' in page for name in ("fANOVA", "PED-ANOVA"))
     assert board.verdict in html.unescape(page)
-    assert f"segadapt search --resume {NAME} --rerank" not in page, "it is done"
+    assert f"search --resume {NAME} --rerank" not in page, "it is done"
