@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from segadapt.platform.experiment.estimate import Estimate
     from segadapt.platform.experiment.finishing import FinishResult
     from segadapt.platform.experiment.record import Record
-    from segadapt.platform.results.leaderboard import Leaderboard
+    from segadapt.platform.results.leaderboard import Leaderboard, Row
     from segadapt.platform.results.status import SearchStatus
     from segadapt.platform.storage.cache import CacheContent, CachedStage, Pruned, RunningLease
     from segadapt.platform.storage.folders import Place
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _SHOWN_PARAMS = 8
 """Most searched settings that a leaderboard shows as columns; of more, those of each method's best trial."""
+
+_TEXT_WIDTH = 100
+"""Characters of a line of settings."""
 
 _SHOWN_SIZES = 5
 """Most image sizes that a report on a dataset names."""
@@ -98,16 +101,18 @@ def show_leaderboard(board: "Leaderboard") -> None:
 
     trials = [row for row in board.rows if row.kind == "trial"]
     varied = sorted({key for row in trials for key in row.params})
-    as_columns = varied if len(varied) <= _SHOWN_PARAMS else []
+    as_columns = varied if board.kind == "search" and len(varied) <= _SHOWN_PARAMS else []
     table = Table(title=f"{board.search}: {board.objective}", box=None)
     goals = list(next((row.goals for row in trials if len(row.goals) > 1), []))  # one goal is the column "best"
     columns = ["run", "state", *(goals or ["best"]), *(["mean rank"] if "+" in board.objective else [])]
-    for column in (*columns, "at step", "last", *(key.rsplit(".", 1)[-1] for key in as_columns)):
+    columns += [board.judged_by] if board.judged_by else []
+    for column in (*columns, "at step", "last", *_short_names(as_columns)):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     for row in board.rows:
         values = [short_text(row.params.get(key, "")) if row.kind == "trial" else "" for key in as_columns]
         reached = [number_text(row.goals.get(goal)) for goal in goals] or [number_text(row.best)]
         ranks = [number_text(None if row.score is None else -row.score)] if "+" in board.objective else []
+        ranks += [number_text(row.target_miou)] if board.judged_by else []
         name = f"{row.name} *" if row.on_front else row.name
         state = f"{row.state}, checkpoint not kept" if row.checkpoint_removed else row.state
         table.add_row(name, state, *reached, *ranks, str(row.best_step or "-"), number_text(row.last), *values)
@@ -123,18 +128,43 @@ def show_leaderboard(board: "Leaderboard") -> None:
         compared = ", ".join(f"{method} {value:.3f}" for method, value in board.methods.items())
         screen.print(f"best of each method after {board.equal_steps} steps: {compared}", soft_wrap=True)
     if not as_columns:
-        for method in dict.fromkeys(row.method for row in trials):
-            of_method = [row for row in trials if row.method == method]
-            values = [
-                f"{key}={short_text(value)}" for key, value in sorted(of_method[0].params.items()) if key != "method"
-            ]
-            best = f"best {number_text(of_method[0].best)} ({of_method[0].name})"
-            text = f"{method}: {len(of_method)} trials, {best} with {' '.join(values)}"
-            screen.print(text, markup=False, soft_wrap=True)
+        for line in _best_of_each_method(trials, board.kind):
+            screen.print(line, markup=False, soft_wrap=True)
     for row in board.rows:
         if row.failure:
             screen.print(f"{row.name} failed: {row.failure}", markup=False)
     show_reranked(board)
+
+
+def _short_names(keys: Sequence[str]) -> list[str]:
+    """Return the ends of dotted names, as long as they must be to differ."""
+    names = []
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        others = [f".{other}" for other in keys if other != key]
+        names.append(next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), key))
+    return names
+
+
+def _best_of_each_method(trials: "Sequence[Row]", kind: str) -> "Iterator[str]":
+    """Yield the best trial of each method with its settings, in lines that can be read."""
+    import textwrap
+
+    for method in dict.fromkeys(row.method for row in trials):
+        of_method = [row for row in trials if row.method == method]
+        best = of_method[0]
+        values = [
+            f"{key.removeprefix(f'{method}.')}={short_text(value)}"
+            for key, value in sorted(best.params.items())
+            if key != "method"
+        ]
+        if kind == "search":
+            yield f"{method}: {len(of_method)} trials, best {number_text(best.best)} ({best.name}) with"
+        elif values:
+            yield f"settings of {best.name} that were given:"
+        lines = textwrap.wrap(" ".join(values), _TEXT_WIDTH, break_long_words=False, break_on_hyphens=False)
+        yield from (f"  {line}" for line in lines)
 
 
 def show_status(status: "SearchStatus", *, clear: bool) -> None:
