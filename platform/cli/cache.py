@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segadapt.platform.cli.inventories import show_cache, show_pruned
 from segadapt.platform.cli.options import AsJson, folder, shared
-from segadapt.platform.cli.tables import show_cache, show_pruned
 
 if TYPE_CHECKING:
     from segadapt.platform.storage.folders import Place

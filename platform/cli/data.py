@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from segadapt.platform.cli.inventories import show_dataset
 from segadapt.platform.cli.next_steps import after_data_check, after_data_make, after_data_pack, show_next
 from segadapt.platform.cli.options import AsJson, Assignments, LateHelp, assignments
-from segadapt.platform.cli.tables import console, progress_bar, show_dataset
+from segadapt.platform.cli.tables import console, progress_bar
 from segadapt.platform.settings.text import size_text
 
 _SETTING = re.compile(r"\w+(\.\w+)+=|seed=")

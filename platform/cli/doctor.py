@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segadapt.platform.cli.inventories import show_findings
 from segadapt.platform.cli.options import AsJson, place, shared
-from segadapt.platform.cli.tables import show_findings
 
 if TYPE_CHECKING:
     from segadapt.platform.storage.folders import Place

@@ -182,6 +182,13 @@ def after_submit(job: str, address: str) -> list[Step]:
     ]
 
 
-def after_plan() -> list[Step]:
-    """Return what follows a dry run."""
-    return [("run it", same_command(without="--dry-run"))]
+def after_plan(words: Sequence[str]) -> list[Step]:
+    """Return what follows a dry run.
+
+    Args:
+        words: Of the command that prints all settings.
+    """
+    from segadapt.platform.storage.command_lines import command_line
+
+    settings = "every setting, as an experiment file that --config takes"
+    return [("run it", same_command(without="--dry-run")), (settings, command_line("plan", *words))]

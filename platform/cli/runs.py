@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segadapt.platform.cli.inventories import show_settings
 from segadapt.platform.cli.next_steps import (
     after_describe,
     after_list,
@@ -16,7 +17,7 @@ from segadapt.platform.cli.next_steps import (
     show_next,
 )
 from segadapt.platform.cli.options import AsJson, folder, place, shared, tracked_place
-from segadapt.platform.cli.tables import console, show_leaderboard, show_selection, show_status
+from segadapt.platform.cli.tables import show_leaderboard, show_selection, show_status
 
 if TYPE_CHECKING:
     from segadapt.platform.storage.folders import Place
@@ -38,18 +39,10 @@ def list_methods() -> None:
 
 
 def describe(method: Annotated[str, typer.Argument(help="A name shown by `segadapt list`.")]) -> None:
-    """List a method's settings: type, default, searched range, published value."""
-    from rich.table import Table
-
+    """List a method's settings as KEY=VALUE with their defaults: first those that a search varies, then the others."""
     from segadapt.platform.api import methods
 
-    table = Table(title=f"{method}: KEY=VALUE settings", box=None)
-    for column in ("key", "type", "default", "searched", "presets", "meaning"):
-        table.add_column(column, overflow="fold")
-    for key, searched, presets in methods.describe(method):
-        shown = ", ".join(f"{name} {value}" for name, value in presets.items())
-        table.add_row(key.name, key.type, str(key.default), searched, shown, key.doc)
-    console().print(table)
+    show_settings(methods.describe(method))
     show_next(after_describe(method))
 
 

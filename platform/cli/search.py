@@ -8,12 +8,14 @@ import typer
 from segadapt.platform.cli.jobs import hand_over
 from segadapt.platform.cli.next_steps import after_experiment, after_finish, after_plan, show_next
 from segadapt.platform.cli.options import (
+    RARE,
     Assignments,
     ConfigFile,
     Preset,
     Search,
     SkipBad,
     assignments,
+    folder,
     place,
     running,
     shared,
@@ -38,9 +40,12 @@ _Trials = Annotated[
 ]
 _TimeBudget = Annotated[float | None, typer.Option(help="Stop the search after this many seconds.")]
 _MaxGpuHours = Annotated[
-    float | None, typer.Option(help="Stop the search when its trials have held GPUs for so many hours.")
+    float | None,
+    typer.Option(help="Stop the search when its trials have held GPUs for so many hours.", rich_help_panel=RARE),
 ]
-_Concurrent = Annotated[int | None, typer.Option(help="Trials at a time; default: as many as fit.")]
+_Concurrent = Annotated[
+    int | None, typer.Option(help="Trials at a time; default: as many as fit.", rich_help_panel=RARE)
+]
 _Objective = Annotated[
     str | None,
     typer.Option(
@@ -57,35 +62,50 @@ _TrainObjective = Annotated[
     ),
 ]
 _Sampler = Annotated[
-    str | None, typer.Option(help="What proposes, all Optuna's: {samplers}; default: auto, which is tpe.")
+    str | None,
+    typer.Option(help="What proposes, all Optuna's: {samplers}; default: auto, which is tpe.", rich_help_panel=RARE),
 ]
 _Scheduler = Annotated[
     str | None,
     typer.Option(
         help="What stops trials: {schedulers}; default: asha. asha-promote pauses them, and goes on with those that "
-        "later trials show to be good."
+        "later trials show to be good.",
+        rich_help_panel=RARE,
     ),
 ]
 _Seed = Annotated[
-    int | None, typer.Option(help="Seed of the sampler, default 0; `seed=N` as a setting seeds the training.")
+    int | None,
+    typer.Option(
+        help="Seed of the sampler, default 0; `seed=N` as a setting seeds the training.", rich_help_panel=RARE
+    ),
 ]
 _Rerank = Annotated[
     int | None,
     typer.Option(metavar="K", help="Train the K best configurations again on other seeds; the mean decides."),
 ]
-_Seeds = Annotated[int | None, typer.Option(help="Seeds of --rerank; default: 3.")]
+_Seeds = Annotated[int | None, typer.Option(help="Seeds of --rerank; default: 3.", rich_help_panel=RARE)]
 _KeepTop = Annotated[
-    int | None, typer.Option(metavar="K", help="Keep the checkpoints of the K best trials alone; default: of all.")
+    int | None,
+    typer.Option(
+        metavar="K", help="Keep the checkpoints of the K best trials alone; default: of all.", rich_help_panel=RARE
+    ),
 ]
 _Name = Annotated[str | None, typer.Option(help="Name of the search; default: METHOD-DATA, numbered.")]
 _Resume = Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this search.")]
 _Extend = Annotated[str | None, typer.Option(metavar="NAME", help="Run --trials more trials of this search.")]
 _Fork = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Begin with this search's settings and ranges, changed by KEY=VALUE.")
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Begin with this search's settings and ranges, changed by KEY=VALUE.", rich_help_panel=RARE
+    ),
 ]
 _WarmStart = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="Count this search's trials as prior points where they fit; repeatable."),
+    typer.Option(
+        metavar="NAME",
+        help="Count this search's trials as prior points where they fit; repeatable.",
+        rich_help_panel=RARE,
+    ),
 ]
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would run, measure a few steps and what follows; keep nothing.")
@@ -142,16 +162,44 @@ def search(
     hand_over(running["address"])
     from segadapt.platform.api import training
 
-    methods, settings = [word for word in words or [] if "=" not in word], [word for word in words or [] if "=" in word]
+    methods, settings = _split(words)
     if dry_run:
         plan = training.plan(methods, assignments(settings), **asked, **running)
         show_plan(plan.record)
         estimate = plan.estimate()
         show_estimate(estimate)
         estimate.check()
-        show_next(after_plan())
+        options = {"--preset": preset, "--config": config, "--fork": fork, "--storage": fork and str(place.storage)}
+        named = [part for option, value in options.items() if value is not None for part in (option, value)]
+        show_next(after_plan([*(words or []), *named]))
     else:
         _conclude(training.search(methods, assignments(settings), **asked, **running), running, resume_by="search")
+
+
+@shared(place=folder)
+def plan(
+    place: "Place",
+    words: _Words = None,
+    preset: Preset = None,
+    fork: _Fork = None,
+    config: ConfigFile = None,
+) -> None:
+    """Print every setting of a search as an experiment file: those that are searched as their ranges.
+
+    Change it, then give it to a search, with the options that are no settings.
+
+    Example: segadapt plan sdca trainer.steps=400 > my.yaml; segadapt search sdca --config my.yaml --trials 40
+    """
+    from segadapt.platform.api import training
+
+    methods, settings = _split(words)
+    planned = training.plan(methods, assignments(settings), preset=preset, fork=fork, config=config, place=place)
+    print(planned.experiment_file(), end="")
+
+
+def _split(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """Return the names of methods, and the settings."""
+    return [word for word in words or [] if "=" not in word], [word for word in words or [] if "=" in word]
 
 
 @shared(place=tracked_place, running=running)

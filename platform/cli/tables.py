@@ -4,31 +4,25 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from segadapt.platform.settings.text import duration_text, number_text, short_text, size_text, span_text
+from segadapt.platform.settings.text import duration_text, number_text, setting_text, short_text, size_text, span_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from segadapt.platform.deployment.evaluation import EvaluationResult
     from segadapt.platform.deployment.prediction import PredictionResult
-    from segadapt.platform.doctor.findings import Finding
     from segadapt.platform.experiment.estimate import Estimate
     from segadapt.platform.experiment.finishing import FinishResult
     from segadapt.platform.experiment.record import Record
     from segadapt.platform.results.leaderboard import Leaderboard, Row
     from segadapt.platform.results.status import SearchStatus
-    from segadapt.platform.storage.cache import CacheContent, CachedStage, Pruned, RunningLease
-    from segadapt.platform.storage.folders import Place
-    from segadapt.trainables.core.data.checking import DatasetReport
 
 _SHOWN_PARAMS = 8
 """Most searched settings that a leaderboard shows as columns; of more, those of each method's best trial."""
 
+
 _TEXT_WIDTH = 100
 """Characters of a line of settings."""
-
-_SHOWN_SIZES = 5
-"""Most image sizes that a report on a dataset names."""
 
 
 def console(*, stderr: bool = False) -> "Console":
@@ -39,9 +33,7 @@ def console(*, stderr: bool = False) -> "Console":
 
 
 def show_plan(record: "Record") -> None:
-    """Show what a search would do."""
-    import yaml
-
+    """Show what a search would do: what is set, what is searched; `segadapt plan` prints every setting."""
     from segadapt.platform.search.ranges import show_range
 
     screen = console()
@@ -51,11 +43,12 @@ def show_plan(record: "Record") -> None:
         screen.print(f"checkpoints of the {record.keep_top} best trials are kept")
     for name in record.warm_start:
         screen.print(f"trials of {name} that fit count as prior points")
-    for method, config in record.configs.items():
-        screen.print(f"\nconfiguration of the first trial of {method}:")
-        screen.print(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    for method, candidate in record.candidates.items():
+        screen.print(f"\n{method}, all else as by default:" if candidate.fixed else f"\n{method}, as by default:")
+        settings = (f"{key}={setting_text(value)}" for key, value in sorted(candidate.fixed.items()))
+        for line in _lines_of(settings):
+            screen.print(line, soft_wrap=True)
         screen.print("searched:")
-        candidate = record.candidates[method]
         for key, distribution in candidate.space.items():
             screen.print(f"  {key:32} {show_range(distribution):24} first {candidate.first[key]}")
 
@@ -149,8 +142,6 @@ def _short_names(keys: Sequence[str]) -> list[str]:
 
 def _best_of_each_method(trials: "Sequence[Row]", kind: str) -> "Iterator[str]":
     """Yield the best trial of each method with its settings, in lines that can be read."""
-    import textwrap
-
     for method in dict.fromkeys(row.method for row in trials):
         of_method = [row for row in trials if row.method == method]
         best = of_method[0]
@@ -163,8 +154,15 @@ def _best_of_each_method(trials: "Sequence[Row]", kind: str) -> "Iterator[str]":
             yield f"{method}: {len(of_method)} trials, best {number_text(best.best)} ({best.name}) with"
         elif values:
             yield f"settings of {best.name} that were given:"
-        lines = textwrap.wrap(" ".join(values), _TEXT_WIDTH, break_long_words=False, break_on_hyphens=False)
-        yield from (f"  {line}" for line in lines)
+        yield from _lines_of(values)
+
+
+def _lines_of(settings: Iterable[str]) -> list[str]:
+    """Return KEY=VALUE words in indented lines that can be read."""
+    import textwrap
+
+    wrapped = textwrap.wrap(" ".join(settings), _TEXT_WIDTH, break_long_words=False, break_on_hyphens=False)
+    return [f"  {line}" for line in wrapped]
 
 
 def show_status(status: "SearchStatus", *, clear: bool) -> None:
@@ -290,87 +288,6 @@ def show_evaluation(result: "EvaluationResult") -> None:
         screen.print(f"predictions: {result.predictions}", soft_wrap=True, markup=False)
 
 
-def show_cache(content: "CacheContent", place: "Place") -> None:
-    """Show the shared stages, the leases on them and what was left over."""
-    from rich.table import Table
-
-    from segadapt.platform.storage.command_lines import command_line
-
-    screen = console()
-    table = Table(box=None)
-    for column in ("stage", "by", "data", "network", "seed", "steps", "size", "age", "unused", "hash", "needed by"):
-        table.add_column(column, justify="right" if column in ("seed", "steps", "size", "age", "unused") else "left")
-    for stage in content.stages:
-        names = ("stage", "method", "data", "network", "seed", "steps")
-        what = [str(getattr(stage.description, name)) if stage.description else "?" for name in names]
-        times = [duration_text(stage.age_s), duration_text(stage.unused_s)]
-        table.add_row(*what, size_text(stage.bytes), *times, stage.hash[:12], ", ".join(stage.needed_by) or "-")
-    if content.stages:
-        screen.print(table)
-    for lease in content.leases:
-        screen.print(_lease_text(lease), markup=False, soft_wrap=True)
-    if content.left_over:
-        screen.print(
-            f"{len(content.left_over)} left-over copies of dead processes; "
-            f"`{command_line('cache', 'prune', '--older-than', 30, place=place)}` removes them"
-        )
-    screen.print(f"{len(content.stages)} stages, {size_text(content.bytes)}")
-
-
-def show_pruned(pruned: "Pruned", *, dry_run: bool) -> None:
-    """Show what was removed from the stage cache."""
-    screen = console()
-    removed = "would be removed" if dry_run else "removed"
-    for stage in pruned.stages:
-        screen.print(f"{removed}: {_stage_text(stage)}, {size_text(stage.bytes)}", markup=False, soft_wrap=True)
-    for stage in pruned.kept:
-        why = f"needed by {', '.join(stage.needed_by)}" if stage.needed_by else "an experiment began to need it"
-        screen.print(f"kept: {_stage_text(stage)}, {why}", markup=False, soft_wrap=True)
-    for lease in pruned.leases:
-        screen.print(f"{removed}: the lease of a dead process: {_lease_text(lease)}", markup=False, soft_wrap=True)
-    if pruned.left_over:
-        screen.print(f"{removed}: {len(pruned.left_over)} left-over copies of dead processes")
-    screen.print(f"{'would free' if dry_run else 'freed'} {size_text(pruned.bytes)}")
-
-
-def show_findings(examination: "Iterable[Finding]", place: "Place") -> "list[Finding]":
-    """Show what a check-up finds as it comes; returns it."""
-    from rich.text import Text
-
-    from segadapt.platform.storage.command_lines import command_line
-
-    screen = console()
-    styles = {"ok": "green", "warning": "yellow", "fault": "bold red", "repaired": "green"}
-    findings = []
-    for finding in examination:
-        findings.append(finding)
-        level = "repaired" if finding.repaired else finding.level
-        parts = [finding.text, finding.meaning, "" if finding.repaired else finding.advice]
-        line = Text.assemble((f"{level:9}", styles[level]), (f"{finding.subject}: ", "bold"))
-        screen.print(line.append(". ".join(part.rstrip(".") for part in parts if part)), soft_wrap=True)
-    count = {level: sum(entry.level == level and not entry.repaired for entry in findings) for level in styles}
-    repaired = sum(entry.repaired for entry in findings)
-    mendable = sum(entry.repair is not None for entry in findings)
-    screen.print(
-        f"\n{count['fault']} faults, {count['warning']} warnings"
-        + (f", {repaired} repaired" if repaired else "")
-        + (f"; `{command_line('doctor', '--fix', place=place)}` repairs {mendable}" if mendable else "")
-    )
-    return findings
-
-
-def _stage_text(stage: "CachedStage") -> str:
-    what = "a stage"
-    if (computed := stage.description) is not None:
-        what = f"{computed.stage} ({computed.data}, {computed.network}, seed {computed.seed}, {computed.steps} steps)"
-    return f"{stage.hash[:12]} {what}, unused for {duration_text(stage.unused_s)}"
-
-
-def _lease_text(lease: "RunningLease") -> str:
-    state = "computes" if lease.alive else f"gave no sign for {duration_text(lease.age_s)} while computing"
-    return f"{lease.owner} {state} {lease.stage} {lease.hash[:12]}"
-
-
 def show_prediction(result: "PredictionResult") -> None:
     """Show how many images were labelled, and which could not be read."""
     screen = console()
@@ -392,42 +309,3 @@ def progress_bar(title: str) -> "Iterator[Callable[[int, int], None]]":
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, advance=done, total=total)
-
-
-def show_dataset(report: "DatasetReport") -> None:
-    """Show what a dataset holds and all that is wrong with it."""
-    from itertools import groupby
-
-    from rich.table import Table
-
-    screen = console()
-    for name, split in report.splits.items():
-        sizes = ", ".join(f"{size} ({count})" for size, count in list(split.sizes.items())[:_SHOWN_SIZES])
-        more = len(split.sizes) - _SHOWN_SIZES
-        sizes += f" and {more} more" if more > 0 else ""
-        screen.print(
-            f"{name}: {split.images} images, {split.labels} labels, about {size_text(split.packed_bytes)} packed"
-        )
-        screen.print(f"  sizes: {sizes or '-'}", soft_wrap=True)
-        labelled = sum(split.pixels.values())
-        if labelled:
-            table = Table(box=None, title=f"{report.kind} {name}: classes")
-            for column in ("class", "pixels", "labels with it"):
-                table.add_column(column, justify="left" if column == "class" else "right")
-            for label, pixels in split.pixels.items():
-                table.add_row(label, f"{pixels / labelled:.2%}", str(split.images_with.get(label, "")))
-            screen.print(table)
-    for note in report.notes:
-        screen.print(f"note: {note}", markup=False, soft_wrap=True)
-    for problem, faults in groupby(sorted(report.faults, key=lambda fault: fault.problem), lambda fault: fault.problem):
-        alike = list(faults)
-        screen.print(f"\n{problem} ({len(alike)}):", markup=False)
-        for fault in alike:
-            screen.print(f"  {fault.path}  {fault.detail}".rstrip(), markup=False, soft_wrap=True)
-    for warning in report.warnings:
-        screen.print(f"warning: {warning}", markup=False, soft_wrap=True)
-    if report.faults or report.warnings:
-        counts = [f"{len(report.faults)} faults"] + [f"{len(report.warnings)} warnings"] * bool(report.warnings)
-        screen.print(f"\n{', '.join(counts)} in {report.root}", markup=False, soft_wrap=True)
-    else:
-        screen.print(f"{report.root} is sound.", markup=False, soft_wrap=True)

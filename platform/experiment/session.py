@@ -263,8 +263,8 @@ class _Session:
             tags={FROM_TAG: record.from_name} if record.from_name else {},
             parent_key=self.parent_key,
         )
-        title = f"{record.kind} {record.name} ({record.methods}"
-        title = self._shown(title + (f", {self.concurrent} at a time)" if record.kind == "search" else ")"))
+        at_a_time = f", {self.concurrent} at a time" if record.kind == "search" else ""
+        title = self._shown(f"{record.kind} {record.name} ({record.methods}{at_a_time})")
         return run_experiment(self.spec, labels, record.steps, self.tracker, title, plan, self._retention(record.name))
 
     def _shown(self, title: str) -> str | None:

@@ -1,5 +1,6 @@
 """Numbers, sizes, durations and errors as people read them."""
 
+import json
 from pathlib import Path
 
 from segadapt.platform.errors import redacted
@@ -28,6 +29,11 @@ def short_text(text: str, digits: int = 3) -> str:
         return f"{float(text):.{digits}g}"
     except ValueError:
         return text
+
+
+def setting_text(value: object) -> str:
+    """Return the value of a setting as it is written after KEY=."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def size_text(count: int) -> str:

@@ -10,7 +10,7 @@ from segadapt.platform.storage.folders import HERE, Place
 _WITHOUT_STORAGE = ("list", "describe", "data", "submit", "jobs", "stop")
 """Commands that look into no storage folder."""
 
-_WITHOUT_TRACKING = (*_WITHOUT_STORAGE, "ui", "cache")
+_WITHOUT_TRACKING = (*_WITHOUT_STORAGE, "plan", "ui", "cache")
 """Commands that ask no MLflow server."""
 
 _WITH_STUDY = ("search", "status", "report", "doctor")

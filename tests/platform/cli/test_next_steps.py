@@ -24,6 +24,9 @@ STORAGE = "my runs (1)"
 LONG = ("search", "finish", "train", "ui")
 """Commands that start Ray or a server."""
 
+INTERRUPTED = (130, -signal.SIGINT)
+"""Exit statuses after Ctrl-C: of the command, and of a shell that had it beside it."""
+
 BEGUN = r"\d trials done|MLflow shows"
 """What those print once they have begun."""
 
@@ -109,7 +112,7 @@ def test_every_next_line_that_trains_or_serves_begins_when_pasted(lines: list[st
     long = [line for line in lines if words_of(line)[0] in LONG]
     assert len(long) >= 5
     for line in long:
-        assert begin(line, folder) in (0, 130, -signal.SIGINT), line
+        assert begin(line, folder) in (0, *INTERRUPTED), line
 
 
 @pytest.mark.slow
@@ -117,8 +120,11 @@ def test_what_a_dry_run_and_a_finish_say_comes_next_works_when_pasted(folder: Pa
     tiny = [word for word in TINY_WORDS if "streets" in word]
     planned = run_command(folder, "search", "sdca", "--dry-run", "--storage", STORAGE, *tiny)
     assert planned.returncode == 0, planned.stderr
-    (search,) = next_lines(planned.stdout)
-    assert begin(search, folder) == 130
+    search, plan = next_lines(planned.stdout)
+    assert begin(search, folder) in INTERRUPTED
+    printed = run_command(folder, *words_of(plan))
+    assert printed.returncode == 0, printed.stderr
+    assert "height: 32" in printed.stdout
     words = ("--search", Watched.NAME, "--storage", STORAGE, "trainer.steps=2")
     finished = run_command(folder, "finish", "best", *words)
     assert finished.returncode == 0, finished.stderr
