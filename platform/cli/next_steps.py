@@ -70,7 +70,7 @@ def after_experiment(result: "Result", board: "Leaderboard", resume_by: str) -> 
         steps.append(("one page: what came out, how sure it is", command_line("report", name, place=place)))
     steps += _best(board, place, finished=not result.interrupted)
     if place.tracking_uri is None:
-        steps.append(("every trial in the browser", command_line("ui", place=place)))
+        steps.append(("every trial in the browser", command_line("ui", name, place=place)))
     return steps
 
 
@@ -108,7 +108,7 @@ def after_report(search: str, place: "Place") -> list[Step]:
 
     if place.tracking_uri is not None:
         return []
-    return [("every trial in the browser", command_line("ui", place=place))]
+    return [("every trial in the browser", command_line("ui", search, place=place))]
 
 
 def after_finish(results: "Sequence[FinishResult]", search: str, place: "Place", *, interrupted: bool) -> list[Step]:

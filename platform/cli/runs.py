@@ -107,8 +107,17 @@ def report(
 
 
 @shared(place=folder)
-def ui(place: "Place", port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
-    """Serve MLflow in the browser on this storage, bound to 127.0.0.1."""
+def ui(
+    place: "Place",
+    search_name: Annotated[
+        str | None, typer.Argument(metavar="[SEARCH]", help="Print the page of this search; default: of the newest.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000,
+) -> None:
+    """Serve MLflow in the browser on this storage, bound to 127.0.0.1, and print where its searches are.
+
+    Example: segadapt ui sdca-streets
+    """
     from segadapt.platform.api import operation
 
-    sys.exit(operation.ui(place=place, port=port))
+    sys.exit(operation.ui(search_name, place=place, port=port))

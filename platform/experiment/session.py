@@ -221,7 +221,7 @@ class _Session:
                 clock.lap("rerank")
             if missing:
                 state = TrialState.INTERRUPTED
-            elif parent.summarise(results, self._ordered(results), ranking):
+            elif parent.summarise(results, self._ordered(results), ranking, self._shared_stages.start()):
                 state = TrialState.FINISHED
         except KeyboardInterrupt:
             state = TrialState.INTERRUPTED

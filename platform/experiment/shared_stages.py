@@ -64,6 +64,18 @@ class SharedStages:
         need(self.spec.storage, self.record.name, needed)
         return all(self._ensure_of(method, seed, keys) for method, seed, keys in wanted)
 
+    def start(self) -> dict[str, float]:
+        """Return what the network reached that all trials begin from, by goal; nothing where no stage is shared."""
+        for method in self.record.candidates:
+            for folder in longest_prefix(self.spec.storage, self._keys(method, None))[:1]:
+                return self._goals(folder)
+        return {}
+
+    def _goals(self, folder: Path) -> dict[str, float]:
+        metrics = read_metrics(folder)
+        values = {goal: metrics.get(goal) for goal in self.spec.objective.goals}
+        return {goal: value for goal, value in values.items() if value is not None}
+
     def _keys(self, method: str, seed: int | None) -> list[StageKey]:
         from segadapt.trainables.core.data.datasets import load_data
 
@@ -144,9 +156,8 @@ class SharedStages:
 
     def _log_baseline(self, keys: list[StageKey], folders: list[Path]) -> None:
         """Record what the trials start from on the parent run, and whether the cache had it."""
-        key, metrics = self.record.name, read_metrics(folders[0])
-        start = {f"start/{goal}": metrics[goal] for goal in self.spec.objective.goals if goal in metrics}
-        self.tracker.log_summary(key, start, 0)
+        key = self.record.name
+        self.tracker.log_summary(key, {f"start/{goal}": value for goal, value in self._goals(folders[0]).items()}, 0)
         self.tracker.log_file(key, folders[0] / GALLERY, "start")
         self.tracker.log_json(key, iou_table(folders[0]), "start/per_class_iou.json")
         experiments = {stage_experiment(self.record.name, method) for method in self.record.candidates}

@@ -91,6 +91,7 @@ Call = Callable[..., CompletedProcess[str]]
         (("runs", "absent"), "must hold runs"),
         (("finish", "best", "--search", "absent"), "must hold runs"),
         (("ui",), "must hold runs"),
+        (("ui", "absent"), "must hold runs"),
         (("describe", "nonesuch"), "A method must be one of"),
         (("data", "show", "absent/sheet.png"), "The folder of the picture must exist"),
         (("data", "make", "town", "--format", "kitti"), "--format must be one of gta5, synthia, cityscapes, folder"),

@@ -87,7 +87,7 @@ def test_every_next_line_works_when_pasted(lines: list[str]) -> None:
     commands = {tuple(words_of(line)[:2]) for line in lines}
     assert {("describe", "sdca"), ("report", Watched.NAME), ("data", "check"), ("data", "show")} <= commands
     assert {("search", "sdca"), ("search", "--resume"), ("finish", "best"), ("export", "sdca-001")} <= commands
-    assert ("ui", "--storage") in commands
+    assert ("ui", Watched.NAME) in commands
 
 
 def begin(line: str, folder: Path) -> int:

@@ -150,14 +150,16 @@ def test_a_report_can_be_read_on_a_telephone_and_fills_a_wide_window(told: Path,
 
 @pytest.fixture
 def served(told: Path) -> Iterator[str]:
-    """The address of `segadapt ui` on the search."""
+    """The page of the search that `segadapt ui` prints, while it serves it."""
     port = free_port()
     program = str(Path(sys.executable).with_name("segadapt"))
-    words = [program, "ui", "--port", str(port), "--storage", str(told / "runs")]
+    words = [program, "ui", NAME, "--port", str(port), "--storage", str(told / "runs")]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, process_group=0)
     assert server.stdout is not None
     assert "MLflow shows" in server.stdout.readline()
-    yield f"http://127.0.0.1:{port}"
+    name, _, page = server.stdout.readline().strip().partition(": ")
+    assert name == NAME
+    yield page
     os.killpg(server.pid, signal.SIGINT)
     server.wait(timeout=60)
 
@@ -169,12 +171,11 @@ def test_the_ui_leads_from_a_search_to_the_gallery_of_its_best_trial(
     best = api.runs(NAME, place=Place(str(told / "runs"))).rows[0].name
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.set_default_timeout(60_000)
-    page.goto(f"{served}/#/experiments")
-    page.get_by_text("Model training", exact=True).first.click()
-    page.get_by_role("link", name=NAME, exact=True).first.click()
-    parent = page.get_by_role("gridcell").filter(has=page.get_by_role("link", name=NAME, exact=True))
-    parent.get_by_role("button").first.click()  # unfolds its trials
+    page.goto(served)
     page.get_by_text("streets-source-train").first.wait_for()
+    page.screenshot(path=tmp_path / "runs.png")
+    names = page.get_by_role("gridcell").get_by_role("link", name=re.compile(r"^sdca-\d+$")).all_inner_texts()
+    assert names[0] == best, "one looks at the search, the best trial first, without a click"
     page.get_by_role("link", name=best, exact=True).first.click()
     page.get_by_text("Best checkpoint at step").wait_for()
     page.screenshot(path=tmp_path / "trial.png")
@@ -189,7 +190,12 @@ def test_the_ui_leads_from_a_search_to_the_gallery_of_its_best_trial(
 def test_runs_say_in_words_what_they_are_and_keep_a_gallery_of_each_evaluation(told: Path) -> None:
     runs = tracked(told, NAME)
     best = api.runs(NAME, place=Place(str(told / "runs"))).rows[0]
-    assert f"**{best.name}** is the best of {TRIALS} trials" in runs[NAME].data.tags["mlflow.note.content"]
+    story = runs[NAME].data.tags["mlflow.note.content"]
+    assert f"**{best.name}** is the best of {TRIALS} trials: target_val/miou {best.best:.3f} at step" in story
+    baseline = api.runs(NAME, place=Place(str(told / "runs"))).baseline
+    assert f"from the source-only network: target_val/miou {baseline:.3f} ({best.best - baseline:+.3f} since)" in story
+    assert "`method.temperature=" in story
+    assert story.count("- sdca-") == TRIALS - 1, "the others, too"
     for name in (NAME, best.name):
         inputs = {entry.dataset.name: entry for entry in runs[name].inputs.dataset_inputs}
         assert set(inputs) == {"streets-source-train", "streets-target-train", "streets-target-val"}
