@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from segadapt.platform.storage.cache import CacheContent, CachedStage, Pruned, RunningLease
     from segadapt.platform.storage.folders import Place
     from segadapt.trainables.core.data.checking import DatasetReport
+    from segadapt.trainables.core.data.recognition import Recognised
 
 _GROUPS = {
     "method": ("method",),
@@ -167,3 +168,16 @@ def show_dataset(report: "DatasetReport") -> None:
         screen.print(f"\n{', '.join(counts)} in {report.root}", markup=False, soft_wrap=True)
     else:
         screen.print(f"{report.root} is sound.", markup=False, soft_wrap=True)
+
+
+def show_recognised(recognised: "Recognised", root: str) -> None:
+    """Show which layout a folder has, what it holds and what is missing."""
+    screen = console()
+    screen.print(f"{root} has the layout of {recognised.layout}.", soft_wrap=True)
+    for split, pairs in recognised.splits.items():
+        labels = sum(label is not None for _, label in pairs)
+        screen.print(f"{split}: {len(pairs)} images, {labels} labels")
+    names = ", ".join(name for name, _, _ in recognised.classes)
+    screen.print(f"{len(recognised.classes)} classes, from {recognised.source}: {names}", soft_wrap=True)
+    for lack in recognised.missing:
+        screen.print(f"note: {lack}", soft_wrap=True)

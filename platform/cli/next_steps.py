@@ -170,6 +170,16 @@ def after_data_check(kind: str, root: str) -> list[Step]:
     return [("look at its images and labels", command_line("data", "show", kind, root))]
 
 
+def after_recognition(root: str) -> list[Step]:
+    """Return what follows telling a layout that cannot be read as it is."""
+    from pathlib import Path
+
+    from segadapt.platform.storage.command_lines import command_line
+
+    out = f"{Path(root).absolute().name}-adopted"
+    return [("bring it into the layout of own data, by links", command_line("data", "adopt", root, out))]
+
+
 def after_submit(job: str, address: str) -> list[Step]:
     """Return what follows submitting a job."""
     from segadapt.platform.cli.options import JOBS
