@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import logging
 import re
+from typing import ClassVar
 from urllib.parse import unquote
 
 logger = logging.getLogger(__name__)
@@ -12,11 +13,20 @@ logger = logging.getLogger(__name__)
 class UsageError(Exception):
     """Something asked for cannot be done as asked; the message says what must hold, what came and what to do.
 
-    The command line prints it without a traceback and exits with status 2. Of addresses in it, secrets are left out.
+    The command line prints it without a traceback and exits with `exit_status`. Of addresses in it, secrets are left
+    out.
     """
+
+    exit_status: ClassVar[int] = 2
 
     def __init__(self, message: str) -> None:
         super().__init__(redacted(message))
+
+
+class NotStartedError(UsageError):
+    """Ray did not start on this machine. What was asked for is right: the same command may succeed later."""
+
+    exit_status: ClassVar[int] = 3
 
 
 _ADDRESS = re.compile(r"(?<=://)\S+")

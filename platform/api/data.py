@@ -12,6 +12,7 @@ from segadapt.platform.storage.folders import user_path
 if TYPE_CHECKING:
     from segadapt.trainables.core.data.checking import DatasetReport
     from segadapt.trainables.core.data.readers.shard_format import Manifest
+    from segadapt.trainables.core.data.recognition import Recognised
 
 
 def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
@@ -42,19 +43,12 @@ def data_make(folder: str, values: Values, *, layout: str = "folder") -> Path:
         raise UsageError(f"--format must be one of {', '.join(KINDS)}, but got {layout!r}.")
     config = resolve("source_only", values)
     root = user_path("FOLDER", folder)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UsageError(f"The folder to write must be new or empty, but {root} is not. Choose another.")
+    _check_new(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
         whole = Path(temporary) / "whole"
         KINDS[layout].write(whole, labelled_streets(config.data.streets))
-        try:
-            whole.rename(root)
-        except OSError as error:
-            raise UsageError(
-                f"The folder to write must be new or empty, but {root} was written by another command meanwhile. "
-                "Choose another."
-            ) from error
+        _put(whole, root)
     return root
 
 
@@ -87,6 +81,92 @@ def data_check(
         return check_dataset(kind, _root(root), progress)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def data_recognise(root: str) -> "Recognised":
+    """Tell which dataset a folder holds, from its names and a few labels.
+
+    Args:
+        root: The folder.
+
+    Returns:
+        The layout; the kind that reads it as it is, or None if `data_adopt` has to bring it into that of own data; of
+        the latter images and labels by split, classes, and what is missing.
+
+    Raises:
+        UsageError: If there is no such folder, or its layout is not known.
+
+    Example:
+        >>> import segadapt
+        >>> segadapt.data_recognise("town/source").kind
+        'folder'
+    """
+    from segadapt.trainables.core.data.recognition import recognise
+
+    try:
+        return recognise(Path(_root(root)))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def data_adopt(root: str, out: str) -> "Recognised":
+    """Write a folder of own data that links to another dataset's images and labels, with the class list it proposes.
+
+    Args:
+        root: Folder of the dataset.
+        out: A new or empty folder.
+
+    Returns:
+        What `data_recognise` tells of the dataset.
+
+    Raises:
+        UsageError: If its layout is not known or can be read as it is, or the folder to write is not empty.
+
+    Example:
+        >>> import segadapt
+        >>> segadapt.data_adopt("town/source", "adopted")
+        Traceback (most recent call last):
+        ...
+        segadapt.platform.errors.UsageError: A dataset to adopt must be of a layout that has no reader, but ...
+    """
+    from segadapt.trainables.core.data.recognition import adopt
+
+    target = user_path("OUT", out)
+    _check_new(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        whole = Path(temporary) / "whole"
+        try:
+            recognised = adopt(Path(_root(root)), whole)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        _put(whole, target)
+    return recognised
+
+
+def _check_new(root: Path) -> None:
+    """Refuse a folder to write that holds something.
+
+    Raises:
+        UsageError: If it does.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UsageError(f"The folder to write must be new or empty, but {root} is not. Choose another.")
+
+
+def _put(whole: Path, root: Path) -> None:
+    """Put a folder that was written whole where it is to be.
+
+    Raises:
+        UsageError: If another command was there first.
+    """
+    try:
+        whole.rename(root)
+    except OSError as error:
+        raise UsageError(
+            f"The folder to write must be new or empty, but {root} was written by another command meanwhile. "
+            "Choose another."
+        ) from error
 
 
 def data_pack(

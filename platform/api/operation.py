@@ -192,10 +192,11 @@ def stop(job: str, *, address: str) -> bool:
     return ray_jobs.stop(job, address)
 
 
-def ui(*, place: Place = HERE, port: int = 5000) -> int:
-    """Serve MLflow's pages for a storage folder on 127.0.0.1 until interrupted.
+def ui(search: str | None = None, *, place: Place = HERE, port: int = 5000) -> int:
+    """Serve MLflow's pages for a storage folder on 127.0.0.1 until interrupted, and print where its searches are.
 
     Args:
+        search: The search or single run whose page is printed; None for those that changed last.
         place: Where the storage folder is.
         port: Port of the pages.
 
@@ -203,13 +204,15 @@ def ui(*, place: Place = HERE, port: int = 5000) -> int:
         The server's exit status.
 
     Raises:
-        UsageError: If there is nothing to show, or the port is taken.
+        UsageError: If there is nothing to show, no such search, or the port is taken.
 
     Example:
         >>> import segadapt
         >>> segadapt.ui(port=5000)  # doctest: +SKIP
         MLflow shows /home/me/runs at http://127.0.0.1:5000 (Ctrl-C ends it)
+        ...
     """
+    from segadapt.platform.results.pages import run_pages
     from segadapt.platform.tracking.ui import serve
 
-    return serve(place, port)
+    return serve(place, port, run_pages(place, search))

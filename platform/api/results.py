@@ -65,7 +65,7 @@ def report(search: str, out: str | None = None, *, place: Place = HERE) -> Path:
 
     path = user_path("--out", f"{search}.html" if out is None else out)
     board, client = leaderboard(search, place, selection=True), open_client(place)
-    page = render(board, runs_of_search(client, search), client, study_of(search, place))
+    page = render(board, runs_of_search(client, search), client, study_of(search, place), place)
     try:
         write_whole(path, page)
     except OSError as error:

@@ -38,6 +38,7 @@ class Running(TypedDict, total=False):
     tolerance: Tolerance
     debug: bool
     say: Callable[[str], None]
+    quiet: bool
 
 
 class Choices(Running, SearchChoices, total=False):
@@ -96,6 +97,8 @@ class Plan:
         measuring 4 steps of each stage of sdca ...
         >>> estimate.search_s > estimate.methods["sdca"].trial_s > 0, estimate.problems
         (True, ())
+        >>> planned.experiment_file().splitlines()[:2]
+        ['data:', '  source: null']
     """
 
     record: Record
@@ -117,6 +120,12 @@ class Plan:
         from segadapt.platform.experiment.estimate import estimate
 
         return estimate(self.record, self.options)
+
+    def experiment_file(self) -> str:
+        """Return all settings of the search as YAML, ranges where they are searched; `config` takes such a file."""
+        from segadapt.platform.experiment.experiment_file import experiment_file
+
+        return experiment_file(self.record)
 
     def run(self) -> Result:
         """Take its name and run it.

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segadapt.platform.cli.inventories import show_cache, show_pruned
 from segadapt.platform.cli.options import AsJson, folder, shared
-from segadapt.platform.cli.tables import show_cache, show_pruned
 
 if TYPE_CHECKING:
     from segadapt.platform.storage.folders import Place
@@ -27,7 +27,7 @@ def list_stages(place: "Place", as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(content), indent=1))
     else:
-        show_cache(content)
+        show_cache(content, place)
 
 
 @app.command()

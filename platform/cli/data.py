@@ -8,8 +8,16 @@ from typing import Annotated
 
 import typer
 
+from segadapt.platform.cli.inventories import show_dataset, show_recognised
+from segadapt.platform.cli.next_steps import (
+    after_data_check,
+    after_data_make,
+    after_data_pack,
+    after_recognition,
+    show_next,
+)
 from segadapt.platform.cli.options import AsJson, Assignments, LateHelp, assignments
-from segadapt.platform.cli.tables import console, progress_bar, show_dataset
+from segadapt.platform.cli.tables import console, progress_bar
 from segadapt.platform.settings.text import size_text
 
 _SETTING = re.compile(r"\w+(\.\w+)+=|seed=")
@@ -35,29 +43,72 @@ def make(
     from segadapt.platform.api import data
 
     print(f"Wrote {data.data_make(folder, assignments(settings), layout=layout)}")
+    show_next(after_data_make(folder, layout))
 
 
 @app.command(cls=LateHelp)
 def check(
-    kind: Annotated[str, typer.Argument(help="{readable}.")],
-    root: Annotated[str, typer.Argument(help="Its folder; of shards also a URI such as s3://bucket/path.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[KIND] ROOT",
+            help="{readable}, by default told from what is there; and its folder, of shards also a URI such as "
+            "s3://bucket/path.",
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Decode every file of a dataset: what it holds, and all that is wrong. Of shards, the checksums are verified.
 
-    Exit status: 0 no faults, though there may be warnings, 1 faults were found, 2 wrong usage.
+    Without KIND the layout is told from the folder. One that cannot be read as it is, as CamVid's or PASCAL VOC's, is
+    described, and `segadapt data adopt` brings it into the layout of own data.
 
-    Example: segadapt data check gta5 /data/GTA5
+    Exit status: 0 no faults, though there may be warnings, 1 faults were found, or it must be adopted, 2 wrong usage.
+
+    Examples: segadapt data check gta5 /data/GTA5; segadapt data check /data/camvid
     """
     from segadapt.platform.api import data
+    from segadapt.platform.errors import UsageError
 
+    if len(words) > 2:
+        raise UsageError(f"A dataset must be [KIND] ROOT, but got {' '.join(words)}. Quote a path that has spaces.")
+    root = words[-1]
+    kind = words[0] if len(words) == 2 else "shards" if "://" in root else None
+    if kind is None:
+        recognised = data.data_recognise(root)
+        kind = recognised.kind
+        if kind is None:
+            if as_json:
+                print(json.dumps(dataclasses.asdict(recognised), default=str, indent=1))
+            else:
+                show_recognised(recognised, root)
+                show_next(after_recognition(root))
+            sys.exit(1)
     with progress_bar(f"{kind} {root}") as progress:
         report = data.data_check(kind, root, progress=progress)
     if as_json:
         print(json.dumps(dataclasses.asdict(report), indent=1))
     else:
         show_dataset(report)
+        if any(split.images for split in report.splits.values()):
+            show_next(after_data_check(kind, root))
     sys.exit(1 if report.faults else 0)
+
+
+@app.command()
+def adopt(
+    root: Annotated[str, typer.Argument(help="Folder of the dataset.")],
+    out: Annotated[str, typer.Argument(help="A new or empty folder.")],
+) -> None:
+    """Bring a dataset of a known layout into that of own data: links to its files, and the class list it proposes.
+
+    Example: segadapt data adopt /data/camvid camvid
+    """
+    from segadapt.platform.api import data
+
+    show_recognised(data.data_adopt(root, out), root)
+    print(f"Wrote {out}: correct {out}/classes.yaml where names of classes are wrong.")
+    show_next(after_data_pack("folder", out))
 
 
 @app.command(cls=LateHelp)
@@ -90,6 +141,7 @@ def pack(
     held = ", ".join(f"{name} {counts['images']} images" for name, counts in manifest.splits.items())
     packed = size_text(sum(shard.bytes for shard in manifest.shards))
     console().print(f"{out}: {held}, {packed} in {len(manifest.shards)} shards", markup=False, soft_wrap=True)
+    show_next(after_data_pack("shards", out))
 
 
 @app.command(cls=LateHelp)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segadapt.platform.cli.inventories import show_findings
 from segadapt.platform.cli.options import AsJson, place, shared
-from segadapt.platform.cli.tables import show_findings
 
 if TYPE_CHECKING:
     from segadapt.platform.storage.folders import Place
@@ -29,7 +29,7 @@ def doctor(
     from segadapt.platform.api import operation
 
     examination = operation.doctor(place=place, address=address, fix=fix)
-    findings = list(examination) if as_json else show_findings(examination)
+    findings = list(examination) if as_json else show_findings(examination, place)
     if as_json:
         print(json.dumps([finding.as_dict() for finding in findings], indent=1))
     sys.exit(1 if any(finding.level == "fault" and not finding.repaired for finding in findings) else 0)

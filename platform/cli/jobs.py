@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segadapt.platform.cli.next_steps import after_submit, show_next
 from segadapt.platform.cli.options import JOBS, AsJson, JobsAddress, refuse_idle, shared, tracked_place
 from segadapt.platform.cli.tables import console
 
@@ -29,11 +30,10 @@ def submit(
     Example: segadapt submit -- search sdca --storage /mnt/segadapt/runs
     """
     from segadapt.platform.api import operation
-    from segadapt.platform.errors import redacted
 
     job = operation.submit(words, address=address, name=name)
-    where = "" if address == JOBS else f" --address {redacted(address)}"
-    print(f"{job} is submitted. Next:\n  segadapt logs {job} --follow{where}\n  segadapt stop {job}{where}", flush=True)
+    print(f"{job} is submitted.", flush=True)
+    show_next(after_submit(job, address))
     if follow_job:
         follow(job, address)
 

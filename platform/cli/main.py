@@ -15,28 +15,32 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Exit status: 0 finished, 1 a trial failed or a file has faults, 2 wrong usage, 130 interrupted.",
+    epilog="Exit status: 0 finished, 1 a trial failed or a file has faults, 2 wrong usage, 3 Ray did not start on this "
+    "machine, 130 interrupted.",
 )
-app.add_typer(data.app)
-app.add_typer(cache.app)
-app.add_typer(weights.app)
-app.command("list")(runs.list_methods)
-app.command()(runs.describe)
-app.command(cls=LateHelp)(search.search)
-app.command(cls=LateHelp)(search.train)
-app.command()(runs.runs)
-app.command()(runs.status)
-app.command()(runs.report)
-app.command()(runs.ui)
-app.command()(search.finish)
-app.command()(models.evaluate)
-app.command()(models.export)
-app.command()(models.predict)
-app.command()(jobs.submit)
-app.command()(jobs.jobs)
-app.command()(jobs.logs)
-app.command()(jobs.stop)
-app.command()(doctor.doctor)
+_BEGIN, _SEE, _USE, _KEEP = "Begin", "See what came out", "Use a model", "Data, storage and clusters"
+
+app.command("list", rich_help_panel=_BEGIN)(runs.list_methods)
+app.command(rich_help_panel=_BEGIN)(runs.describe)
+app.command(cls=LateHelp, rich_help_panel=_BEGIN)(search.search)
+app.command(cls=LateHelp, rich_help_panel=_BEGIN)(search.train)
+app.command(rich_help_panel=_BEGIN)(search.plan)
+app.command(rich_help_panel=_SEE)(runs.status)
+app.command(rich_help_panel=_SEE)(runs.runs)
+app.command(rich_help_panel=_SEE)(runs.report)
+app.command(rich_help_panel=_SEE)(runs.ui)
+app.command(rich_help_panel=_SEE)(jobs.logs)
+app.command(cls=LateHelp, rich_help_panel=_USE)(search.finish)
+app.command(rich_help_panel=_USE)(models.evaluate)
+app.command(rich_help_panel=_USE)(models.export)
+app.command(rich_help_panel=_USE)(models.predict)
+app.add_typer(data.app, rich_help_panel=_KEEP)
+app.add_typer(cache.app, rich_help_panel=_KEEP)
+app.add_typer(weights.app, rich_help_panel=_KEEP)
+app.command(rich_help_panel=_KEEP)(doctor.doctor)
+app.command(rich_help_panel=_KEEP)(jobs.submit)
+app.command(rich_help_panel=_KEEP)(jobs.jobs)
+app.command(rich_help_panel=_KEEP)(jobs.stop)
 
 
 def main() -> None:
@@ -57,7 +61,7 @@ def _fail(error: Exception) -> None:
     screen = console(stderr=True)
     if isinstance(error, UsageError):
         screen.print(f"error: {redacted(error)}", markup=False, soft_wrap=True)
-        sys.exit(2)
+        sys.exit(error.exit_status)
     screen.print(f"error: {type(error).__name__}: {redacted(error)}", markup=False)
     where = traceback.extract_tb(error.__traceback__)[-1]
     screen.print(f"(raised at {where.filename}:{where.lineno}; --debug shows the whole traceback)", markup=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segadapt.platform.cli.next_steps import after_evaluation, show_next
 from segadapt.platform.cli.options import (
     AsJson,
     Search,
@@ -93,6 +94,7 @@ def evaluate(
         print(json.dumps(dataclasses.asdict(result), indent=1))
     else:
         show_evaluation(result)
+        show_next(after_evaluation(run, search_name, place))
 
 
 @shared(place=tracked_place, _debug=debug)

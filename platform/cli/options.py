@@ -15,33 +15,63 @@ if TYPE_CHECKING:
     from segadapt.platform.api.training import Running
     from segadapt.platform.storage.folders import Place
 
+RARE = "In rare cases"
+"""Panel of the options that `--help` leaves out and `--help-all` shows."""
+
 JOBS = "http://127.0.0.1:8265"
 """Ray's dashboard on a cluster's head, by way of a tunnel."""
 
 _Storage = Annotated[str, typer.Option(help="Folder that keeps everything; all nodes must see it.")]
 _StudyUri = Annotated[
-    str | None, typer.Option(help="Optuna storage, e.g. postgresql+psycopg://...; default: a file in --storage.")
+    str | None,
+    typer.Option(
+        help="Optuna storage, e.g. postgresql+psycopg://...; default: a file in --storage.", rich_help_panel=RARE
+    ),
 ]
-_TrackingUri = Annotated[str | None, typer.Option(help="MLflow server; default: a database in the storage folder.")]
+_TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow server; default: a database in the storage folder.", rich_help_panel=RARE)
+]
 _Address = Annotated[
     str | None,
     typer.Option(
         help="Ray cluster to join, from one of its machines: auto or HOST:PORT; http://HOST:PORT submits this command "
-        "to it as `segadapt submit` does and follows it. Default: start Ray here."
+        "to it as `segadapt submit` does and follows it. Default: start Ray here.",
+        rich_help_panel=RARE,
     ),
 ]
 _Launcher = Annotated[
-    str, typer.Option(help="auto, train (Ray Train's TorchTrainer) or inprocess (the trial's own process).")
+    str,
+    typer.Option(
+        help="auto, train (Ray Train's TorchTrainer) or inprocess (the trial's own process).", rich_help_panel=RARE
+    ),
 ]
-_Workers = Annotated[int, typer.Option("--workers-per-trial", help="Data-parallel workers of each trial.")]
-_Gpus = Annotated[float | None, typer.Option("--gpus-per-trial", help="GPUs of each worker; default: 1 if any.")]
+_Workers = Annotated[
+    int, typer.Option("--workers-per-trial", help="Data-parallel workers of each trial.", rich_help_panel=RARE)
+]
+_Gpus = Annotated[
+    float | None, typer.Option("--gpus-per-trial", help="GPUs of each worker; default: 1 if any.", rich_help_panel=RARE)
+]
 _MaxFailures = Annotated[
-    int, typer.Option(help="Start a trial again so often when its process or node dies, or it hangs.")
+    int,
+    typer.Option(help="Start a trial again so often when its process or node dies, or it hangs.", rich_help_panel=RARE),
 ]
 _TrialTimeout = Annotated[
-    float, typer.Option(metavar="SECONDS", help="A trial that reports nothing for so long hangs: start it again.")
+    float,
+    typer.Option(
+        metavar="SECONDS", help="A trial that reports nothing for so long hangs: start it again.", rich_help_panel=RARE
+    ),
 ]
-_Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what workers print.")]
+_HelpAll = Annotated[
+    bool,
+    typer.Option(
+        "--help-all",
+        is_eager=True,
+        callback=lambda context, value: _show_all_help(context) if value else None,
+        help="Show all options: clusters, GPUs, samplers, schedulers, servers, faults.",
+    ),
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress, only what came out.")]
+_Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what workers print.", rich_help_panel=RARE)]
 
 Assignments = Annotated[
     list[str] | None,
@@ -52,7 +82,10 @@ Preset = Annotated[
     str | None, typer.Option(help="Where to start from; `segadapt describe METHOD` shows the presets. Default: paper.")
 ]
 SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave out files that cannot be decoded; data.skip_bad=true.")
+    bool,
+    typer.Option(
+        "--skip-bad", help="Leave out files that cannot be decoded; data.skip_bad=true.", rich_help_panel=RARE
+    ),
 ]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML experiment file; KEY=VALUE overrides it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -62,10 +95,15 @@ TrialOrFinish = Annotated[
 ]
 
 
+_ALL = "segadapt.help_all"
+"""Key in a context that asks for all help."""
+
+
 class LateHelp(TyperCommand):
     """A command whose help names what the code knows, which takes seconds to import: when help is asked for.
 
-    `{kinds}` in the help of a parameter stands for the kinds of datasets, and so on, as `_known` says.
+    `{kinds}` in the help of a parameter stands for the kinds of datasets, and so on, as `_known` says. Options of rare
+    cases are left out unless all are asked for.
     """
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -74,7 +112,16 @@ class LateHelp(TyperCommand):
         for parameter in self.params:
             if isinstance(parameter, TyperArgument | TyperOption) and parameter.help:
                 parameter.help = parameter.help.format_map(names)
+            if isinstance(parameter, TyperOption) and parameter.rich_help_panel == RARE:
+                parameter.hidden = _ALL not in ctx.meta
         super().format_help(ctx, formatter)
+
+
+def _show_all_help(context: typer.Context) -> None:
+    """Show the help of a command with the options of rare cases, and end it."""
+    context.meta[_ALL] = True
+    context.get_help()  # which prints it
+    raise typer.Exit
 
 
 def _known() -> dict[str, str]:
@@ -164,9 +211,11 @@ def running(
     gpus: _Gpus = None,
     max_failures: _MaxFailures = 2,
     trial_timeout: _TrialTimeout = 7200.0,
+    quiet: _Quiet = False,
     debug: _Debug = False,
+    help_all: _HelpAll = False,
 ) -> "Running":
-    """Return how an experiment runs."""
+    """Return how an experiment runs; `help_all` has ended the command before."""
     from segadapt.platform.cli.tables import console
     from segadapt.platform.settings.resources import Resources, Tolerance
 
@@ -175,7 +224,8 @@ def running(
         "resources": Resources(workers, gpus, launcher),  # type: ignore[arg-type]  # it looks at the launcher
         "tolerance": Tolerance(max_failures, trial_timeout),
         "debug": debug,
-        "say": lambda text: console().print(text, markup=False),
+        "say": lambda text: None if quiet else console().print(text, markup=False),
+        "quiet": quiet,
     }
 
 

@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segadapt.platform.cli.inventories import show_settings
+from segadapt.platform.cli.next_steps import (
+    after_describe,
+    after_list,
+    after_report,
+    after_runs,
+    after_status,
+    show_next,
+)
 from segadapt.platform.cli.options import AsJson, Assignments, assignments, folder, place, shared, tracked_place
-from segadapt.platform.cli.tables import console, show_leaderboard, show_selection, show_status
+from segadapt.platform.cli.tables import show_leaderboard, show_selection, show_status
 
 if TYPE_CHECKING:
     from segadapt.platform.storage.folders import Place
@@ -26,27 +35,24 @@ def list_methods() -> None:
 
     for name, description in methods.list_methods():
         print(f"{name:16} {description}")
+    show_next(after_list())
 
 
 def describe(
     method: Annotated[str, typer.Argument(help="A name shown by `segadapt list`.")], settings: Assignments = None
 ) -> None:
-    """List a method's settings: type, default, searched range, published value. With settings: the network's size."""
-    from rich.table import Table
+    """List a method's settings as KEY=VALUE with their defaults: first those that a search varies, then the others.
 
+    With settings, it also tells the network's size.
+    """
     from segadapt.platform.api import methods
 
-    table = Table(title=f"{method}: KEY=VALUE settings", box=None)
-    for column in ("key", "type", "default", "searched", "presets", "meaning"):
-        table.add_column(column, overflow="fold")
-    for key, searched, presets in methods.describe(method):
-        shown = ", ".join(f"{name} {value}" for name, value in presets.items())
-        table.add_row(key.name, key.type, str(key.default), searched, shown, key.doc)
-    console().print(table)
+    show_settings(methods.describe(method))
     if settings:
         size = methods.network_size(method, assignments(settings))
         share = f"{100 * size.trained_share:.3g} %"
         print(f"{size.name}: {size.parameters:,} parameters, of which {size.trained:,} are trained ({share})")
+    show_next(after_describe(method))
 
 
 @shared(place=tracked_place)
@@ -68,6 +74,7 @@ def runs(
         show_leaderboard(board)
         if selection:
             show_selection(board)
+        show_next(after_runs(board, place))
 
 
 @shared(place=place)
@@ -89,8 +96,10 @@ def status(
         else:
             show_status(standing, clear=watch)
         if not watch or standing.state != "running":
-            return
+            break
         time.sleep(_WATCH_S)
+    if not as_json:
+        show_next(after_status(standing, place))
 
 
 @shared(place=place)
@@ -103,11 +112,21 @@ def report(
     from segadapt.platform.api import results
 
     print(f"Wrote {results.report(search_name, out, place=place)}")
+    show_next(after_report(search_name, place))
 
 
 @shared(place=folder)
-def ui(place: "Place", port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000) -> None:
-    """Serve MLflow in the browser on this storage, bound to 127.0.0.1."""
+def ui(
+    place: "Place",
+    search_name: Annotated[
+        str | None, typer.Argument(metavar="[SEARCH]", help="Print the page of this search; default: of the newest.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.", min=1, max=65535)] = 5000,
+) -> None:
+    """Serve MLflow in the browser on this storage, bound to 127.0.0.1, and print where its searches are.
+
+    Example: segadapt ui sdca-streets
+    """
     from segadapt.platform.api import operation
 
-    sys.exit(operation.ui(place=place, port=port))
+    sys.exit(operation.ui(search_name, place=place, port=port))

@@ -1,20 +1,21 @@
 """The commands that train: search, train and finish."""
 
-import os
-import shlex
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from segadapt.platform.cli.jobs import hand_over
+from segadapt.platform.cli.next_steps import after_experiment, after_finish, after_plan, show_next
 from segadapt.platform.cli.options import (
+    RARE,
     Assignments,
     ConfigFile,
     Preset,
     Search,
     SkipBad,
     assignments,
+    folder,
     place,
     running,
     shared,
@@ -39,9 +40,12 @@ _Trials = Annotated[
 ]
 _TimeBudget = Annotated[float | None, typer.Option(help="Stop the search after this many seconds.")]
 _MaxGpuHours = Annotated[
-    float | None, typer.Option(help="Stop the search when its trials have held GPUs for so many hours.")
+    float | None,
+    typer.Option(help="Stop the search when its trials have held GPUs for so many hours.", rich_help_panel=RARE),
 ]
-_Concurrent = Annotated[int | None, typer.Option(help="Trials at a time; default: as many as fit.")]
+_Concurrent = Annotated[
+    int | None, typer.Option(help="Trials at a time; default: as many as fit.", rich_help_panel=RARE)
+]
 _Objective = Annotated[
     str | None,
     typer.Option(
@@ -58,35 +62,50 @@ _TrainObjective = Annotated[
     ),
 ]
 _Sampler = Annotated[
-    str | None, typer.Option(help="What proposes, all Optuna's: {samplers}; default: auto, which is tpe.")
+    str | None,
+    typer.Option(help="What proposes, all Optuna's: {samplers}; default: auto, which is tpe.", rich_help_panel=RARE),
 ]
 _Scheduler = Annotated[
     str | None,
     typer.Option(
         help="What stops trials: {schedulers}; default: asha. asha-promote pauses them, and goes on with those that "
-        "later trials show to be good."
+        "later trials show to be good.",
+        rich_help_panel=RARE,
     ),
 ]
 _Seed = Annotated[
-    int | None, typer.Option(help="Seed of the sampler, default 0; `seed=N` as a setting seeds the training.")
+    int | None,
+    typer.Option(
+        help="Seed of the sampler, default 0; `seed=N` as a setting seeds the training.", rich_help_panel=RARE
+    ),
 ]
 _Rerank = Annotated[
     int | None,
     typer.Option(metavar="K", help="Train the K best configurations again on other seeds; the mean decides."),
 ]
-_Seeds = Annotated[int | None, typer.Option(help="Seeds of --rerank; default: 3.")]
+_Seeds = Annotated[int | None, typer.Option(help="Seeds of --rerank; default: 3.", rich_help_panel=RARE)]
 _KeepTop = Annotated[
-    int | None, typer.Option(metavar="K", help="Keep the checkpoints of the K best trials alone; default: of all.")
+    int | None,
+    typer.Option(
+        metavar="K", help="Keep the checkpoints of the K best trials alone; default: of all.", rich_help_panel=RARE
+    ),
 ]
 _Name = Annotated[str | None, typer.Option(help="Name of the search; default: METHOD-DATA, numbered.")]
 _Resume = Annotated[str | None, typer.Option(metavar="NAME", help="Go on with this search.")]
 _Extend = Annotated[str | None, typer.Option(metavar="NAME", help="Run --trials more trials of this search.")]
 _Fork = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Begin with this search's settings and ranges, changed by KEY=VALUE.")
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Begin with this search's settings and ranges, changed by KEY=VALUE.", rich_help_panel=RARE
+    ),
 ]
 _WarmStart = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="Count this search's trials as prior points where they fit; repeatable."),
+    typer.Option(
+        metavar="NAME",
+        help="Count this search's trials as prior points where they fit; repeatable.",
+        rich_help_panel=RARE,
+    ),
 ]
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would run, measure a few steps and what follows; keep nothing.")
@@ -143,15 +162,44 @@ def search(
     hand_over(running["address"])
     from segadapt.platform.api import training
 
-    methods, settings = [word for word in words or [] if "=" not in word], [word for word in words or [] if "=" in word]
+    methods, settings = _split(words)
     if dry_run:
         plan = training.plan(methods, assignments(settings), **asked, **running)
         show_plan(plan.record)
         estimate = plan.estimate()
         show_estimate(estimate)
         estimate.check()
+        options = {"--preset": preset, "--config": config, "--fork": fork, "--storage": fork and str(place.storage)}
+        named = [part for option, value in options.items() if value is not None for part in (option, value)]
+        show_next(after_plan([*(words or []), *named]))
     else:
         _conclude(training.search(methods, assignments(settings), **asked, **running), running, resume_by="search")
+
+
+@shared(place=folder)
+def plan(
+    place: "Place",
+    words: _Words = None,
+    preset: Preset = None,
+    fork: _Fork = None,
+    config: ConfigFile = None,
+) -> None:
+    """Print every setting of a search as an experiment file: those that are searched as their ranges.
+
+    Change it, then give it to a search, with the options that are no settings.
+
+    Example: segadapt plan sdca trainer.steps=400 > my.yaml; segadapt search sdca --config my.yaml --trials 40
+    """
+    from segadapt.platform.api import training
+
+    methods, settings = _split(words)
+    planned = training.plan(methods, assignments(settings), preset=preset, fork=fork, config=config, place=place)
+    print(planned.experiment_file(), end="")
+
+
+def _split(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """Return the names of methods, and the settings."""
+    return [word for word in words or [] if "=" not in word], [word for word in words or [] if "=" in word]
 
 
 @shared(place=tracked_place, running=running)
@@ -224,12 +272,15 @@ def finish(
         show_finish(results[0])
     if len(results) > 1:
         show_seeds(results)
+    if not running["quiet"]:
+        show_next(after_finish(results, search_name, place, interrupted=finished.interrupted))
     sys.exit(_status(finished.failed, interrupted=finished.interrupted))
 
 
 def _conclude(result: "Result", running: "Running", *, resume_by: str) -> None:
     """Show what came out and what to do next, and exit."""
     from segadapt.platform.errors import redacted
+    from segadapt.platform.storage.command_lines import command_line
 
     place, name, say = result.place, result.name, running["say"]
     status = _status(result.failed, interrupted=result.interrupted)
@@ -240,20 +291,14 @@ def _conclude(result: "Result", running: "Running", *, resume_by: str) -> None:
             raise
         say(
             f"{name} ended, but its MLflow server does not answer: {redacted(error)}\n"
-            f"`segadapt runs {name}` shows it later."
+            f"{command_line('runs', name, place=place)} shows it later."
         )
         sys.exit(status)
     show_leaderboard(board)
-    where = "" if place.storage == "runs" else f" --storage {shlex.quote(str(place.storage))}"
     parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in result.seconds.items())
-    say(f"\n{name} took {sum(result.seconds.values()):.0f} s ({parts}). Next:")
-    segadapt = "uv run segadapt" if "UV_RUN_RECURSION_DEPTH" in os.environ else "segadapt"  # as it was called
-    if place.tracking_uri is None:
-        say(f"  {segadapt} ui{where}    then open experiment {name} at http://127.0.0.1:5000")
-    if result.interrupted:
-        say(f"  {segadapt} {resume_by} --resume {name}{where}    goes on where it stopped")
-    elif any(row.checkpoint for row in board.rows):
-        say(f"  {segadapt} finish best --search {name}{where}    self-trains the best trial")
+    say(f"\n{name} took {sum(result.seconds.values()):.0f} s ({parts}).")
+    if not running["quiet"]:
+        show_next(after_experiment(result, board, resume_by))
     sys.exit(status)
 
 

@@ -4,27 +4,25 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from segadapt.platform.settings.text import duration_text, number_text, short_text, size_text
+from segadapt.platform.settings.text import duration_text, number_text, setting_text, short_text, size_text, span_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from segadapt.platform.deployment.evaluation import EvaluationResult
     from segadapt.platform.deployment.prediction import PredictionResult
-    from segadapt.platform.doctor.findings import Finding
     from segadapt.platform.experiment.estimate import Estimate
     from segadapt.platform.experiment.finishing import FinishResult
     from segadapt.platform.experiment.record import Record
-    from segadapt.platform.results.leaderboard import Leaderboard
+    from segadapt.platform.results.leaderboard import Leaderboard, Row
     from segadapt.platform.results.status import SearchStatus
-    from segadapt.platform.storage.cache import CacheContent, CachedStage, Pruned, RunningLease
-    from segadapt.trainables.core.data.checking import DatasetReport
 
 _SHOWN_PARAMS = 8
 """Most searched settings that a leaderboard shows as columns; of more, those of each method's best trial."""
 
-_SHOWN_SIZES = 5
-"""Most image sizes that a report on a dataset names."""
+
+_TEXT_WIDTH = 100
+"""Characters of a line of settings."""
 
 
 def console(*, stderr: bool = False) -> "Console":
@@ -35,9 +33,7 @@ def console(*, stderr: bool = False) -> "Console":
 
 
 def show_plan(record: "Record") -> None:
-    """Show what a search would do."""
-    import yaml
-
+    """Show what a search would do: what is set, what is searched; `segadapt plan` prints every setting."""
     from segadapt.platform.search.ranges import show_range
 
     screen = console()
@@ -47,11 +43,12 @@ def show_plan(record: "Record") -> None:
         screen.print(f"checkpoints of the {record.keep_top} best trials are kept")
     for name in record.warm_start:
         screen.print(f"trials of {name} that fit count as prior points")
-    for method, config in record.configs.items():
-        screen.print(f"\nconfiguration of the first trial of {method}:")
-        screen.print(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    for method, candidate in record.candidates.items():
+        screen.print(f"\n{method}, all else as by default:" if candidate.fixed else f"\n{method}, as by default:")
+        settings = (f"{key}={setting_text(value)}" for key, value in sorted(candidate.fixed.items()))
+        for line in _lines_of(settings):
+            screen.print(line, soft_wrap=True)
         screen.print("searched:")
-        candidate = record.candidates[method]
         for key, distribution in candidate.space.items():
             screen.print(f"  {key:32} {show_range(distribution):24} first {candidate.first[key]}")
 
@@ -97,16 +94,18 @@ def show_leaderboard(board: "Leaderboard") -> None:
 
     trials = [row for row in board.rows if row.kind == "trial"]
     varied = sorted({key for row in trials for key in row.params})
-    as_columns = varied if len(varied) <= _SHOWN_PARAMS else []
+    as_columns = varied if board.kind == "search" and len(varied) <= _SHOWN_PARAMS else []
     table = Table(title=f"{board.search}: {board.objective}", box=None)
     goals = list(next((row.goals for row in trials if len(row.goals) > 1), []))  # one goal is the column "best"
     columns = ["run", "state", *(goals or ["best"]), *(["mean rank"] if "+" in board.objective else [])]
-    for column in (*columns, "at step", "last", *(key.rsplit(".", 1)[-1] for key in as_columns)):
+    columns += [board.judged_by] if board.judged_by else []
+    for column in (*columns, "at step", "last", *_short_names(as_columns)):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     for row in board.rows:
         values = [short_text(row.params.get(key, "")) if row.kind == "trial" else "" for key in as_columns]
         reached = [number_text(row.goals.get(goal)) for goal in goals] or [number_text(row.best)]
         ranks = [number_text(None if row.score is None else -row.score)] if "+" in board.objective else []
+        ranks += [number_text(row.target_miou)] if board.judged_by else []
         name = f"{row.name} *" if row.on_front else row.name
         state = f"{row.state}, checkpoint not kept" if row.checkpoint_removed else row.state
         table.add_row(name, state, *reached, *ranks, str(row.best_step or "-"), number_text(row.last), *values)
@@ -122,18 +121,48 @@ def show_leaderboard(board: "Leaderboard") -> None:
         compared = ", ".join(f"{method} {value:.3f}" for method, value in board.methods.items())
         screen.print(f"best of each method after {board.equal_steps} steps: {compared}", soft_wrap=True)
     if not as_columns:
-        for method in dict.fromkeys(row.method for row in trials):
-            of_method = [row for row in trials if row.method == method]
-            values = [
-                f"{key}={short_text(value)}" for key, value in sorted(of_method[0].params.items()) if key != "method"
-            ]
-            best = f"best {number_text(of_method[0].best)} ({of_method[0].name})"
-            text = f"{method}: {len(of_method)} trials, {best} with {' '.join(values)}"
-            screen.print(text, markup=False, soft_wrap=True)
+        for line in _best_of_each_method(trials, board.kind):
+            screen.print(line, markup=False, soft_wrap=True)
     for row in board.rows:
         if row.failure:
             screen.print(f"{row.name} failed: {row.failure}", markup=False)
     show_reranked(board)
+
+
+def _short_names(keys: Sequence[str]) -> list[str]:
+    """Return the ends of dotted names, as long as they must be to differ."""
+    names = []
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        others = [f".{other}" for other in keys if other != key]
+        names.append(next((end for end in ends if not any(other.endswith(f".{end}") for other in others)), key))
+    return names
+
+
+def _best_of_each_method(trials: "Sequence[Row]", kind: str) -> "Iterator[str]":
+    """Yield the best trial of each method with its settings, in lines that can be read."""
+    for method in dict.fromkeys(row.method for row in trials):
+        of_method = [row for row in trials if row.method == method]
+        best = of_method[0]
+        values = [
+            f"{key.removeprefix(f'{method}.')}={short_text(value)}"
+            for key, value in sorted(best.params.items())
+            if key != "method"
+        ]
+        if kind == "search":
+            yield f"{method}: {len(of_method)} trials, best {number_text(best.best)} ({best.name}) with"
+        elif values:
+            yield f"settings of {best.name} that were given:"
+        yield from _lines_of(values)
+
+
+def _lines_of(settings: Iterable[str]) -> list[str]:
+    """Return KEY=VALUE words in indented lines that can be read."""
+    import textwrap
+
+    wrapped = textwrap.wrap(" ".join(settings), _TEXT_WIDTH, break_long_words=False, break_on_hyphens=False)
+    return [f"  {line}" for line in wrapped]
 
 
 def show_status(status: "SearchStatus", *, clear: bool) -> None:
@@ -148,12 +177,14 @@ def show_status(status: "SearchStatus", *, clear: bool) -> None:
     if status.best is not None:
         screen.print(f"best so far {status.best:.3f} ({status.best_name}), for {status.objective}", markup=False)
     if status.left_s is not None:
-        screen.print(f"about {duration_text(status.left_s)} left")
-    if status.running:
+        screen.print(f"{span_text(*status.left_s)} left")
+    if status.state == "running" and not status.states and not status.stages:
+        screen.print("shared stages, which all trials start from, are about to begin")
+    if status.running or status.stages:
         table = Table(box=None)
-        for column in ("trial", "state", "step", "best", "last heard"):
-            table.add_column(column, justify="left" if column in ("trial", "state") else "right")
-        for trial in status.running:
+        for column in ("trial or shared stage", "state", "step", "best", "last heard"):
+            table.add_column(column, justify="right" if column in ("step", "best", "last heard") else "left")
+        for trial in (*status.stages, *status.running):
             heard = f"{duration_text(trial.heard_s)} ago" + (" (stalled)" if trial.stalled else "")
             table.add_row(trial.name, trial.state, str(trial.step), number_text(trial.value), heard)
         screen.print(table)
@@ -257,82 +288,6 @@ def show_evaluation(result: "EvaluationResult") -> None:
         screen.print(f"predictions: {result.predictions}", soft_wrap=True, markup=False)
 
 
-def show_cache(content: "CacheContent") -> None:
-    """Show the shared stages, the leases on them and what was left over."""
-    from rich.table import Table
-
-    screen = console()
-    table = Table(box=None)
-    for column in ("stage", "by", "data", "network", "seed", "steps", "size", "age", "unused", "hash", "needed by"):
-        table.add_column(column, justify="right" if column in ("seed", "steps", "size", "age", "unused") else "left")
-    for stage in content.stages:
-        names = ("stage", "method", "data", "network", "seed", "steps")
-        what = [str(getattr(stage.description, name)) if stage.description else "?" for name in names]
-        times = [duration_text(stage.age_s), duration_text(stage.unused_s)]
-        table.add_row(*what, size_text(stage.bytes), *times, stage.hash[:12], ", ".join(stage.needed_by) or "-")
-    if content.stages:
-        screen.print(table)
-    for lease in content.leases:
-        screen.print(_lease_text(lease), markup=False, soft_wrap=True)
-    if content.left_over:
-        screen.print(
-            f"{len(content.left_over)} left-over copies of dead processes; `segadapt cache prune` removes them"
-        )
-    screen.print(f"{len(content.stages)} stages, {size_text(content.bytes)}")
-
-
-def show_pruned(pruned: "Pruned", *, dry_run: bool) -> None:
-    """Show what was removed from the stage cache."""
-    screen = console()
-    removed = "would be removed" if dry_run else "removed"
-    for stage in pruned.stages:
-        screen.print(f"{removed}: {_stage_text(stage)}, {size_text(stage.bytes)}", markup=False, soft_wrap=True)
-    for stage in pruned.kept:
-        why = f"needed by {', '.join(stage.needed_by)}" if stage.needed_by else "an experiment began to need it"
-        screen.print(f"kept: {_stage_text(stage)}, {why}", markup=False, soft_wrap=True)
-    for lease in pruned.leases:
-        screen.print(f"{removed}: the lease of a dead process: {_lease_text(lease)}", markup=False, soft_wrap=True)
-    if pruned.left_over:
-        screen.print(f"{removed}: {len(pruned.left_over)} left-over copies of dead processes")
-    screen.print(f"{'would free' if dry_run else 'freed'} {size_text(pruned.bytes)}")
-
-
-def show_findings(examination: "Iterable[Finding]") -> "list[Finding]":
-    """Show what a check-up finds as it comes; returns it."""
-    from rich.text import Text
-
-    screen = console()
-    styles = {"ok": "green", "warning": "yellow", "fault": "bold red", "repaired": "green"}
-    findings = []
-    for finding in examination:
-        findings.append(finding)
-        level = "repaired" if finding.repaired else finding.level
-        parts = [finding.text, finding.meaning, "" if finding.repaired else finding.advice]
-        line = Text.assemble((f"{level:9}", styles[level]), (f"{finding.subject}: ", "bold"))
-        screen.print(line.append(". ".join(part.rstrip(".") for part in parts if part)), soft_wrap=True)
-    count = {level: sum(entry.level == level and not entry.repaired for entry in findings) for level in styles}
-    repaired = sum(entry.repaired for entry in findings)
-    mendable = sum(entry.repair is not None for entry in findings)
-    screen.print(
-        f"\n{count['fault']} faults, {count['warning']} warnings"
-        + (f", {repaired} repaired" if repaired else "")
-        + (f"; `segadapt doctor --fix` repairs {mendable}" if mendable else "")
-    )
-    return findings
-
-
-def _stage_text(stage: "CachedStage") -> str:
-    what = "a stage"
-    if (computed := stage.description) is not None:
-        what = f"{computed.stage} ({computed.data}, {computed.network}, seed {computed.seed}, {computed.steps} steps)"
-    return f"{stage.hash[:12]} {what}, unused for {duration_text(stage.unused_s)}"
-
-
-def _lease_text(lease: "RunningLease") -> str:
-    state = "computes" if lease.alive else f"gave no sign for {duration_text(lease.age_s)} while computing"
-    return f"{lease.owner} {state} {lease.stage} {lease.hash[:12]}"
-
-
 def show_prediction(result: "PredictionResult") -> None:
     """Show how many images were labelled, and which could not be read."""
     screen = console()
@@ -354,42 +309,3 @@ def progress_bar(title: str) -> "Iterator[Callable[[int, int], None]]":
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, advance=done, total=total)
-
-
-def show_dataset(report: "DatasetReport") -> None:
-    """Show what a dataset holds and all that is wrong with it."""
-    from itertools import groupby
-
-    from rich.table import Table
-
-    screen = console()
-    for name, split in report.splits.items():
-        sizes = ", ".join(f"{size} ({count})" for size, count in list(split.sizes.items())[:_SHOWN_SIZES])
-        more = len(split.sizes) - _SHOWN_SIZES
-        sizes += f" and {more} more" if more > 0 else ""
-        screen.print(
-            f"{name}: {split.images} images, {split.labels} labels, about {size_text(split.packed_bytes)} packed"
-        )
-        screen.print(f"  sizes: {sizes or '-'}", soft_wrap=True)
-        labelled = sum(split.pixels.values())
-        if labelled:
-            table = Table(box=None, title=f"{report.kind} {name}: classes")
-            for column in ("class", "pixels", "labels with it"):
-                table.add_column(column, justify="left" if column == "class" else "right")
-            for label, pixels in split.pixels.items():
-                table.add_row(label, f"{pixels / labelled:.2%}", str(split.images_with.get(label, "")))
-            screen.print(table)
-    for note in report.notes:
-        screen.print(f"note: {note}", markup=False, soft_wrap=True)
-    for problem, faults in groupby(sorted(report.faults, key=lambda fault: fault.problem), lambda fault: fault.problem):
-        alike = list(faults)
-        screen.print(f"\n{problem} ({len(alike)}):", markup=False)
-        for fault in alike:
-            screen.print(f"  {fault.path}  {fault.detail}".rstrip(), markup=False, soft_wrap=True)
-    for warning in report.warnings:
-        screen.print(f"warning: {warning}", markup=False, soft_wrap=True)
-    if report.faults or report.warnings:
-        counts = [f"{len(report.faults)} faults"] + [f"{len(report.warnings)} warnings"] * bool(report.warnings)
-        screen.print(f"\n{', '.join(counts)} in {report.root}", markup=False, soft_wrap=True)
-    else:
-        screen.print(f"{report.root} is sound.", markup=False, soft_wrap=True)

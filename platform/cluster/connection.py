@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 from segadapt.platform.cluster.capacity import Capacity, capacity_of_cluster, this_machine
-from segadapt.platform.errors import UsageError
+from segadapt.platform.errors import NotStartedError, UsageError
 from segadapt.platform.ray_internals.start import (
     LEFT_BY_RAY,
     authenticated,
@@ -44,11 +44,12 @@ _DEFAULTS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_MAX_PENDING_TRIALS_PG": "16",
+    "RAY_worker_niceness": "0",  # that of the command: Ray's own 15 starves trials wherever anybody else is at work
     "OMP_NUM_THREADS": "1",
     "GOMP_SPINCOUNT": "10000",  # 0.25 ms: spinning for long slows busy machines down, without it threads wake late
 }
 
-_PATIENCE_S = 120
+_PATIENCE_S = 300
 """Seconds that Ray has to start at the second try; at the first one it has the 30 of its own."""
 
 _ANSWER_S = 10.0
@@ -97,7 +98,8 @@ def connect(address: str | None, *, verbose: bool = False, resources: Resources 
         resources: What a trial is to take; None if no trial will run.
 
     Raises:
-        UsageError: If the cluster cannot be reached, Ray does not start, or this process is in a cluster already.
+        UsageError: If the cluster cannot be reached, or this process is in a cluster already.
+        NotStartedError: If Ray does not start.
     """
     with (
         variables_set(empty_variables(*_READ_BY_RAY) | _missing_variables() | direct_to_loopback(), LEFT_BY_RAY),
@@ -152,7 +154,7 @@ def _start(verbose: bool, *, dashboard: bool) -> None:
     """Start Ray on this machine; a busy one is given more time at a second try.
 
     Raises:
-        UsageError: If Ray does not start either time.
+        NotStartedError: If Ray does not start either time.
     """
     import ray
 
@@ -169,7 +171,7 @@ def _start(verbose: bool, *, dashboard: bool) -> None:
         except Exception as error:  # Ray has no type of its own for what did not come up in time
             ray.shutdown()
             if seconds is not None:
-                raise UsageError(
+                raise NotStartedError(
                     f"Ray must start on this machine, but did not, not even with {seconds} s for it at a second try: "
                     f"{first_line(error).rstrip('.')}. Is the machine short of processors, memory or room in its "
                     "temporary folder? Free some, then repeat the command."

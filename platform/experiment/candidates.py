@@ -8,7 +8,7 @@ from optuna.distributions import BaseDistribution
 from segadapt import search_spaces
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.record import Candidate, Record
-from segadapt.platform.search.ranges import split_ranges, start
+from segadapt.platform.search.ranges import spell_range, split_ranges, start
 from segadapt.platform.settings.config import Values, anchored, keys, resolve
 from segadapt.trainables import METHODS
 from segadapt.trainables.core.data.datasets import packed_size
@@ -97,7 +97,9 @@ def _as_list(size: Sequence[int] | None) -> list[int] | None:
 def _candidate(method: str, values: Values, preset: str) -> Candidate:
     """Return what a search tries of a method: everything searched that no setting fixes, starting at a preset."""
     space, presets = space_of(method)
-    fixed_by_user, ranges = split_ranges(method, values)
+    usual = {key: spell_range(range_) for key, range_ in space.items()}  # may be asked for, wherever the setting acts
+    others = {key: value for key, value in values.items() if key not in usual or value != usual[key]}
+    fixed_by_user, ranges = split_ranges(method, others)
     space = {**space, **ranges}
     settings = {**presets[search_spaces.DEFAULT_PRESET], **preset_settings(method, preset)}
     free = {key: distribution for key, distribution in space.items() if key not in fixed_by_user}

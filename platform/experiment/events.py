@@ -80,6 +80,7 @@ class Events(tune.Callback):
             self._swept = True
             self._sweep(trials)
         self._watch.look(self._open)
+        self._receivers.progress.beat()
 
     def _sweep(self, trials: list[Any]) -> None:
         """Clear up after earlier sessions, and take over their trials."""
@@ -94,6 +95,10 @@ class Events(tune.Callback):
         self._open = {trial.trial_id: trial for trial in trials if trial.status not in (Trial.TERMINATED, Trial.ERROR)}
         if ended := len(trials) - len(self._open):
             self._receivers.progress.ended_before(ended)
+        leading = self._spec.objective.leading
+        for trial in trials:
+            if (reached := trial.metric_analysis.get(leading)) is not None:
+                self._receivers.progress.reached_before(names.name(trial.trial_id), reached["max"])
         for trial in self._open.values():
             forget_replaced_checkpoint(trial)
             allow_failures(trial, self._spec.tolerance.max_failures)

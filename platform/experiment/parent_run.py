@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from segadapt.platform.experiment.evaluations import kept_metrics
 from segadapt.platform.experiment.record import Record
 from segadapt.platform.results.seeds import Reranked, verdict
 from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.checkpoints import TrialCheckpoint
-from segadapt.platform.tracking.descriptions import datasets, search_note
+from segadapt.platform.storage.folders import Place
+from segadapt.platform.tracking.descriptions import Reached, datasets, search_note
 from segadapt.platform.tracking.tags import (
     BEST_NAME_TAG,
     BEST_TRIAL_TAG,
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from segadapt.platform.experiment.tuning import TrialResult
 
 
+_SHOWN_OTHERS = 4
+"""Trials that the description of a search names beside the best."""
+
+
 @dataclass(frozen=True)
 class ParentRun:
     """The parent run of an experiment; its key is the experiment's name."""
@@ -33,8 +39,8 @@ class ParentRun:
     record: Record
     spec: TrialSpec
     tracker: Any
-    study_url: str
-    """Address of Optuna's storage."""
+    place: Place
+    """Where the experiment is kept and tracked."""
 
     def open(self, data_notes: Sequence[str]) -> None:
         """Open the run, or continue it.
@@ -70,6 +76,7 @@ class ParentRun:
         results: "Sequence[TrialResult]",
         ordered: "Mapping[TrialResult, TrialCheckpoint]",
         ranking: Sequence[Reranked],
+        start: Mapping[str, float],
     ) -> bool:
         """Put the best trial and the plots on the run; returns whether there is a best one.
 
@@ -77,12 +84,19 @@ class ParentRun:
             results: All trials.
             ordered: Those that left a checkpoint, each with its best one; the best trial comes first.
             ranking: The best trials as they did on other seeds, if they were trained again.
+            start: Metrics of the network that all trials began from.
         """
         if ordered:
             first = next(iter(ordered))
             best = next((result for result in ordered if ranking and result.name == ranking[0].name), first)
             steps = _steps(ordered)
-            self._log_best(best, ordered[best], len(results), steps, verdict(ranking) if ranking else None)
+            self._log_best(best, ordered[best], steps)
+            if self.record.kind == "search":
+                others = [self._reached(trial, ordered[trial]) for trial in ordered if trial is not best]
+                lead = verdict(ranking) if ranking else None
+                reached, trials = self._reached(best, ordered[best]), len(results)
+                note = search_note(self.record.name, reached, others[:_SHOWN_OTHERS], trials, start, lead, self.place)
+                self.tracker.set_tags(self.record.name, {NOTE_TAG: note})
         if self.record.kind == "search":
             if ordered:
                 kept = {trial.name: ordered[trial].metrics for trial in results if trial in ordered}
@@ -90,25 +104,23 @@ class ParentRun:
             self._log_study()
         return bool(ordered)
 
-    def _log_best(
-        self, result: "TrialResult", best: TrialCheckpoint, trials: int, steps: int, lead: str | None
-    ) -> None:
+    def _reached(self, result: "TrialResult", best: TrialCheckpoint) -> Reached:
+        known = kept_metrics(best)
+        goals = {goal: known[goal] for goal in self.spec.objective.goals if goal in known}
+        return Reached(result.name, goals, int(best.metrics["step"]), result.values)
+
+    def _log_best(self, result: "TrialResult", best: TrialCheckpoint, steps: int) -> None:
         """Put the best trial on the run.
 
         Args:
             result: The trial.
             best: Its best checkpoint.
-            trials: Number of all trials.
             steps: Where the search stands.
-            lead: What its lead over the others is worth, if they were trained again.
         """
         record = self.record
-        goals = {goal: best.metrics[goal] for goal in self.spec.objective.goals if goal in best.metrics}
-        reached = {f"best/{goal}": value for goal, value in goals.items()}
+        reached = {f"best/{goal}": value for goal, value in self._reached(result, best).goals.items()}
         self.tracker.log_summary(record.name, reached, steps)
-        note = search_note(record.name, result.name, goals, best.metrics["step"], trials, lead)
-        tags = {BEST_TRIAL_TAG: result.trial_id, BEST_NAME_TAG: result.name}
-        self.tracker.set_tags(record.name, tags | ({NOTE_TAG: note} if record.kind == "search" else {}))
+        self.tracker.set_tags(record.name, {BEST_TRIAL_TAG: result.trial_id, BEST_NAME_TAG: result.name})
         if best.kept:
             self.tracker.log_file(f"{record.name}/{result.trial_id}", best.path, "checkpoint")
 
@@ -119,7 +131,7 @@ class ParentRun:
         from segadapt.platform.results.plots import study_figures
 
         objective, key = self.spec.objective, self.record.name
-        study = load_study(key, self.study_url)
+        study = load_study(key, self.place.study_url)
         for name, make in study_figures(study, objective):
             self.tracker.log_figure(key, make, name)
         if compared := compare_methods(study.get_trials(deepcopy=False), objective):

@@ -1,6 +1,8 @@
 """What a person sees while an experiment runs: a live table in a terminal, a line per event elsewhere."""
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +13,18 @@ from rich.table import Table
 from rich.text import Text
 
 from segadapt.platform.settings.states import TrialState
-from segadapt.platform.settings.text import number_text
+from segadapt.platform.settings.text import number_text, rough_text, span_text
 
 _SHOWN_TRIALS = 12
+
+_SHOWN_AT_WORK = 4
+"""Most trials that a sign of life names."""
+
+_SILENCE_S = 60.0
+"""Seconds without a line after which one says that work goes on, where there is no live table."""
+
+_LEAST_REPORTS = 3
+"""Fewest reports from whose times the time left is judged."""
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -33,6 +44,28 @@ class TrialView:
     step: int = 0
     value: float | None = None
     best: float | None = None
+    heard_s: float = 0.0
+    """When it began or last reported, by the clock of the progress."""
+
+
+class _Paces:
+    """Mean and spread of the seconds per step between two reports of a trial, kept as sums (Welford)."""
+
+    def __init__(self) -> None:
+        self.count, self._mean, self._squares = 0, 0.0, 0.0
+
+    def add(self, pace: float) -> None:
+        self.count += 1
+        difference = pace - self._mean
+        self._mean += difference / self.count
+        self._squares += difference * (pace - self._mean)
+
+    @property
+    def doubt(self) -> float:
+        """Two standard errors of the mean, as a share of it."""
+        if self.count < 2 or self._mean <= 0:
+            return math.inf
+        return 2 * math.sqrt(self._squares / (self.count - 1) / self.count) / self._mean
 
 
 @dataclass
@@ -40,49 +73,71 @@ class Progress:
     """Collects events of an experiment and shows them.
 
     Args:
-        title: What runs.
+        title: What runs; None shows nothing.
         objective: The metric shown.
         trials: Trials asked for.
         steps: Steps of a full trial.
+        console: Where it is shown.
+        clock: Returns seconds.
     """
 
-    title: str
+    title: str | None
     objective: str
     trials: int
     steps: int
     console: Console = field(default_factory=console)
+    clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
         self._views: dict[str, TrialView] = {}
-        self._started = time.monotonic()
+        self._started = self._said = self.clock()
+        self._paces = _Paces()
+        self._full_trials = 0.0  # that ended in this session, each counted as the share of its steps that it did
+        self._ended_here = 0
         self._taken = 0  # steps of this session; sums are kept, since there may be many trials
         self._missing = self.trials * self.steps
         self._ended = 0
         self._best: TrialView | None = None
         self._live: Live | None = None
-        if self.console.is_terminal:
+        if self.title is not None and self.console.is_terminal:
             self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=2)
             self._live.start()
-        else:
-            self.console.print(f"{self.title}: {self._count()}, {self.steps} steps each")
+        self._print(f"{self.title}: {self._count()}, {self.steps} steps each")
 
     def ended_before(self, trials: int) -> None:
         """Count trials that ended in earlier sessions."""
         self._ended += trials
         self._missing -= trials * self.steps
-        if self._live is None:
-            self.console.print(f"{self.title}: going on, {self._count()}")
+        self._print(f"{self.title}: going on, {self._count()}")
+
+    def reached_before(self, name: str, value: float) -> None:
+        """Take a value of earlier sessions into account."""
+        if self._best is None or self._best.best is None or value > self._best.best:
+            self._best = TrialView(name, best=value)
+
+    def beat(self) -> None:
+        """Say what is at work, if nothing was said for long."""
+        if self.clock() - self._said < _SILENCE_S:
+            return
+        at_work = [view for view in self._views.values() if view.state.is_active]
+        shown = [f"{view.name} step {view.step}/{self.steps}" for view in at_work[:_SHOWN_AT_WORK]]
+        shown += [f"{len(at_work) - _SHOWN_AT_WORK} more"] * (len(at_work) > _SHOWN_AT_WORK)
+        self._say(f"at work: {', '.join(shown)}" if shown else "waiting for a trial to begin")
 
     def started(self, key: str, name: str, step: int = 0) -> None:
         """Show a trial that was handed to a process, for the first time or again; `step` steps were done earlier."""
         if key not in self._views:
             self._views[key] = TrialView(name, step=step)
             self._missing -= step
+        self._views[key].heard_s = self.clock()
 
     def result(self, key: str, step: int, value: float | None) -> None:
         """Show the evaluation of a trial."""
         view = self._views[key]
         self._taken += step - view.step
+        if step > view.step:
+            self._paces.add((self.clock() - view.heard_s) / (step - view.step))
+        view.heard_s = self.clock()
         self._change(view, TrialState.RUNNING, step)
         view.value = value
         if value is not None and (view.best is None or value > view.best):
@@ -100,6 +155,8 @@ class Progress:
         """Show that a trial ended; `state` says how."""
         view = self._views[key]
         self._change(view, state)
+        self._ended_here += 1
+        self._full_trials += view.step / max(1, self.steps)
         self._say(f"{view.name} {state}")
 
     def close(self) -> None:
@@ -121,20 +178,34 @@ class Progress:
             self._ended += times
 
     def _say(self, event: str) -> None:
-        if self._live is None:
-            best = self._best
-            best_so_far = f"best {number_text(best.best)} ({best.name})" if best else "no result yet"
-            self.console.print(f"{event} · {best_so_far} · {self._count()} · {self._time_left()}")
+        best = self._best
+        best_so_far = f"best {number_text(best.best)} ({best.name})" if best else "no result yet"
+        self._print(" · ".join([event, best_so_far, self._count(), *self._time_left()]))
+
+    def _print(self, line: str) -> None:
+        """Write a line where there is no live table."""
+        if self._live is None and self.title is not None:
+            self.console.print(line)
+            self._said = self.clock()
 
     def _count(self) -> str:
         return f"{self._ended}/{self.trials} trials done"
 
-    def _time_left(self) -> str:
-        """Judge the time left from the steps per second of this session; stopped trials leave no steps to do."""
-        if self._taken <= 0:
-            return "time left unknown"
-        seconds = (time.monotonic() - self._started) / self._taken * self._missing
-        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+    def _time_left(self) -> list[str]:
+        """Judge the time left from this session's steps per second, once there are reports enough.
+
+        At most all missing trials take all of their steps, at least they are stopped as early as those that have ended.
+        Either is as sure as the times of steps were alike.
+        """
+        if self._paces.count < _LEAST_REPORTS or self._missing <= 0:
+            return []
+        seconds = (self.clock() - self._started) / self._taken * self._missing
+        doubt = self._paces.doubt
+        most = seconds * (1 + doubt)
+        if self.trials > 1 and self._ended_here == 0:
+            return [f"at most {rough_text(most)} left"]
+        share = self._full_trials / self._ended_here if self._ended_here else 1.0
+        return [f"{span_text(seconds * min(1.0, share) * max(0.0, 1 - doubt), most)} left"]
 
     def _render(self) -> Group:
         table = Table(box=None, pad_edge=False)
@@ -144,9 +215,9 @@ class Progress:
             step = f"{view.step}/{self.steps}"
             table.add_row(view.name, view.state, step, number_text(view.value), number_text(view.best))
         best = self._best
-        line = f"{self._count()} · {self._time_left()}"
+        line = " · ".join([self._count(), *self._time_left()])
         if best is not None:
             line += f" · best {self.objective} {number_text(best.best)} ({best.name})"
         total = self.trials * self.steps
         bar = ProgressBar(total=max(1, total), completed=total - self._missing, width=60)
-        return Group(Text(self.title, style="bold"), table, bar, Text(line))
+        return Group(Text(self.title or "", style="bold"), table, bar, Text(line))

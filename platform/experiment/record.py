@@ -42,6 +42,8 @@ class Options:
     debug: bool = False
     say: Callable[[str], None] = print
     """Receives what is told to the user besides the live progress."""
+    quiet: bool = False
+    """Whether no progress is shown."""
 
 
 @dataclass(frozen=True)

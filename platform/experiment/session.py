@@ -208,7 +208,7 @@ class _Session:
             results = self._run_trials()
             clock.lap("trials")
             return _failed(results), _missing(results)
-        parent = ParentRun(self.record, self.spec, self.tracker, self.study_url)
+        parent = ParentRun(self.record, self.spec, self.tracker, self.options.place)
         parent.open(notes)
         state = TrialState.FAILED
         try:
@@ -223,7 +223,7 @@ class _Session:
                 clock.lap("rerank")
             if missing:
                 state = TrialState.INTERRUPTED
-            elif parent.summarise(results, self._ordered(results), ranking):
+            elif parent.summarise(results, self._ordered(results), ranking, self._shared_stages.start()):
                 state = TrialState.FINISHED
         except KeyboardInterrupt:
             state = TrialState.INTERRUPTED
@@ -237,7 +237,7 @@ class _Session:
     @property
     def _shared_stages(self) -> SharedStages:
         resources, _ = resources_of(self.options.resources, self.capacity, 1, 1)
-        return SharedStages(self.record, self.spec, resources, self.tracker, self.options.say, self.parent_key)
+        return SharedStages(self.record, self.spec, resources, self.tracker, self.options, self.parent_key)
 
     def _mend(self, folder: Path) -> None:
         if mended := mend(folder):
@@ -265,9 +265,12 @@ class _Session:
             tags={FROM_TAG: record.from_name} if record.from_name else {},
             parent_key=self.parent_key,
         )
-        title = f"{record.kind} {record.name} ({record.methods}"
-        title += f", {self.concurrent} at a time)" if record.kind == "search" else ")"
+        at_a_time = f", {self.concurrent} at a time" if record.kind == "search" else ""
+        title = self._shown(f"{record.kind} {record.name} ({record.methods}{at_a_time})")
         return run_experiment(self.spec, labels, record.steps, self.tracker, title, plan, self._retention(record.name))
+
+    def _shown(self, title: str) -> str | None:
+        return None if self.options.quiet else title
 
     def _say_if_spent(self) -> None:
         """Say that no trial starts if the GPU hours of the search are spent."""
@@ -372,7 +375,7 @@ class _Session:
         labels = Labels(record.name, "rerank", [f"{result.name}.seed-{seed}" for result, seed in runs], {}, record.name)
         plan = ListPlan([{**result.values, "seed": seed} for result, seed in runs], self.concurrent)
         self._mend(spec.folder)
-        title, retention = f"rerank {record.name}", self._retention(spec.experiment)
+        title, retention = self._shown(f"rerank {record.name}"), self._retention(spec.experiment)
         again = run_experiment(spec, labels, record.steps, self.tracker, title, plan, retention)
         values: dict[str, dict[int, float]] = {}
         for (result, seed), run in zip(runs, again, strict=False):  # trials are in the order of the list

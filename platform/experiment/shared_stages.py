@@ -4,12 +4,12 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segadapt.platform.experiment.record import BEGUN, Record
+from segadapt.platform.experiment.record import BEGUN, Options, Record
 from segadapt.platform.experiment.tune_state import mend
 from segadapt.platform.settings.config import override
 from segadapt.platform.settings.resources import Allocation
@@ -45,7 +45,7 @@ class SharedStages:
     resources: Allocation
     """What a trial takes that computes them: the whole machine."""
     tracker: Any
-    say: Callable[[str], None]
+    options: Options
     parent_key: str
     """Key of the run that the experiment's trials hang under."""
 
@@ -65,6 +65,18 @@ class SharedStages:
         need(self.spec.storage, self.record.name, needed)
         return all(self._ensure_of(method, seed, keys) for method, seed, keys in wanted)
 
+    def start(self) -> dict[str, float]:
+        """Return what the network reached that all trials begin from, by goal; nothing where no stage is shared."""
+        for method in self.record.candidates:
+            for folder in longest_prefix(self.spec.storage, self._keys(method, None))[:1]:
+                return self._goals(folder)
+        return {}
+
+    def _goals(self, folder: Path) -> dict[str, float]:
+        metrics = read_metrics(folder)
+        values = {goal: metrics.get(goal) for goal in self.spec.objective.goals}
+        return {goal: value for goal, value in values.items() if value is not None}
+
     def _keys(self, method: str, seed: int | None) -> list[StageKey]:
         from segadapt.trainables.core.data.datasets import load_data
 
@@ -74,7 +86,7 @@ class SharedStages:
 
     def _ensure_of(self, method: str, seed: int | None, keys: list[StageKey]) -> bool:
         """Load a method's shared stages, wait for those that others compute, and compute what is missing."""
-        storage, say = self.spec.storage, self.say
+        storage, say = self.spec.storage, self.options.say
         for name in put_damaged_aside(storage, keys):
             say(f"{method}: the files of the stage {name} are damaged; it is computed anew.")
         try:
@@ -121,7 +133,8 @@ class SharedStages:
         steps = sum(stage_steps(missing, config.warmup.steps, config.trainer.steps).values())
         names = [stage.name for stage in missing]
         labels = Labels(self.record.name, "stage", names[:1], {}, self.parent_key)
-        results = run_experiment(spec, labels, steps, self.tracker, f"shared stages {', '.join(names)}")
+        title = None if self.options.quiet else f"shared stages {', '.join(names)}"
+        results = run_experiment(spec, labels, steps, self.tracker, title)
         reason = next((result.error for result in results if result.error), None)
         if reason is not None:
             raise StageFailedError(f"The shared stages did not finish: {reason}")
@@ -134,7 +147,7 @@ class SharedStages:
         if folder.exists() and not (begun.exists() and begun.read_text() == hashes):
             shutil.rmtree(folder)  # it was finished and pruned since, or the code was edited
         if mended := mend(folder):
-            self.say(mended)
+            self.options.say(mended)
         folder.mkdir(exist_ok=True)
         write_whole(begun, hashes)
 
@@ -145,9 +158,8 @@ class SharedStages:
 
     def _log_baseline(self, keys: list[StageKey], folders: list[Path]) -> None:
         """Record what the trials start from on the parent run, and whether the cache had it."""
-        key, metrics = self.record.name, read_metrics(folders[0])
-        start = {f"start/{goal}": metrics[goal] for goal in self.spec.objective.goals if goal in metrics}
-        self.tracker.log_summary(key, start, 0)
+        key = self.record.name
+        self.tracker.log_summary(key, {f"start/{goal}": value for goal, value in self._goals(folders[0]).items()}, 0)
         self.tracker.log_file(key, folders[0] / GALLERY, "start")
         self.tracker.log_json(key, iou_table(folders[0]), "start/per_class_iou.json")
         experiments = {stage_experiment(self.record.name, method) for method in self.record.candidates}

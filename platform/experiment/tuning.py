@@ -89,7 +89,7 @@ def run_experiment(
     labels: Labels,
     steps: int,
     tracker: Tracker,
-    title: str,
+    title: str | None,
     plan: "SearchPlan | ListPlan | None" = None,
     retention: CheckpointRetention | None = None,
 ) -> list[TrialResult]:
@@ -100,7 +100,7 @@ def run_experiment(
         labels: Names of their runs.
         steps: Steps of the longest trial.
         tracker: Receives runs and metrics.
-        title: Shown on the screen.
+        title: Shown on the screen, with how it goes on; None shows nothing.
         plan: The search or list; None runs a single trial.
         retention: Removes checkpoints of ended trials; None keeps them.
     """

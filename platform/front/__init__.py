@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from segadapt.platform.api.data import data_check, data_make, data_pack, data_show
+    from segadapt.platform.api.data import data_adopt, data_check, data_make, data_pack, data_recognise, data_show
     from segadapt.platform.api.methods import describe, list_methods, network_size
     from segadapt.platform.api.models import evaluate, export, predict
     from segadapt.platform.api.operation import (
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __version__: str
 
 _MODULES = {
-    "api.data": ("data_check", "data_make", "data_pack", "data_show"),
+    "api.data": ("data_adopt", "data_check", "data_make", "data_pack", "data_recognise", "data_show"),
     "api.methods": ("describe", "list_methods", "network_size"),
     "api.models": ("evaluate", "export", "predict"),
     "api.operation": ("cache_list", "cache_prune", "doctor", "jobs", "logs", "stop", "submit", "ui"),
@@ -64,9 +64,11 @@ __all__ = [
     "UsageError",
     "cache_list",
     "cache_prune",
+    "data_adopt",
     "data_check",
     "data_make",
     "data_pack",
+    "data_recognise",
     "data_show",
     "describe",
     "doctor",

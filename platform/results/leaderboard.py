@@ -54,6 +54,8 @@ class Row:
     """Why its checkpoint is not opened: MLflow names one outside the storage folder."""
     on_front: bool = False
     """Whether no other trial surpasses it in all goals, where they make a front."""
+    target_miou: float | None = None
+    """Target mIoU at the checkpoint that was kept; None where no label tells it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,14 @@ class Leaderboard:
     """Whether the first of them is better beyond the noise of seeds."""
     unknown: str | None = None
     """What could not be measured, in a sentence; None if the target has validation labels."""
+    kind: str = "search"
+    """`search`, whose trials' params are what it searched, or `train`, a single run, whose params were given."""
+
+    @property
+    def judged_by(self) -> str | None:
+        """Name of target mIoU where it is no goal but known of a trial; None elsewhere."""
+        is_goal = TARGET in Objective.parse(self.objective).goals
+        return None if is_goal or all(row.target_miou is None for row in self.rows) else TARGET
 
 
 def in_order(rows: Sequence[Row], objective: Objective) -> list[Row]:
@@ -224,6 +234,7 @@ def row_of(entry: Any, objective: Objective, storage: Storage) -> Row:
         checkpoint_removed=tags.get(CHECKPOINT_TAG) == NOT_KEPT,
         checkpoint_refused=refused,
         failure=tags.get(FAILURE_TAG),
+        target_miou=metrics.get(f"best/{TARGET}"),
     )
 
 
@@ -285,6 +296,7 @@ def leaderboard(search_name: str, place: Place, *, selection: bool = False) -> L
         reranked=ranking,
         verdict=verdict(ranking) if ranking else None,
         unknown=_unknown(runs),
+        kind=str(parent.tags[KIND_TAG]) if parent else "search",
     )
 
 

@@ -104,7 +104,7 @@ def _picture(name: str, study: Any, objective: Objective, **more: Any) -> Any:
     import numpy as np
     from optuna.visualization import matplotlib as drawn
 
-    with _drawing(), warnings.catch_warnings():
+    with drawing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the same, and optuna marks its matplotlib plots as experimental
         axes = getattr(drawn, f"plot_{name}")(study, **_settings(name, objective), **more)
         figure = np.ravel(axes)[0].figure
@@ -114,7 +114,7 @@ def _picture(name: str, study: Any, objective: Objective, **more: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _drawing() -> Iterator[None]:
+def drawing() -> Iterator[None]:
     """Draw with matplotlib as Optuna does, without a screen; a notebook's own backend and style come back."""
     chosen = "matplotlib.pyplot" in sys.modules or variable("MPLBACKEND") is not None
     import matplotlib
@@ -194,7 +194,7 @@ def _bars_page(importance: Mapping[str, float], title: str) -> Any:
 def _bars_picture(importance: Mapping[str, float], title: str) -> Any:
     from matplotlib.figure import Figure
 
-    with _drawing():
+    with drawing():
         figure = Figure(figsize=(12, 1.5 + 0.4 * len(importance)), layout="constrained")
         axes = figure.add_subplot()
         axes.barh(list(importance), list(importance.values()))
@@ -251,7 +251,7 @@ def _rungs_page(points: Mapping[int, Sequence[tuple[int, float, bool]]], goal: s
 def _rungs_picture(points: Mapping[int, Sequence[tuple[int, float, bool]]], goal: str) -> Any:
     from matplotlib.figure import Figure
 
-    with _drawing():
+    with drawing():
         figure = Figure(figsize=(12, 6), layout="constrained")
         axes = figure.add_subplot()
         for rungs in points.values():

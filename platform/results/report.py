@@ -10,30 +10,27 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from segadapt.platform.results.plots import MEASURES, importances
+from segadapt.platform.results.plots import importances
+from segadapt.platform.results.report_figures import (
+    Curve,
+    class_bars,
+    front,
+    importance_bars,
+    learning_curves,
+    progress,
+)
 from segadapt.platform.settings.objective import TARGET, Objective
+from segadapt.platform.settings.states import TrialState
 from segadapt.platform.settings.text import number_text, short_text
+from segadapt.platform.storage.command_lines import command_line
 from segadapt.platform.storage.weights import WeightsOrigin
 from segadapt.platform.tracking.descriptions import origin_of_tags
-from segadapt.platform.tracking.tags import KIND_TAG
+from segadapt.platform.tracking.tags import KIND_TAG, STATE_TAG
 from segadapt.trainables.core.training.checkpoint import GALLERY
 
 if TYPE_CHECKING:
     from segadapt.platform.results.leaderboard import Leaderboard, Row
-
-_COLORS = ("#3b7dd8", "#d9822b", "#2f9e63", "#b84fb0", "#c0392b", "#7f8c3a", "#5f6caf")
-"""Colours of the methods, readable on light and dark ground."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """How a trial went."""
-
-    name: str
-    method: str
-    steps: Sequence[int]
-    values: Sequence[float]
-    """The leading goal at each step."""
+    from segadapt.platform.storage.folders import Place
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Cost:
     """Wall time, summed over runs."""
 
 
-def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any | None) -> str:
+def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any | None, place: "Place") -> str:
     """Return the page of a search as HTML that loads nothing from anywhere.
 
     Args:
@@ -55,6 +52,7 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
         entries: MLflow runs of the search.
         client: MLflow client, for histories and artifacts.
         study: Optuna study of the search, for parameter importance; None leaves that out.
+        place: Where the search is kept and tracked, for the commands that come next.
     """
     import jinja2
 
@@ -68,9 +66,10 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
     curves = [_curve(client, by_id[row.run_id], row, leading) for row in trials]
     curves.sort(key=lambda curve: curve.name.rsplit("-", 1)[-1])  # in the order of proposal
     figures = {
-        "curves": _curves_figure(curves, leading),
-        "progress": _progress_figure(curves, leading),
-        "classes": _classes_figure(client, parent, by_id[best.run_id]) if best else None,
+        "curves": learning_curves(curves, leading, best.name if best else None),
+        "progress": progress(curves, leading),
+        "front": front(curves, objective.goals),
+        "classes": _classes(client, parent, by_id[best.run_id]) if best else None,
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["number"] = number_text
@@ -93,12 +92,15 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
         }
         if best
         else {},
-        figures={name: _html(figure) for name, figure in figures.items() if figure is not None},
-        importance={method: _html(figure) for method, figure in _importance_figures(study, objective).items()},
-        plotly=_plotly(),
+        figures=figures,
+        importance={
+            importance.method or "": importance_bars(importance)
+            for importance in (importances(study, objective) if study is not None else ())
+        },
+        goals=objective.goals,
         weights=_weights(entries),
         costs=_costs(client, entries),
-        advice=advice(board, best, curves),
+        advice=advice(board, best, curves, parent.data.tags.get(STATE_TAG, ""), place),
     )
 
 
@@ -107,10 +109,27 @@ def _weights(entries: Sequence[Any]) -> list[WeightsOrigin]:
     return list(dict.fromkeys(origin for entry in entries if (origin := origin_of_tags(entry.data.tags)) is not None))
 
 
-def advice(board: "Leaderboard", best: "Row | None", curves: Sequence[Curve]) -> list[tuple[str, str]]:
-    """Return what may be done next, as a reason and a command."""
+def advice(
+    board: "Leaderboard", best: "Row | None", curves: Sequence[Curve], state: str, place: "Place"
+) -> list[tuple[str, str]]:
+    """Return what may be done next, as a reason and a command.
+
+    Args:
+        board: Leaderboard of the search.
+        best: The best trial; None if none has left a result.
+        curves: How the trials went, in the order of proposal.
+        state: Of the search.
+        place: Where it is kept and tracked.
+    """
+    name = board.search
+    if state == TrialState.RUNNING:
+        return [("The search has not ended yet.", command_line("status", name, "--watch", place=place))]
+    if state == TrialState.INTERRUPTED:
+        resume = command_line("search", "--resume", name, place=place)
+        return [("The search was interrupted: it goes on where it stopped.", resume)]
     if best is None:
-        return [("No trial has left a result: the failures say why.", f"segadapt runs {board.search}")]
+        failures = command_line("runs", name, place=place)
+        return [("No trial has left a result: the failures say why.", failures)]
     suggestions = []
     names = [curve.name for curve in curves]
     late = best.name in names and names.index(best.name) >= 0.75 * len(names) and len(names) >= 4
@@ -119,126 +138,38 @@ def advice(board: "Leaderboard", best: "Row | None", curves: Sequence[Curve]) ->
             (
                 f"The best trial is among the last quarter ({names.index(best.name) + 1} of {len(names)}): more trials "
                 "may find a better one.",
-                f"segadapt search --extend {board.search} --trials {len(names)}",
+                command_line("search", "--extend", name, "--trials", len(names), place=place),
             )
         )
     if not board.reranked:
         suggestions.append(
             (
                 "Every trial ran on one seed: the best of many is in part the luckiest.",
-                f"segadapt search --resume {board.search} --rerank 3 --seeds 3",
+                command_line("search", "--resume", name, "--rerank", 3, "--seeds", 3, place=place),
             )
         )
-    suggestions.append(("Turn the best trial into the final model.", f"segadapt finish best --search {board.search}"))
+    if best.checkpoint is not None:
+        finish = command_line("finish", "best", "--search", name, place=place)
+        suggestions.append(("Turn the best trial into the final model.", finish))
     return suggestions
 
 
 def _curve(client: Any, entry: Any, row: "Row", goal: str) -> Curve:
     history = sorted(client.get_metric_history(entry.info.run_id, goal), key=lambda point: point.step)
-    return Curve(row.name, row.method, [point.step for point in history], [point.value for point in history])
+    steps, values = [point.step for point in history], [point.value for point in history]
+    return Curve(row.name, row.method, steps, values, row.goals, row.on_front)
 
 
-def _color(curves: Sequence[Curve], method: str) -> str:
-    methods = sorted({curve.method for curve in curves})
-    return _COLORS[methods.index(method) % len(_COLORS)]
-
-
-def _curves_figure(curves: Sequence[Curve], goal: str) -> Any:
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    in_legend: set[str] = set()
-    for curve in curves:
-        figure.add_scatter(
-            x=curve.steps,
-            y=curve.values,
-            name=curve.method,
-            legendgroup=curve.method,
-            showlegend=curve.method not in in_legend,
-            mode="lines+markers",
-            line={"color": _color(curves, curve.method), "width": 1.5},
-            marker={"size": 4},
-            hovertemplate=f"{curve.name}: %{{y:.3f}} at step %{{x}}<extra></extra>",
-        )
-        in_legend.add(curve.method)
-    return _styled(figure, "training steps", goal)
-
-
-def _progress_figure(curves: Sequence[Curve], goal: str) -> Any:
-    """Draw the best so far of each method over the training steps that it has spent."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    for method in sorted({curve.method for curve in curves}):
-        spent, best, x, y = 0, float("-inf"), [], []
-        for curve in curves:
-            if curve.method == method and curve.steps:
-                for step, value in zip(curve.steps, curve.values, strict=True):
-                    best = max(best, value)
-                    x.append(spent + step)
-                    y.append(best)
-                spent += curve.steps[-1]
-        figure.add_scatter(x=x, y=y, name=method, line={"shape": "hv", "color": _color(curves, method)})
-    return _styled(figure, "training steps spent by the method's trials", f"best {goal} so far")
-
-
-def _importance_figures(study: Any | None, objective: Objective) -> dict[str, Any]:
-    """Draw which settings explain the differences between trials, by the name of the method if there are several."""
-    import plotly.graph_objects as go
-
-    figures = {}
-    for importance in importances(study, objective) if study is not None else ():
-        figure = go.Figure()
-        for name, shares in importance.shares.items():
-            figure.add_bar(x=list(shares.values()), y=list(shares), name=MEASURES[name], orientation="h")
-        figure.update_yaxes(autorange="reversed")
-        figures[importance.method or ""] = _styled(figure, "share of the variance explained", "")
-    return figures
-
-
-def _classes_figure(client: Any, parent: Any, best: Any) -> Any | None:
-    """Draw the IoU of each class, source-only beside best."""
-    import plotly.graph_objects as go
-
+def _classes(client: Any, parent: Any, best: Any) -> str | None:
+    """Draw the IoU of each class, source-only beside best; None where no label tells it."""
     start = _json(client, parent.info.run_id, "start/per_class_iou.json")
     end = _json(client, best.info.run_id, "per_class_iou.json")
     if start is None or end is None:
         return None
-    figure = go.Figure()
-    for name, table, color in (("source-only", start, "#8a8f98"), (best.info.run_name, end, _COLORS[0])):
-        iou = {label: value for label, value in table["data"] if value is not None}
-        if not iou:
-            return None  # the target has no label
-        figure.add_bar(x=list(iou), y=list(iou.values()), name=name, marker={"color": color})
-    return _styled(figure, "", "target IoU")
-
-
-def _styled(figure: Any, x: str, y: str) -> Any:
-    """Give a figure colours that can be read on light and dark ground alike."""
-    grid = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.4)"}
-    figure.update_layout(
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#808591", "family": "system-ui, sans-serif"},
-        margin={"l": 60, "r": 20, "t": 20, "b": 50},
-        height=380,
-        legend={"orientation": "h", "y": 1.12},
-        xaxis={"title": x, **grid},
-        yaxis={"title": y, **grid},
+    tables = {"source-only": start, best.info.run_name: end}
+    return class_bars(
+        {name: {label: iou for label, iou in table["data"] if iou is not None} for name, table in tables.items()}
     )
-    return figure
-
-
-def _html(figure: Any) -> str:
-    html: str = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False})
-    return html
-
-
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    script: str = get_plotlyjs()
-    return script
 
 
 def _picture(client: Any, run_id: str, path: str) -> str | None:

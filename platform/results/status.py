@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean, stdev
 from typing import Any
 
 from segadapt.platform.search.study import decisions
@@ -64,8 +65,10 @@ class SearchStatus:
     rungs: Sequence[RungStatus]
     failures: Mapping[str, str]
     """Reasons by trial."""
-    left_s: float | None
-    """Judged from the trials that have ended; None before there is one, and for a search that is over."""
+    left_s: tuple[float, float] | None
+    """From and to, judged from the trials that have ended; None before there are two, and for a search that is over."""
+    stages: Sequence[RunningTrial] = ()
+    """The shared stages that are being computed."""
 
 
 def search_status(search: str, entries: Sequence[Any], client: Any, study: Any | None) -> SearchStatus:
@@ -80,6 +83,8 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
     parent = next(entry for entry in entries if entry.data.tags.get(KIND_TAG) == "search")
     trials = [entry for entry in entries if entry.data.tags.get(KIND_TAG) == "trial"]
     goal = Objective.parse(parent.data.params.get("objective", TARGET)).leading
+    stages = [entry for entry in entries if entry.data.tags.get(KIND_TAG) == "stage"]
+    open_stages = [entry for entry in stages if _is_open(entry.data.tags.get(STATE_TAG, TrialState.RUNNING.value))]
     states = {entry.info.run_name: entry.data.tags.get(STATE_TAG, TrialState.RUNNING.value) for entry in trials}
     running = [_running(client, entry, goal) for entry in trials if _is_open(states[entry.info.run_name])]
     values = {entry.info.run_name: entry.data.metrics.get(f"best/{goal}") for entry in trials}
@@ -103,6 +108,7 @@ def search_status(search: str, entries: Sequence[Any], client: Any, study: Any |
             entry.info.run_name: entry.data.tags[FAILURE_TAG] for entry in trials if FAILURE_TAG in entry.data.tags
         },
         left_s=None if is_over else _left(trials, asked, sum(trial.state is TrialState.RUNNING for trial in running)),
+        stages=[] if is_over else [_running(client, entry, goal) for entry in open_stages],
     )
 
 
@@ -142,13 +148,18 @@ def _rungs(study: Any) -> list[RungStatus]:
     return [RungStatus(rung, len(went), sum(went)) for rung, went in sorted(continued.items())]
 
 
-def _left(trials: Sequence[Any], asked: int, at_a_time: int) -> float | None:
-    """Return the seconds that the missing trials may take: as long as those that ended took on average."""
+def _left(trials: Sequence[Any], asked: int, at_a_time: int) -> tuple[float, float] | None:
+    """Return from and to how many seconds the missing trials may take.
+
+    That is as long as those that ended took on average, give or take two standard errors.
+    """
     took = [
         (entry.info.end_time - entry.info.start_time) / 1000
         for entry in trials
         if entry.info.end_time is not None and entry.info.status in ("FINISHED", "FAILED")
     ]
-    if not took:
+    if len(took) < 2:
         return None
-    return float(sum(took) / len(took) * max(0, asked - len(took)) / max(1, at_a_time))
+    average, doubt = mean(took), 2 * stdev(took) / math.sqrt(len(took))
+    rounds = max(0, asked - len(took)) / max(1, at_a_time)
+    return max(0.0, average - doubt) * rounds, (average + doubt) * rounds

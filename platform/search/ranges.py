@@ -1,5 +1,6 @@
 """Ranges as users write them, `KEY=interval(0.1, 10)`, and what may be searched at all."""
 
+import json
 import math
 import re
 from typing import Any
@@ -94,6 +95,27 @@ def _ends(distribution: BaseDistribution) -> list[Any]:
         case FloatDistribution(low=low, high=high) | IntDistribution(low=low, high=high):
             return [low, high]
     return []
+
+
+def spell_range(distribution: BaseDistribution) -> str:
+    """Return a searched range as a user writes it.
+
+    Raises:
+        TypeError: If it is none that can be written.
+    """
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return f"choice({', '.join(map(_spell, choices))})"
+        case FloatDistribution(low=low, high=high, log=log) | IntDistribution(low=low, high=high, log=log):
+            return f"{'log_' if log else ''}interval({low}, {high})"
+    raise TypeError(f"A search space must hold Optuna's distributions, but got {distribution!r}.")
+
+
+def _spell(choice: Any) -> str:
+    """Return a choice as a user writes it: text in quotes where it would be read as something else."""
+    if isinstance(choice, str) and parse_value(choice) == choice and not re.search(r"""[\[{"',)]""", choice):
+        return choice
+    return json.dumps(choice)
 
 
 def show_range(distribution: BaseDistribution) -> str:

@@ -39,6 +39,9 @@ NEEDS = "stages.json"
 _POLL_S = 1.0
 """Seconds between two looks at a stage that another process computes."""
 
+_SILENCE_S = 60.0
+"""Seconds after which one that waits says so again."""
+
 
 @dataclass(frozen=True)
 class Description:
@@ -129,13 +132,16 @@ def turn_to_compute(
 
 def _wait_for_turn(storage: Storage, key: StageKey, experiment: str, say: Callable[[str], None]) -> leases.Lease | None:
     """Wait until a stage is there (None) or its lease is this process's."""
-    name, announced = key.stage.name, None
+    name, announced, said_s = key.stage.name, None, 0.0
     while find(storage, key) is None:
         lease = leases.take(lease_folder(storage, key.hash), leases.Owner(experiment, name))
         if isinstance(lease, leases.Held):
             if lease.owner != announced:
                 say(f"Waiting for the stage {name}, which {lease.owner} computes.")
-                announced = lease.owner
+                announced, said_s = lease.owner, time.monotonic()
+            elif time.monotonic() - said_s > _SILENCE_S:
+                say(f"Still waiting for the stage {name} of {lease.owner}.")
+                said_s = time.monotonic()
             time.sleep(_POLL_S)
             continue
         if find(storage, key) is not None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Mapping
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.ray_internals.start import empty_variables, variables_set
@@ -20,8 +21,13 @@ _POLL_S = 0.2
 """Between two looks at whether the server answers."""
 
 
-def serve(place: Place, port: int) -> int:
+def serve(place: Place, port: int, pages: Mapping[str, str]) -> int:
     """Serve MLflow's pages for a storage folder on 127.0.0.1 until interrupted; returns the server's exit status.
+
+    Args:
+        place: Where the storage folder is.
+        port: Port of the pages.
+        pages: Pages that are named, by what they show.
 
     Raises:
         UsageError: If there is nothing to show, or the port is taken.
@@ -45,6 +51,8 @@ def serve(place: Place, port: int) -> int:
     try:
         _wait_for_health(f"http://127.0.0.1:{port}", server)
         print(f"MLflow shows {opened.root} at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+        for name, page in pages.items():
+            print(f"  {name}: http://127.0.0.1:{port}/{page}", flush=True)
         _wait_for_end(server)
     except KeyboardInterrupt:
         pass

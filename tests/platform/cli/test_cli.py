@@ -91,6 +91,7 @@ Call = Callable[..., CompletedProcess[str]]
         (("runs", "absent"), "must hold runs"),
         (("finish", "best", "--search", "absent"), "must hold runs"),
         (("ui",), "must hold runs"),
+        (("ui", "absent"), "must hold runs"),
         (("describe", "nonesuch"), "A method must be one of"),
         (("data", "show", "absent/sheet.png"), "The folder of the picture must exist"),
         (("data", "make", "town", "--format", "kitti"), "--format must be one of gta5, synthia, cityscapes, folder"),
@@ -150,11 +151,52 @@ def test_dry_run_prints_configuration_and_space_and_touches_nothing(segadapt: Ca
     assert done.returncode == 0, done.stderr
     assert re.search(r"\n sdca +[\d.e-]+ +[\d.e-]+ +\S+ MiB", done.stdout), "seconds per step and evaluation, memory"
     assert "at a time: at most" in done.stdout
-    assert "steps: 33" in done.stdout
+    assert re.search(r"sdca, all else as by default:\n.*trainer\.steps=33", done.stdout, re.DOTALL)
+    assert done.stdout.index("at a time: at most") < 3000, "the plan is not far below"
     assert "method.feature_gain" in done.stdout
     assert "0.003 to 3 (log)" in done.stdout
-    assert "temperature: 5.0" in done.stdout
+    assert "method.temperature=5.0" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def options_of(shown: str) -> list[str]:
+    return re.findall(r"^│ (--[a-z-]+)", shown, re.MULTILINE)
+
+
+def test_help_shows_a_dozen_options_and_all_help_the_rest(segadapt: Call) -> None:
+    for command in ("search", "train", "finish"):
+        daily, all_ = (options_of(segadapt(command, option).stdout) for option in ("--help", "--help-all"))
+        assert len(daily) <= 12 + len({"--help", "--help-all"})
+        assert set(daily) < set(all_)
+        assert {"--address", "--launcher", "--tracking-uri"} <= set(all_) - set(daily)
+    assert {"--trials", "--objective", "--resume", "--dry-run", "--storage"} <= set(
+        options_of(segadapt("search", "--help").stdout)
+    )
+
+
+@pytest.mark.parametrize("methods", [["sdca"], ["source_only"], ["sdca", "plca"]], ids=" ".join)
+def test_what_plan_prints_is_read_back_as_the_same_search(methods: list[str], segadapt: Call, tmp_path: Path) -> None:
+    ranges = ["optimizer.lr_factor=log_interval(0.5, 2)"] * (methods != ["source_only"])
+    printed = segadapt("plan", *methods, "trainer.steps=33", *ranges)
+    assert printed.returncode == 0, printed.stderr
+    (tmp_path / "my.yaml").write_text(printed.stdout)
+    settings = {"trainer.steps": 33, **dict(word.split("=") for word in ranges)}
+    planned, read = api.plan(methods, settings), api.plan(methods, config=str(tmp_path / "my.yaml"))
+    assert read.record.configs == planned.record.configs
+    for method, candidate in planned.record.candidates.items():
+        assert read.record.candidates[method].space == candidate.space
+        assert read.record.candidates[method].first == candidate.first
+    changed = api.plan(methods, {"trainer.steps": 34}, config=str(tmp_path / "my.yaml"))
+    assert {config.trainer.steps for config in changed.record.configs.values()} == {34}
+
+
+def test_describe_shows_what_is_searched_first_and_cuts_no_name(segadapt: Call) -> None:
+    shown = segadapt("describe", "sdca").stdout
+    groups = [line for line in shown.splitlines() if line and not line.startswith((" ", "Next"))]
+    assert groups == ["searched", "method", "training", "data and network", "augmentation"]
+    for key, searched, _ in api.describe("sdca"):
+        assert f"  {key.name}=" in shown
+        assert bool(searched) == (shown.index(f"  {key.name}=") < shown.index("\nmethod\n"))
 
 
 def test_a_fixed_setting_leaves_the_space() -> None:

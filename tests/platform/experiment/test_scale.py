@@ -163,6 +163,66 @@ def test_a_search_that_goes_on_counts_what_ended_before() -> None:
     assert progress._missing == 8
 
 
+def shown_by_the_minute(trials: int, steps: int) -> tuple[Progress, io.StringIO, list[float]]:
+    """A progress without a terminal, what it has written, and its clock in seconds."""
+    written, now = io.StringIO(), [0.0]
+    console = Console(file=written, width=160)
+    return Progress("search", MIOU, trials, steps, console, lambda: now[0]), written, now
+
+
+def test_the_best_of_earlier_sessions_stays_the_best() -> None:
+    progress, written, _ = shown_by_the_minute(trials=2, steps=8)
+    progress.reached_before("sdca-001", 0.404)
+    progress.reached_before("sdca-002", 0.2)
+    progress.started("t2", "sdca-002", step=4)
+    progress.result("t2", 8, 0.399)
+    assert "step 8/8 target_val/miou 0.399 · best 0.404 (sdca-001)" in written.getvalue()
+
+
+def test_something_is_said_each_minute_however_slow_the_trials_are() -> None:
+    progress, written, now = shown_by_the_minute(trials=8, steps=8)
+    for number in range(6):
+        progress.started(f"t{number}", f"sdca-{number}")
+    for _ in range(15 * 60):  # as Tune's loop asks
+        now[0] += 1
+        progress.beat()
+    lines = written.getvalue().splitlines()
+    assert len(lines) == 1 + 15
+    assert lines[-1].startswith("at work: sdca-0 step 0/8, sdca-1 step 0/8, sdca-2 step 0/8, sdca-3 step 0/8, 2 more")
+    progress.result("t0", 2, 0.5)
+    now[0] += 59
+    progress.beat()
+    assert len(written.getvalue().splitlines()) == 17, "a report is a sign of life as well"
+
+
+def test_nothing_is_shown_where_nobody_wants_to_see_it() -> None:
+    written = io.StringIO()
+    progress = Progress(None, MIOU, trials=1, steps=8, console=Console(file=written, force_terminal=True))
+    progress.started("t", "sdca-001")
+    progress.result("t", 8, 0.5)
+    progress.ended("t", TrialState.FINISHED)
+    progress.close()
+    assert written.getvalue() == ""
+
+
+def test_the_time_left_has_a_spread_and_comes_with_its_ground() -> None:
+    progress, written, now = shown_by_the_minute(trials=4, steps=12)
+
+    def last() -> str:
+        return written.getvalue().splitlines()[-1]
+
+    progress.started("t0", "sdca-0")
+    for step, seconds in ((2, 40), (4, 42)):
+        now[0] += seconds
+        progress.result("t0", step, 0.5)
+        assert "left" not in last(), "two reports are no ground"
+    now[0] += 38
+    progress.result("t0", 6, 0.5)
+    assert last().endswith("· at most 15 min left"), "42 steps at 20 s, and how unlike the reports were"
+    progress.ended("t0", TrialState.STOPPED_EARLY)
+    assert last().endswith("· 6 to 13 min left"), "36 steps, or half of them where all are stopped as the first was"
+
+
 @pytest.mark.parametrize("trials", [10, 10_000])
 def test_saving_the_state_takes_a_twentieth_of_the_time(
     trials: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

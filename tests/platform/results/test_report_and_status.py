@@ -88,8 +88,11 @@ def test_a_report_is_one_file_that_loads_nothing(told: Path, tmp_path: Path) -> 
     for row in board.rows:
         assert row.name in page
     assert page.count("data:image/png;base64,") >= 2, "galleries of source-only and best"
-    assert f"segadapt search --resume {NAME} --rerank" in page, "what to do next"
+    assert f"segadapt search --resume {NAME} --rerank 3 --seeds 3 --storage {told}/runs" in page, "what to do next"
     assert not re.search(r"<(script|link|img|iframe)[^>]+(src|href)=[\"']?https?:", page)
+    assert path.stat().st_size < 1_500_000, "it can be sent by mail"
+    for row in board.rows:
+        assert f"<title>{row.name}</title>" in page, "a curve tells its name"
     with pytest.raises(api.UsageError, match="must be writable"):
         api.report(NAME, str(tmp_path / "none" / "told.html"), place=Place(str(told / "runs")))
 
@@ -118,28 +121,45 @@ def test_a_report_opens_without_network(told: Path, browser: Any, tmp_path: Path
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(path.as_uri())
-    page.wait_for_selector(".plotly-graph-div .main-svg")
-    drawn = page.locator(".plotly-graph-div:has(.main-svg)").count()
+    drawn = page.locator("svg.figure:visible").count()
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
     assert [url for url in requests if url.startswith(("http:", "https:", "ws"))] == []
     assert errors == []
     assert drawn >= 3
-    assert drawn == path.read_text().count('class="plotly-graph-div"')
+    assert drawn == path.read_text().count('<svg class="figure"')
     dark = sum(int(part) for part in re.findall(r"\d+", background)[:3]) < 3 * 128
     assert dark == (scheme == "dark")
 
 
+@pytest.mark.slow
+def test_a_report_can_be_read_on_a_telephone_and_fills_a_wide_window(told: Path, browser: Any, tmp_path: Path) -> None:
+    path = api.report(NAME, str(tmp_path / "told.html"), place=Place(str(told / "runs")))
+    score = api.runs(NAME, place=Place(str(told / "runs"))).rows[0].best
+    for width in (390, 1280):
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == width, (
+            "the page itself does not scroll sideways"
+        )
+        cell = page.locator("table td", has_text=f"{score:.3f}").first.bounding_box()
+        assert cell["x"] + cell["width"] <= width, "the score is in sight"
+        assert page.locator("table").first.bounding_box()["width"] >= 0.9 * width
+        page.screenshot(path=tmp_path / f"{width}.png", full_page=True)
+
+
 @pytest.fixture
 def served(told: Path) -> Iterator[str]:
-    """The address of `segadapt ui` on the search."""
+    """The page of the search that `segadapt ui` prints, while it serves it."""
     port = free_port()
     program = str(Path(sys.executable).with_name("segadapt"))
-    words = [program, "ui", "--port", str(port), "--storage", str(told / "runs")]
+    words = [program, "ui", NAME, "--port", str(port), "--storage", str(told / "runs")]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, process_group=0)
     assert server.stdout is not None
     assert "MLflow shows" in server.stdout.readline()
-    yield f"http://127.0.0.1:{port}"
+    name, _, page = server.stdout.readline().strip().partition(": ")
+    assert name == NAME
+    yield page
     os.killpg(server.pid, signal.SIGINT)
     server.wait(timeout=60)
 
@@ -151,12 +171,11 @@ def test_the_ui_leads_from_a_search_to_the_gallery_of_its_best_trial(
     best = api.runs(NAME, place=Place(str(told / "runs"))).rows[0].name
     page = browser.new_page(viewport={"width": 1280, "height": 800})
     page.set_default_timeout(60_000)
-    page.goto(f"{served}/#/experiments")
-    page.get_by_text("Model training", exact=True).first.click()
-    page.get_by_role("link", name=NAME, exact=True).first.click()
-    parent = page.get_by_role("gridcell").filter(has=page.get_by_role("link", name=NAME, exact=True))
-    parent.get_by_role("button").first.click()  # unfolds its trials
+    page.goto(served)
     page.get_by_text("streets-source-train").first.wait_for()
+    page.screenshot(path=tmp_path / "runs.png")
+    names = page.get_by_role("gridcell").get_by_role("link", name=re.compile(r"^sdca-\d+$")).all_inner_texts()
+    assert names[0] == best, "one looks at the search, the best trial first, without a click"
     page.get_by_role("link", name=best, exact=True).first.click()
     page.get_by_text("Best checkpoint at step").wait_for()
     page.screenshot(path=tmp_path / "trial.png")
@@ -171,7 +190,12 @@ def test_the_ui_leads_from_a_search_to_the_gallery_of_its_best_trial(
 def test_runs_say_in_words_what_they_are_and_keep_a_gallery_of_each_evaluation(told: Path) -> None:
     runs = tracked(told, NAME)
     best = api.runs(NAME, place=Place(str(told / "runs"))).rows[0]
-    assert f"**{best.name}** is the best of {TRIALS} trials" in runs[NAME].data.tags["mlflow.note.content"]
+    story = runs[NAME].data.tags["mlflow.note.content"]
+    assert f"**{best.name}** is the best of {TRIALS} trials: target_val/miou {best.best:.3f} at step" in story
+    baseline = api.runs(NAME, place=Place(str(told / "runs"))).baseline
+    assert f"from the source-only network: target_val/miou {baseline:.3f} ({best.best - baseline:+.3f} since)" in story
+    assert "`method.temperature=" in story
+    assert story.count("- sdca-") == TRIALS - 1, "the others, too"
     for name in (NAME, best.name):
         inputs = {entry.dataset.name: entry for entry in runs[name].inputs.dataset_inputs}
         assert set(inputs) == {"streets-source-train", "streets-target-train", "streets-target-val"}
@@ -193,7 +217,24 @@ def test_a_report_shows_importance_and_the_verdict_over_seeds(told: Path) -> Non
     board = dataclasses.replace(board, reranked=ranking, verdict=verdict(ranking))
     assert board.verdict
     client = MlflowClient(f"sqlite:///{told}/runs/mlflow.db")
-    page = render(board, list(tracked(told, NAME).values()), client, study)
-    assert all(f'"name":"{name}"' in page for name in ("fANOVA", "PED-ANOVA"))
+    page = render(board, list(tracked(told, NAME).values()), client, study, Place(told / "runs"))
+    assert all(f">{name}</text>" in page for name in ("fANOVA", "PED-ANOVA"))
+    assert "Share of the differences between trials in target_val/miou" in page
     assert board.verdict in html.unescape(page)
-    assert f"segadapt search --resume {NAME} --rerank" not in page, "it is done"
+    assert f"search --resume {NAME} --rerank" not in page, "it is done"
+
+
+def test_a_report_of_several_goals_shows_each_and_their_front(told: Path) -> None:
+    board = api.runs(NAME, place=Place(str(told / "runs")))
+    rows = [
+        dataclasses.replace(row, goals={"target_val/miou": 0.5, "time/step": 0.125 + number}, on_front=number == 0)
+        for number, row in enumerate(board.rows)
+    ]
+    board = dataclasses.replace(board, rows=rows, objective="target_val/miou,time/step")
+    client = MlflowClient(f"sqlite:///{told}/runs/mlflow.db")
+    page = render(board, list(tracked(told, NAME).values()), client, None, Place(told / "runs"))
+    assert "<th>target_val/miou</th><th>time/step</th>" in page
+    assert "<td>0.125</td>" in page
+    assert "Pareto front" in page.partition("Several goals")[2]
+    assert ">time/step</text>" in page
+    assert "on the Pareto front</text>" in page

@@ -16,7 +16,7 @@ Labels are PNGs named as their image: 8-bit grey or palette PNGs of ids, or 8-bi
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def _read_classes(path: Path) -> LabelValues:
         raise ValueError(
             f"{path} must list the classes as `classes: [{{name: road, id: 0, color: [128, 64, 128]}}, ...]` and, if "
             f"there are any, the ids to ignore as `ignore: [255]`, but could not be read so: {reason}. "
-            "`segadapt data make FOLDER` writes an example."
+            "`segadapt data make FOLDER` writes an example; `segadapt data adopt ROOT FOLDER` proposes one."
         ) from error
 
 
@@ -130,11 +130,21 @@ def write_folder(root: Path, train: LabelledImages, val: LabelledImages, classes
             image.save(root / split / "images" / f"{name}.png")
             label = Image.fromarray(images.label(index).contiguous().numpy())
             label.save(root / split / "labels" / f"{name}.png")
+    entries = zip(classes.names, range(len(classes)), classes.colors, strict=True)
+    (root / CLASSES).write_text(class_list(entries))
+
+
+def class_list(entries: Iterable[tuple[str, int, Color]]) -> str:
+    """Return the text of a class list.
+
+    Args:
+        entries: Name, id and colour of each class.
+    """
     lines = [
-        f"  - {{name: {json.dumps(name, ensure_ascii=False)}, id: {index}, color: {list(color)}}}"
-        for index, (name, color) in enumerate(zip(classes.names, classes.colors, strict=True))
+        f"  - {{name: {json.dumps(name, ensure_ascii=False)}, id: {value}, color: {list(color)}}}"
+        for name, value, color in entries
     ]
-    (root / CLASSES).write_text("\n".join(["classes:", *lines, f"ignore: [{IGNORE_INDEX}]", ""]))
+    return "\n".join(["classes:", *lines, f"ignore: [{IGNORE_INDEX}]", ""])
 
 
 def write_both_folders(root: Path, images: LabelledDomains) -> None:
