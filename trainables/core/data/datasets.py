@@ -89,7 +89,7 @@ class DataConfig:
                 split_location(value, name)
         check(
             self.classes == "auto" or self.source is not None,
-            "data.classes must be auto with streets, which has 8 classes",
+            "data.classes must be auto with streets, whose classes are fixed",
             self.classes,
         )
         check(self.holdout >= 1, "data.holdout must be at least 1", self.holdout)
@@ -98,7 +98,7 @@ class DataConfig:
     def name(self) -> str:
         """Name of the pair, such as gta5-cityscapes."""
         if self.source is None or self.target is None:
-            return "streets"
+            return self.streets.name
         return "-".join(split_location(value, "")[0] for value in (self.source, self.target))
 
 
