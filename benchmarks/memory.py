@@ -70,6 +70,7 @@ def main() -> None:
         height, width = map(int, size.split("x"))
         for method in arguments.methods:
             values = {
+                "data.streets.edition": 1,
                 "data.streets.height": height,
                 "data.streets.width": width,
                 "warmup.steps": arguments.steps,

@@ -98,7 +98,7 @@ class DataConfig:
     def name(self) -> str:
         """Name of the pair, such as gta5-cityscapes."""
         if self.source is None or self.target is None:
-            return self.streets.name
+            return "streets"
         return "-".join(split_location(value, "")[0] for value in (self.source, self.target))
 
 

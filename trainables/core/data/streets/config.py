@@ -95,11 +95,6 @@ class StreetsConfig:
             raise ValueError(f"StreetsConfig: {'. '.join(problems)}.")
 
     @property
-    def name(self) -> str:
-        """Name of the benchmark."""
-        return "streets" if self.edition == 2 else "streets_v1"
-
-    @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
         height, width = (128, 256) if self.edition == 2 else (64, 128)

@@ -75,11 +75,7 @@ def labelled_streets(config: StreetsConfig) -> LabelledDomains:
 
 @lru_cache(maxsize=4)
 def _load(config: StreetsConfig, oracle: bool) -> tuple[DomainData, EvaluationData]:
-    source_train = _generate(config, "source", "train")
-    source_val = _generate(config, "source", "val")
-    target_train = _generate(config, "target", "train")
-    target_val = _generate(config, "target", "val")
-
+    source_train, source_val, target_train, target_val = _sets(config)
     classes = CLASSES if config.edition == 2 else CLASSES_V1
     content = hashlib.sha256(f"streets oracle={oracle} {classes.names}".encode())
     for part in (source_train, source_val, target_train, target_val):
@@ -95,6 +91,14 @@ def _load(config: StreetsConfig, oracle: bool) -> tuple[DomainData, EvaluationDa
     )
     scored = StreetsTargetImages(target_val.ids, target_val.images)
     return training, EvaluationData(source=source_val, target=target_val, scored=scored, classes=classes)
+
+
+@lru_cache(maxsize=4)
+def _sets(config: StreetsConfig) -> tuple[StreetsImages, StreetsImages, StreetsImages, StreetsImages]:
+    """Return the training and validation set of the source, then those of the target."""
+    source_train, source_val = (_generate(config, "source", split) for split in ("train", "val"))
+    target_train, target_val = (_generate(config, "target", split) for split in ("train", "val"))
+    return source_train, source_val, target_train, target_val
 
 
 def _generate(config: StreetsConfig, domain: str, split: str) -> StreetsImages:
