@@ -1,6 +1,6 @@
 """How much of streets' shift goes without learning: a colour map, histogram matching, an exchange of amplitudes.
 
-    python benchmarks/shift.py [--seeds 0 1 2] [--trained] [--json PATH] [KEY=VALUE ...]
+    python benchmarks/shift.py [KEY=VALUE ...] [--seeds 0 1 2] [--trained] [--json PATH]
 
 For each seed, which decides scenes and initialisation, a source-only network and the oracle, which has the target's
 labels, are trained for `warmup.steps`. The source-only network then also sees the target's validation images restyled

@@ -23,7 +23,7 @@ from segadapt.trainables.core.data.streets import (
 )
 from segadapt.trainables.core.data.streets.domains import Bytes
 
-SMALL = StreetsConfig(height=32, width=64, train_images=5, val_images=3)
+SMALL = StreetsConfig(edition=2, height=32, width=64, train_images=5, val_images=3)
 FIRST_EDITION = StreetsConfig(edition=1, height=32, width=64, train_images=5, val_images=3)
 
 
@@ -61,7 +61,7 @@ def test_a_fresh_process_without_vector_instructions_generates_the_same_content(
 
 
 def test_a_process_generates_each_benchmark_once() -> None:
-    equal_config = StreetsConfig(height=32, width=64, train_images=5, val_images=3)
+    equal_config = StreetsConfig(edition=2, height=32, width=64, train_images=5, val_images=3)
     assert load_streets(equal_config)[0] is load_streets(SMALL)[0]
 
 
@@ -80,18 +80,18 @@ def test_a_process_generates_each_benchmark_once() -> None:
     ],
 )
 def test_each_setting_changes_the_fingerprint(change: dict[str, int | float]) -> None:
-    changed = StreetsConfig(**{"height": 32, "width": 64, "train_images": 5, "val_images": 3, **change})  # type: ignore[arg-type]
+    changed = StreetsConfig(**{"edition": 2, "height": 32, "width": 64, "train_images": 5, "val_images": 3, **change})  # type: ignore[arg-type]
     assert load_streets(changed)[0].fingerprint != load_streets(SMALL)[0].fingerprint
 
 
 def test_another_seed_draws_other_scenes() -> None:
-    other = StreetsConfig(height=32, width=64, train_images=5, val_images=3, seed=1)
+    other = StreetsConfig(edition=2, height=32, width=64, train_images=5, val_images=3, seed=1)
     for mine, theirs in zip(train_images(SMALL), train_images(other), strict=True):
         assert all(not torch.equal(mine.image(i), theirs.image(i)) for i in range(5))
 
 
 def test_an_image_does_not_depend_on_how_many_are_drawn() -> None:
-    more = StreetsConfig(height=32, width=64, train_images=8, val_images=4)
+    more = StreetsConfig(edition=2, height=32, width=64, train_images=8, val_images=4)
     for few, many in zip(train_images(SMALL), train_images(more), strict=True):
         np.testing.assert_array_equal(few.images, many.images[:5])
     np.testing.assert_array_equal(labelled_target(SMALL).labels, labelled_target(more).labels[:5])
@@ -107,7 +107,7 @@ def test_training_and_validation_scenes_differ() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 128), (40, 96)])
 def test_images_and_labels_have_the_promised_form(height: int, width: int) -> None:
-    data, evaluation = load_streets(StreetsConfig(height=height, width=width, train_images=2, val_images=2))
+    data, evaluation = load_streets(StreetsConfig(edition=2, height=height, width=width, train_images=2, val_images=2))
     for images in (data.source, evaluation.source, evaluation.target):
         assert len(images) == len(images.ids) == 2
         for index in range(2):
@@ -127,7 +127,7 @@ def test_ids_name_dataset_domain_and_split() -> None:
 
 
 def test_both_domains_show_every_class() -> None:
-    config = StreetsConfig(height=64, width=128, train_images=40, val_images=1)
+    config = StreetsConfig(edition=2, height=64, width=128, train_images=40, val_images=1)
     for images in (train_images(config)[0], labelled_target(config)):
         assert set(np.unique(images.labels)) == set(range(len(CLASSES)))
 
@@ -144,7 +144,7 @@ def test_classes_are_a_subset_of_cityscapes_in_its_order() -> None:
 
 
 def test_thin_classes_are_rare_in_both_domains() -> None:
-    config = StreetsConfig(height=64, width=128, train_images=40, val_images=1)
+    config = StreetsConfig(edition=2, height=64, width=128, train_images=40, val_images=1)
     for images in (train_images(config)[0], labelled_target(config)):
         shares = np.bincount(images.labels.ravel(), minlength=len(CLASSES)) / images.labels.size
         for name in ("pole", "traffic light", "traffic sign", "bicycle"):
@@ -153,7 +153,7 @@ def test_thin_classes_are_rare_in_both_domains() -> None:
 
 
 def test_the_default_sizes_are_those_of_the_edition() -> None:
-    assert (StreetsConfig().size, StreetsConfig().count("val")) == ((128, 256), 400)
+    assert (StreetsConfig(edition=2).size, StreetsConfig(edition=2).count("val")) == ((128, 256), 400)
     first = StreetsConfig(edition=1)
     assert (first.size, first.count("train"), first.count("val")) == ((64, 128), 160, 60)
 
@@ -198,7 +198,7 @@ def roughness(images: Bytes) -> float:
 
 
 def test_without_shift_the_target_has_the_statistics_of_the_source() -> None:
-    config = StreetsConfig(height=64, width=128, train_images=40, val_images=1, shift=0)
+    config = StreetsConfig(edition=2, height=64, width=128, train_images=40, val_images=1, shift=0)
     source, target = train_images(config)
     hidden = labelled_target(config).labels
     assert abs(float(source.images.mean()) - float(target.images.mean())) < 6
@@ -210,7 +210,7 @@ def test_without_shift_the_target_has_the_statistics_of_the_source() -> None:
 def parts(**strengths: float) -> StreetsConfig:
     """Return a benchmark whose target differs in the named parts alone."""
     none = {"geometry": 0.0, "rendering": 0.0, "content": 0.0, "weather": 0.0}
-    return StreetsConfig(height=64, width=128, train_images=24, val_images=1, **{**none, **strengths})  # type: ignore[arg-type]
+    return StreetsConfig(edition=2, height=64, width=128, train_images=24, val_images=1, **{**none, **strengths})  # type: ignore[arg-type]
 
 
 def share_of(config: StreetsConfig, name: str) -> float:
@@ -232,7 +232,7 @@ def test_each_part_of_the_shift_changes_what_it_says() -> None:
 
 
 def test_the_shift_leaves_the_source_alone() -> None:
-    shifted = StreetsConfig(height=32, width=64, train_images=5, val_images=3, shift=2)
+    shifted = StreetsConfig(edition=2, height=32, width=64, train_images=5, val_images=3, shift=2)
     np.testing.assert_array_equal(train_images(SMALL)[0].images, train_images(shifted)[0].images)
 
 
@@ -267,7 +267,7 @@ def test_a_bad_setting_is_refused_with_a_way_out(values: dict[str, int | float],
 
 def test_all_bad_settings_are_reported_at_once() -> None:
     with pytest.raises(ValueError, match=r"height.*width.*train_images.*shift"):
-        StreetsConfig(height=1, width=1, train_images=0, shift=-1)
+        StreetsConfig(edition=2, height=1, width=1, train_images=0, shift=-1)
 
 
 def test_the_contact_sheet_shows_both_domains_in_the_class_colours(tmp_path: Path) -> None:
