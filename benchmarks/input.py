@@ -37,7 +37,7 @@ from segadapt.trainables.core.data.datasets import open_dataset
 from segadapt.trainables.core.data.loading import BatchSource
 from segadapt.trainables.core.data.packing import PackConfig, pack
 from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
-from segadapt.trainables.core.data.streets import CLASSES, StreetsConfig, load_streets
+from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
 from segadapt.trainables.core.data.transforms import AugmentationConfig, Size, resized, resized_label
 
 Sample = tuple[Tensor, Tensor]
@@ -118,9 +118,9 @@ def measure(arguments: argparse.Namespace, setting: dict[str, object], folder: P
     root = folder / "cityscapes"
     if not root.exists():
         config = StreetsConfig(
-            height=arguments.height, width=arguments.width, train_images=arguments.images, val_images=1
+            edition=1, height=arguments.height, width=arguments.width, train_images=arguments.images, val_images=1
         )
-        write_cityscapes(root, *written(config), CLASSES.names)
+        write_cityscapes(root, *written(config))
     dataset = open_dataset("cityscapes", str(root))
     for image_format in ("jpeg", "png"):
         config = PackConfig(size, image_format)  # type: ignore[arg-type]
@@ -176,10 +176,10 @@ def measure(arguments: argparse.Namespace, setting: dict[str, object], folder: P
     )
 
 
-def written(config: StreetsConfig) -> tuple[LabelledImages, LabelledImages]:
-    """Return the labelled target: training and validation set."""
+def written(config: StreetsConfig) -> tuple[LabelledImages, LabelledImages, tuple[str, ...]]:
+    """Return the labelled target, training and validation set, and the names of its classes."""
     data, evaluation = load_streets(config, oracle=True)
-    return data.source, evaluation.target
+    return data.source, evaluation.target, data.classes.names
 
 
 if __name__ == "__main__":

@@ -83,6 +83,7 @@ def main() -> None:
     for size, network, recompute, method in product(arguments.sizes, arguments.networks, recomputed, arguments.methods):
         height, width = map(int, size.split("x"))
         values = {
+            "data.streets.edition": 1,
             "data.streets.height": height,
             "data.streets.width": width,
             "warmup.steps": arguments.steps,

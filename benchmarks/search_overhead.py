@@ -34,6 +34,7 @@ FACTOR = 2
 CONCURRENT = 2
 FORMS = ("segadapt", "plain", "recorded")
 TINY = {
+    "data.streets.edition": 1,
     "data.streets.height": 32,
     "data.streets.width": 64,
     "data.streets.train_images": 16,

@@ -36,6 +36,7 @@ from segadapt.platform.trial.training import train
 from segadapt.trainables.core.data.datasets import load_data
 
 SMALL = {
+    "data.streets.edition": 1,
     "data.streets.height": 32,
     "data.streets.width": 64,
     "warmup.steps": 50,

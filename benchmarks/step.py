@@ -8,7 +8,7 @@ Needs torch, torchvision and `segadapt.trainables` alone. Forms, all with the sa
 * bare: a loop written by hand around the same method, data and optimiser. What the trainer adds is its overhead.
 * literal: the step as public codes write it (`literal/step.py`), BiCL in the variant that is public.
 
-`streets` is the embedded default; `paper` has the papers' sizes (source 1280x720, target 1024x512; PLCA crops of
+`streets` is streets_v1; `paper` has the papers' sizes (source 1280x720, target 1024x512; PLCA crops of
 730x730 of both) and is generated, so that it needs no dataset; `--scale 0.2` shrinks it, as without a GPU. The forms
 take turns, `--rounds` times `--steps` steps each. Without a GPU, times are processor times, which other programs on the
 machine disturb less, and memory is that of tensors at its peak in one step, parameters, gradients and momentum
@@ -46,7 +46,7 @@ from segadapt.trainables.core.data.class_lists import CITYSCAPES, CITYSCAPES_IDS
 from segadapt.trainables.core.data.datasets import DataConfig, load_data, open_dataset
 from segadapt.trainables.core.data.loading import BatchSource
 from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
-from segadapt.trainables.core.data.streets import CLASSES, StreetsConfig, load_streets
+from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
 from segadapt.trainables.core.data.transforms import AugmentationConfig, Size
 from segadapt.trainables.core.method import Method, Stage, WarmupConfig
 from segadapt.trainables.core.networks import NETWORKS, base_lr, build_segmenter
@@ -94,11 +94,11 @@ class World:
 
 
 def streets_world(folder: Path) -> World:
-    config = StreetsConfig()
+    config = StreetsConfig(edition=1)
     data, evaluation = load_streets(config)
     files = write_domains(folder, config, config)
-    size = (config.height, config.width)
-    ids = [CITYSCAPES_IDS[name] for name in CLASSES.names]
+    size = config.size
+    ids = [CITYSCAPES_IDS[name] for name in data.classes.names]
     return World(data, evaluation, files, ids, {"source": size, "target": size}, None)
 
 
@@ -110,7 +110,7 @@ def paper_world(folder: Path, scale: float, crop: bool) -> World:
         return height, width
 
     stored = [scaled(1056, 1920, multiple=8), scaled(1024, 2048, multiple=8)]
-    configs = [StreetsConfig(height=h, width=w, train_images=4, val_images=1) for h, w in stored]
+    configs = [StreetsConfig(edition=1, height=h, width=w, train_images=4, val_images=1) for h, w in stored]
     files = write_domains(folder, *configs)
     data, evaluation = load_data(
         DataConfig(source=f"cityscapes:{files['source']}", target=f"cityscapes:{files['target']}")
@@ -128,7 +128,7 @@ def write_domains(folder: Path, source: StreetsConfig, target: StreetsConfig) ->
         if not files[domain].exists():
             data, evaluation = load_streets(config, oracle=domain == "target")
             validation = evaluation.target if domain == "target" else evaluation.source
-            write_cityscapes(files[domain], data.source, validation, CLASSES.names)
+            write_cityscapes(files[domain], data.source, validation, data.classes.names)
     return files
 
 

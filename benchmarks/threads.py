@@ -2,7 +2,7 @@
 
     python benchmarks/threads.py [--others 8] [--turns 3] [--waits sleep ...] [--steps 16] [--json PATH]
 
-Source-only steps on streets with the default sizes, median of so many, on one thread and on one for each core. Threads
+Source-only steps on streets_v1 at its default size, median of so many, on one thread and on one for each core. Threads
 of torch (OpenMP's, by GNU) may spin for a while before they sleep: `sleep` has them sleep at once
 (OMP_WAIT_POLICY=PASSIVE), `spin briefly` is what trials run with (GOMP_SPINCOUNT=10000), `spin` the library's default.
 """
@@ -32,8 +32,8 @@ from segadapt.trainables.core.training.trainer import Trainer
 
 torch.set_num_threads(int(sys.argv[1]))
 steps = int(sys.argv[2])
-config = resolve("source_only", {"warmup.steps": steps, "trainer.eval_every": steps, "data.streets.train_images": 32,
-                                 "data.streets.val_images": 4})
+config = resolve("source_only", {"warmup.steps": steps, "trainer.eval_every": steps, "data.streets.edition": 1,
+                                 "data.streets.train_images": 32, "data.streets.val_images": 4})
 data, evaluation = load_data(config.data)
 method = build_method(config, len(data.classes))
 plan = method_class("source_only").plan(config.method)

@@ -33,6 +33,7 @@ from segadapt.platform.ray_internals.start import authenticated
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = {
+    "data.streets.edition": 1,
     "data.streets.height": 32,
     "data.streets.width": 64,
     "data.streets.train_images": 16,

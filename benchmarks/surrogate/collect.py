@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
     "trainer.steps": 120,
     "trainer.eval_every": 15,
     "trainer.batch_size": 4,
+    "data.streets.edition": 1,
     "data.streets.height": 48,
     "data.streets.width": 96,
     "data.streets.val_images": 40,

@@ -27,9 +27,10 @@ from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
 from segadapt.trainables.core.data.readers.folder import write_folder
 from segadapt.trainables.core.data.readers.gta5 import write_gta5
 from segadapt.trainables.core.data.readers.synthia import write_synthia
-from segadapt.trainables.core.data.streets import CLASSES, StreetsConfig, load_streets
+from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
+from segadapt.trainables.core.data.streets.v1.classes import CLASSES_V1 as CLASSES
 
-CONFIG = StreetsConfig(height=32, width=64, train_images=8, val_images=3)
+CONFIG = StreetsConfig(edition=1, height=32, width=64, train_images=8, val_images=3)
 STREETS, STREETS_EVALUATION = load_streets(CONFIG)
 TARGET_TRAIN = load_streets(CONFIG, oracle=True)[0].source
 

@@ -19,9 +19,10 @@ from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
 from segadapt.trainables.core.data.readers.folder import write_folder
 from segadapt.trainables.core.data.readers.gta5 import write_gta5
 from segadapt.trainables.core.data.readers.synthia import write_synthia
-from segadapt.trainables.core.data.streets import CLASSES, StreetsConfig, load_streets
+from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
+from segadapt.trainables.core.data.streets.v1.classes import CLASSES_V1 as CLASSES
 
-STREETS, EVALUATION = load_streets(StreetsConfig(height=32, width=64, train_images=4, val_images=2))
+STREETS, EVALUATION = load_streets(StreetsConfig(edition=1, height=32, width=64, train_images=4, val_images=2))
 BACK = {  # how a picture is stored that a viewer turns upright
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,

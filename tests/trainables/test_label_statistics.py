@@ -23,9 +23,10 @@ from segadapt.trainables.core.data.readers.cityscapes import write_cityscapes
 from segadapt.trainables.core.data.readers.folder import write_folder
 from segadapt.trainables.core.data.readers.gta5 import write_gta5
 from segadapt.trainables.core.data.readers.synthia import write_synthia
-from segadapt.trainables.core.data.streets import CLASSES, StreetsConfig, labelled_streets, load_streets
+from segadapt.trainables.core.data.streets import StreetsConfig, labelled_streets, load_streets
+from segadapt.trainables.core.data.streets.v1.classes import CLASSES_V1 as CLASSES
 
-CONFIG = StreetsConfig(height=32, width=64, train_images=10, val_images=8)
+CONFIG = StreetsConfig(edition=1, height=32, width=64, train_images=10, val_images=8)
 STREETS = labelled_streets(CONFIG)
 
 SYNTHIA_SHARES = {

@@ -48,10 +48,11 @@ from segadapt.trainables.core.data.readers.shards import (
 )
 from segadapt.trainables.core.data.readers.synthia import write_synthia
 from segadapt.trainables.core.data.sampling import label_counts
-from segadapt.trainables.core.data.streets import CLASSES, StreetsConfig, load_streets
+from segadapt.trainables.core.data.streets import StreetsConfig, load_streets
+from segadapt.trainables.core.data.streets.v1.classes import CLASSES_V1 as CLASSES
 from segadapt.trainables.core.data.transforms import AugmentationConfig, resized, resized_label
 
-CONFIG = StreetsConfig(height=32, width=64, train_images=9, val_images=3)
+CONFIG = StreetsConfig(edition=1, height=32, width=64, train_images=9, val_images=3)
 STREETS, STREETS_EVALUATION = load_streets(CONFIG)
 TARGET_TRAIN = load_streets(CONFIG, oracle=True)[0].source
 PNG = PackConfig()

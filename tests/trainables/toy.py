@@ -13,6 +13,7 @@ from segadapt.trainables.core.training.config import TrainerSettings
 from segadapt.trainables.core.training.trainer import Trainer
 
 TOY = {
+    "data.streets.edition": 1,
     "data.streets.height": 32,
     "data.streets.width": 64,
     "data.streets.train_images": 9,

@@ -89,7 +89,7 @@ class DataConfig:
                 split_location(value, name)
         check(
             self.classes == "auto" or self.source is not None,
-            "data.classes must be auto with streets, which has 8 classes",
+            "data.classes must be auto with streets, whose classes are fixed",
             self.classes,
         )
         check(self.holdout >= 1, "data.holdout must be at least 1", self.holdout)

@@ -1,7 +1,7 @@
 """A contact sheet of datasets: images beside their labels, in the colours of their classes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,9 @@ def panels_of_config(config: DataConfig) -> list[Panel]:
         ValueError: If there is no such dataset, it holds no image, or a file of it is broken.
     """
     if config.source is None or config.target is None:
-        _, data = load_streets(config.streets)
+        # An image does not depend on how many are generated.
+        shown = replace(config.streets, train_images=1, val_images=min(SAMPLES, config.streets.count("val")))
+        _, data = load_streets(shown)
         return [
             Panel(
                 domain,

@@ -1,8 +1,13 @@
 """Streets: the embedded benchmark, a procedural generator of driving scenes in two looks.
 
-The source domain is a clean, sunny render. The target domain has another palette, weather, camera and street plan:
-haze, blur, sensor noise, narrower roads, taller houses, more people. `StreetsConfig.shift` scales the distance between
-the two. An image depends on the seed, its domain, split and index, the size and the shift, and on nothing else.
+The source is a flat-shaded render of a straight street in clear weather. The target differs in four parts, each with
+a strength: geometry (camera and street plan), content (class balance, variants that the source never shows), rendering
+(textures, shadows, wet roads, blur, noise, JPEG) and weather (fog, low sun, dusk). No map of colours removes this.
+The first edition, streets_v1, has eight classes and a shift that is mostly one of colour.
+
+An image depends on the seed, its domain, split and index, the size, the edition and the strengths, and on nothing else.
+It is the same on every processor: what draws it uses sums, products, roots, comparisons and look-ups alone, none of the
+functions that processors round differently.
 
 Lengths in the scene are metres; x points right from the camera's axis and z along the street. H x W is the image.
 """

@@ -1,6 +1,8 @@
-"""The two domains of streets: street plan, light, camera and colours."""
+"""What differs between the two domains of streets: geometry, content, rendering and weather.
 
-from collections.abc import Mapping
+The source is at strength 0 of each part, the target at the strengths of the configuration.
+"""
+
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -8,175 +10,168 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
-
 Bytes = NDArray[np.uint8]
-
-Palette = Mapping[str, Floats]
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Statistics of the street plan: lengths in metres, and mean counts per scene."""
+class Geometry:
+    """Camera and street plan; lengths in metres."""
 
     camera_height: float
-    horizon: float  # share of the image height above it
+    camera_height_spread: float  # share of the height
+    horizon: float  # share of the image height above it: the pitch
+    horizon_spread: float
+    focal: float  # focal length / image width: the field of view
+    focal_spread: float
+    swing: float  # how far the vanishing point lies from the middle, share of the width
     road_half_width: float
     sidewalk_width: float
-    storeys: float  # mean number above the ground floor
-    built_share: float  # of the street side; hedges take the rest
-    trees: float
-    poles: float
-    persons: float
-    crossing_share: float  # of the persons, on the road
-    parked_cars: float
-    driving_cars: float
-    shade: float  # light that the side of the street away from the sun lacks
+    curvature: float  # the road's axis is displaced by up to this times z²
+    gap_share: float  # plots that are open: side streets
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optics:
-    """Light, air and camera."""
+class Content:
+    """Mean counts per scene, and how many objects are of a kind that the source never shows."""
 
-    gain: float  # exposure
-    gain_spread: float  # of the exposure between images
-    contrast: float
-    saturation: float
-    haze: float  # per metre
-    texture: float
-    vignette: float
-    blur: float  # standard deviation in pixels at 64 pixels of height
-    noise: float  # standard deviation
+    storeys: float  # mean number above the ground floor
+    built_share: float  # of the plots that are not open; hedges take the rest
+    trees: float
+    poles: float
+    lights: float
+    signs: float
+    persons: float
+    crossing_share: float  # of the persons, on the road
+    cyclists: float
+    parked_bicycles: float
+    parked_cars: float
+    driving_cars: float
+    unseen: float  # share of objects of a variant or colour unknown to the source
+    clutter: float  # shop signs, awnings, balconies, patches, manhole covers, litter
 
 
-SOURCE_LAYOUT = Layout(
+@dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """How surfaces and the camera are simulated."""
+
+    texture: float  # strength of procedural texture
+    shadow: float  # light that is missing in cast shadows
+    shading: float  # light from above on objects, reflections on cars and glass
+    wet: float  # mean wetness of the road, which mirrors
+    motion: float  # mean motion blur in pixels at 128 pixels of height
+    defocus: float  # mean standard deviation of the blur in pixels at 128 pixels of height
+    noise: float  # standard deviation of the sensor's
+    compression: float  # 0 = none, 1 = JPEG at a quality of about 45
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weather:
+    """Light and air, each of which changes parts of a picture."""
+
+    fog: float  # mean density per metre
+    low_sun: float  # share of scenes with a low sun that glares
+    dusk: float  # share of scenes with a dark sky, lamps and head-lights
+    clouds: float
+
+
+SOURCE_GEOMETRY = Geometry(
+    camera_height=1.5,
+    camera_height_spread=0.08,
+    horizon=0.44,
+    horizon_spread=0.025,
+    focal=0.8,
+    focal_spread=0.03,
+    swing=0.08,
+    road_half_width=5.0,
+    sidewalk_width=3.4,
+    curvature=0.0,
+    gap_share=0.08,
+)
+TARGET_GEOMETRY = Geometry(
     camera_height=2.2,
-    horizon=0.42,
-    road_half_width=4.6,
-    sidewalk_width=3.0,
-    storeys=2.2,
-    built_share=0.75,
+    camera_height_spread=0.25,
+    horizon=0.37,
+    horizon_spread=0.06,
+    focal=0.66,
+    focal_spread=0.12,
+    swing=0.18,
+    road_half_width=3.7,
+    sidewalk_width=2.3,
+    curvature=0.0028,
+    gap_share=0.2,
+)
+
+SOURCE_CONTENT = Content(
+    storeys=2.0,
+    built_share=0.8,
     trees=3.0,
-    poles=3.5,
-    persons=4.0,
-    crossing_share=0.15,
-    parked_cars=2.0,
-    driving_cars=1.6,
-    shade=0.2,
+    poles=3.0,
+    lights=1.4,
+    signs=1.6,
+    persons=3.5,
+    crossing_share=0.1,
+    cyclists=1.2,
+    parked_bicycles=0.9,
+    parked_cars=2.2,
+    driving_cars=1.8,
+    unseen=0.0,
+    clutter=0.0,
 )
-
-TARGET_LAYOUT = Layout(
-    camera_height=1.9,
-    horizon=0.47,
-    road_half_width=4.0,
-    sidewalk_width=2.4,
+TARGET_CONTENT = Content(
     storeys=3.0,
-    built_share=0.6,
-    trees=3.8,
-    poles=5.0,
-    persons=5.0,
+    built_share=0.65,
+    trees=4.6,
+    poles=4.0,
+    lights=1.4,
+    signs=1.8,
+    persons=4.5,
     crossing_share=0.3,
-    parked_cars=3.2,
-    driving_cars=1.2,
-    shade=0.1,
+    cyclists=1.4,
+    parked_bicycles=1.1,
+    parked_cars=3.6,
+    driving_cars=1.6,
+    unseen=0.6,
+    clutter=1.0,
 )
 
-SOURCE_OPTICS = Optics(
-    gain=1.0,
-    gain_spread=0.08,
-    contrast=1.0,
-    saturation=1.0,
-    haze=0.001,
-    texture=1.0,
-    vignette=0.0,
-    blur=0.0,
-    noise=0.01,
+SOURCE_RENDERING = Rendering(
+    texture=0.0, shadow=0.0, shading=0.1, wet=0.0, motion=0.0, defocus=0.25, noise=0.004, compression=0.0
+)
+TARGET_RENDERING = Rendering(
+    texture=1.0, shadow=0.5, shading=1.0, wet=0.4, motion=1.2, defocus=0.55, noise=0.022, compression=1.0
 )
 
-TARGET_OPTICS = Optics(
-    gain=0.74,
-    gain_spread=0.10,
-    contrast=0.9,
-    saturation=0.5,
-    haze=0.008,
-    texture=0.8,
-    vignette=0.2,
-    blur=0.4,
-    noise=0.02,
-)
+SOURCE_WEATHER = Weather(fog=0.0005, low_sun=0.0, dusk=0.0, clouds=0.0)
+TARGET_WEATHER = Weather(fog=0.012, low_sun=0.3, dusk=0.25, clouds=1.0)
 
 
-def _colours(*hexadecimal: str) -> Floats:
-    """Return colours, (K, 3, 1, 1) in [0, 1]."""
-    values = [[int(text[i : i + 2], 16) / 255 for i in (0, 2, 4)] for text in hexadecimal]
-    return np.array(values, np.float32)[:, :, None, None]
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """Everything that scenes of a domain are drawn by."""
+
+    geometry: Geometry
+    content: Content
+    rendering: Rendering
+    weather: Weather
 
 
-# A material has the same number of colours in both domains, so that the shift can move each of them.
-_SOURCE_PALETTE = {
-    "sky": _colours("4f8fdc", "6aa5e6"),
-    "horizon": _colours("c4e0f8", "d9e8f2"),
-    "asphalt": _colours("55565c", "626166", "4b4c50"),
-    "paint": _colours("f2f2ea"),
-    "paving": _colours("b3a99c", "a89f98", "bdb3a2"),
-    "kerb": _colours("d4cfc6"),
-    "wall": _colours("b5654a", "d2b48a", "a3492f", "c9a27c", "8f6a55"),
-    "shop": _colours("6b4a3c", "584d46"),
-    "glass": _colours("5a7890", "7090a4"),
-    "leaf": _colours("3f8a2e", "5a9a35", "2f7430"),
-    "trunk": _colours("6a4a30"),
-    "metal": _colours("1c1f24", "2c3036"),
-    "lamp": _colours("f6eebc"),
-    "signal": _colours("f23328", "33d866"),
-    "skin": _colours("e0b08c", "a8714c"),
-    "shirt": _colours("d8402e", "e8c02c", "3468c8", "e8e4de", "8a3aa0"),
-    "trousers": _colours("24304e", "3a3430"),
-    "car": _colours("c81e24", "1f4fb4", "e8e8ea", "2a2c30", "d8a018"),
-    "tyre": _colours("141416"),
-    "tail_light": _colours("ff3020"),
-    "haze": _colours("dce6ee"),
-    "light": _colours("ffffff"),
-}
-
-_TARGET_PALETTE = {
-    "sky": _colours("8cb4e0", "a4c0e0"),
-    "horizon": _colours("dce6f0", "e0e4e8"),
-    "asphalt": _colours("5c5c60", "68676a", "525255"),
-    "paint": _colours("ebeae1"),
-    "paving": _colours("aca399", "a19a95", "b6ad9f"),
-    "kerb": _colours("c7c2bb"),
-    "wall": _colours("a17561", "bdab8f", "8e5a48", "b19a84", "7f6b61"),
-    "shop": _colours("62493e", "595049"),
-    "glass": _colours("5b7386", "738c9c"),
-    "leaf": _colours("40852f", "5a9535", "307031"),
-    "trunk": _colours("614732"),
-    "metal": _colours("1c1f24", "2c3036"),
-    "lamp": _colours("f0e8ba"),
-    "signal": _colours("e8382d", "3ace6a"),
-    "skin": _colours("daab8a", "a26e4d"),
-    "shirt": _colours("c63f30", "dab633", "3662b6", "dbd7d2", "7f3b92"),
-    "trousers": _colours("26304a", "393330"),
-    "car": _colours("bc2227", "2550aa", "dededf", "2c2e32", "c2962a"),
-    "tyre": _colours("161617"),
-    "tail_light": _colours("f63323"),
-    "haze": _colours("d7dfe5"),
-    "light": _colours("fff7ea"),
-}
+_Part = TypeVar("_Part", Geometry, Content, Rendering, Weather)
 
 
-def blend_palettes(shift: float) -> Palette:
-    """Move each colour by `shift` times the way to the target's."""
-    return {
-        name: np.clip(colours + np.float32(shift) * (_TARGET_PALETTE[name] - colours), 0, 1)
-        for name, colours in _SOURCE_PALETTE.items()
-    }
+def domain_of(geometry: float, content: float, rendering: float, weather: float) -> Domain:
+    """Return the domain at a strength of each part: 0 is the source's, 1 the default target's."""
+    return Domain(
+        geometry=_blend(SOURCE_GEOMETRY, TARGET_GEOMETRY, geometry),
+        content=_blend(SOURCE_CONTENT, TARGET_CONTENT, content),
+        rendering=_blend(SOURCE_RENDERING, TARGET_RENDERING, rendering),
+        weather=_blend(SOURCE_WEATHER, TARGET_WEATHER, weather),
+    )
 
 
-_Statistics = TypeVar("_Statistics", Layout, Optics)
-
-
-def blend(source: _Statistics, target: _Statistics, shift: float) -> _Statistics:
-    """Move each statistic by `shift` times the way to the target; beyond it, values stay positive."""
+def _blend(source: _Part, target: _Part, strength: float) -> _Part:
+    """Move each statistic by `strength` times the way to the target; beyond it, values stay positive."""
     pairs = {field.name: (getattr(source, field.name), getattr(target, field.name)) for field in fields(source)}
     return type(source)(
-        **{name: max(start + shift * (end - start), 0.25 * min(start, end)) for name, (start, end) in pairs.items()}
+        **{name: max(start + strength * (end - start), 0.3 * min(start, end)) for name, (start, end) in pairs.items()}
     )
