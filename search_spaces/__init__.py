@@ -1,13 +1,20 @@
 """What may vary, and where to start. Data only: one module per method with `SPACE`, `PAPER` and, if found, `STREETS`.
 
 `SPACE` maps dotted configuration keys to Optuna distributions. `PAPER` is the published setting of the same keys,
-`STREETS` one that a search on the streets benchmark found. Such settings to start from are called presets.
+`STREETS` one that a search on the streets benchmark found. Such settings to start from are called presets. `CONFIDENCE`
+says of each key how sure its published value is: `high` where the paper or its code states it, `medium` where it was
+stated for another method or depends on the network, `low` where it is ours.
 """
 
 import importlib
-from typing import Any
+from typing import Any, Literal
 
 from optuna.distributions import BaseDistribution
+
+Confidence = Literal["low", "medium", "high"]
+
+DEFAULT_CONFIDENCE: Confidence = "medium"
+"""Confidence in the default of a setting that is searched though its method's space leaves it out."""
 
 DEFAULT_PRESET = "paper"
 
@@ -31,3 +38,9 @@ def load(method: str) -> tuple[dict[str, BaseDistribution], dict[str, dict[str, 
     if hasattr(module, "STREETS"):
         presets["streets"] = dict(module.STREETS)
     return dict(module.SPACE), presets
+
+
+def confidence(method: str) -> dict[str, Confidence]:
+    """Return how sure the published value of each setting in a method's space is."""
+    stated: dict[str, Confidence] = importlib.import_module(f"{__name__}.{method}").CONFIDENCE
+    return dict(stated)

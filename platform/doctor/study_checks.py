@@ -238,7 +238,8 @@ def _decisions(
     ledgers: Ledgers, record: Record, trial: RayTrial, by_step: Mapping[int, Mapping[str, float]]
 ) -> dict[str, Any]:
     """Return what was decided about a trial at each rung, as it followed from that: it went on, or its steps end."""
-    from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
+    from segadapt.platform.search.horizon import Horizon
+    from segadapt.platform.search.schedulers import SCHEDULERS
 
     horizon = Horizon(record.grace_steps, record.steps, record.concurrent or 1)
     scheduler = SCHEDULERS[record.scheduler].of(ledgers.study, ledgers.objective(ledgers.name), horizon)

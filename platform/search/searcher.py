@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher, SearchGenerator
 
 from segadapt.platform.ray_internals.tune import begin_trials_in
+from segadapt.platform.search.priorband import PROPOSAL, PriorBandSampler
 from segadapt.platform.search.study import LOST, PRIOR, TRIAL_ID, Spaces, choice_of, propose, study_point
 from segadapt.platform.search.study_storage import trial_handle
 from segadapt.platform.settings.config import METHOD, Values
@@ -133,7 +134,10 @@ class StudySearch(Searcher):
         trial.set_user_attr(TRIAL_ID, trial_id)
         self._handles[trial_id] = trial
         self._live.add(trial_id)
-        return propose(self._spaces, trial)
+        values = propose(self._spaces, trial)
+        if isinstance(self._study.sampler, PriorBandSampler):
+            trial.set_user_attr(PROPOSAL, self._study.sampler.proposal.as_dict())
+        return values
 
     def on_pause(self, trial_id: str) -> None:
         """Let another trial run while this one waits at a rung."""

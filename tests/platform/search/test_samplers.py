@@ -7,6 +7,8 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from segadapt.platform.errors import UsageError
+from segadapt.platform.search.horizon import Horizon
+from segadapt.platform.search.priorband import Prior
 from segadapt.platform.search.samplers import SAMPLERS, SamplerName, check_sampler, make_sampler
 from segadapt.platform.search.searcher import StudySearch
 from segadapt.platform.settings.objective import Objective
@@ -17,6 +19,8 @@ NUMBERS: dict[str, BaseDistribution] = {
     "method.gain": FloatDistribution(0.0, 1.0),
 }
 
+START = {"method.temperature": 1.0, "method.gain": 0.5}
+
 
 def proposals(name: SamplerName, seed: int, trials: int = 16, restart_at: int | None = None) -> list[dict[str, Any]]:
     """Run a search one trial at a time on a bowl, optionally with a driver that is replaced on the way."""
@@ -26,9 +30,16 @@ def proposals(name: SamplerName, seed: int, trials: int = 16, restart_at: int | 
     def make() -> StudySearch:
         return StudySearch(
             spaces={"sdca": NUMBERS},
-            first={"sdca": {"method.temperature": 1.0, "method.gain": 0.5}},
+            first={"sdca": START},
             objective=Objective(),
-            sampler=make_sampler(name, seed=seed, joint=False, concurrent=1),
+            sampler=make_sampler(
+                name,
+                seed=seed,
+                joint=False,
+                horizon=Horizon(1, 1, 1),
+                prior=Prior.of({"sdca": NUMBERS}, {"sdca": START}),
+                objective=Objective(),
+            ),
             seed=seed,
             concurrent=1,
             study_name="study",
@@ -51,7 +62,7 @@ def proposals(name: SamplerName, seed: int, trials: int = 16, restart_at: int | 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "auto"])
 def test_proposals_follow_from_the_seed_and_the_study_alone(name: SamplerName) -> None:
     undisturbed = proposals(name, 0)
-    assert undisturbed[0] == {"method.temperature": 1.0, "method.gain": 0.5}
+    assert undisturbed[0] == START
     assert len({values["method.gain"] for values in undisturbed}) == 16
     assert proposals(name, 0, restart_at=13) == undisturbed
     assert proposals(name, 1, trials=3)[1:] != undisturbed[1:3]
@@ -74,6 +85,7 @@ def test_auto_is_tpe() -> None:
         ("gp", {"sdca": NUMBERS, "plca": NUMBERS}, MIOU, "must have one method"),
         ("cmaes", {"sdca": {**NUMBERS, "method.kind": CategoricalDistribution(("a", "b"))}}, MIOU, "method.kind"),
         ("cmaes", {"sdca": NUMBERS}, f"{MIOU},time/step", "must have one goal"),
+        ("priorband", {"sdca": NUMBERS}, f"{MIOU},time/step", "must have one best trial"),
     ],
 )
 def test_what_a_sampler_cannot_model_is_refused(name: str, spaces: Any, objective: str, message: str) -> None:
