@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segadapt.platform.results.plots import MEASURES, importances
+from segadapt.platform.results.proposals import origins
 from segadapt.platform.settings.objective import TARGET, Objective
 from segadapt.platform.settings.text import number_text, short_text
 from segadapt.platform.tracking.tags import KIND_TAG
@@ -52,7 +53,7 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
         board: Leaderboard of the search, with the judgement of label-free scores.
         entries: MLflow runs of the search.
         client: MLflow client, for histories and artifacts.
-        study: Optuna study of the search, for parameter importance; None leaves that out.
+        study: Optuna study of the search, for importance and the origin of proposals; None leaves them out.
     """
     import jinja2
 
@@ -93,6 +94,7 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
         else {},
         figures={name: _html(figure) for name, figure in figures.items() if figure is not None},
         importance={method: _html(figure) for method, figure in _importance_figures(study, objective).items()},
+        origins=origins(study) if study is not None else None,
         plotly=_plotly(),
         costs=_costs(client, entries),
         advice=advice(board, best, curves),

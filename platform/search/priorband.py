@@ -10,7 +10,7 @@ it for ASHA; there is no model stage.
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -94,6 +94,8 @@ class Proposal:
     are any."""
     is_published: bool
     """Whether the search starts from the published settings."""
+    origin: Origin | None = None
+    """Where this proposal was drawn from; None if any of its settings was given, not drawn."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as the study keeps them."""
@@ -146,6 +148,8 @@ class PriorBandSampler(BaseSampler):  # type: ignore[misc]
             self._origin = "uniform"
         else:
             self._origin = "prior" if drawn < self.proposal.uniform + self.proposal.prior else "incumbent"
+        if "fixed_params" not in trial.system_attrs:
+            self.proposal = replace(self.proposal, origin=self._origin)
 
     def sample_independent(
         self, study: Any, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
