@@ -270,7 +270,7 @@ def test_a_killed_and_resumed_search_equals_an_undisturbed_one(tmp_path: Path) -
         killed.tick()
     assert killed.proposed == undisturbed.proposed
     assert any(LOST in trial.user_attrs for trial in killed.searcher.study.trials)
-    assert len(undisturbed.proposed) > 20
+    assert len(undisturbed.proposed) >= 20
     study = undisturbed.searcher.study
     assert study.trials[-1].user_attrs[PROPOSAL]["incumbent"] > 0.1, "it went through every part of the sampler"
     assert study.trials[0].user_attrs[PROPOSAL]["is_published"] is True
