@@ -18,7 +18,7 @@ from segadapt.platform.search.priorband import Prior
 from segadapt.platform.search.samplers import SamplerName, make_sampler
 from segadapt.platform.search.schedulers import SCHEDULERS
 from segadapt.platform.search.searcher import ListedTrials, Proposals, StudySearch
-from segadapt.platform.search.study import LOST, TRIAL_ID, Spaces, values_by_step
+from segadapt.platform.search.study import LOST, TRIAL_ID, Spaces, is_infeasible, values_by_step
 from segadapt.platform.search.study_storage import open_study_storage, trial_handle
 from segadapt.platform.search.warm_start import Inheritance
 from segadapt.platform.settings.config import Values
@@ -332,5 +332,5 @@ def _close_unfinished(searcher: StudySearch, goals: Sequence[str]) -> None:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if TRIAL_ID not in trial.user_attrs:  # made twice, since the answer of the database was lost
             trial_handle(study, trial).set_user_attr(LOST, True)
-        reported = values_by_step(trial, goals)
-        study.tell(trial.number, state=TrialState.PRUNED if reported else TrialState.FAIL)
+        says_something = values_by_step(trial, goals) or is_infeasible(trial)
+        study.tell(trial.number, state=TrialState.PRUNED if says_something else TrialState.FAIL)

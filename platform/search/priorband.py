@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from segadapt import search_spaces
 from segadapt.platform.search.horizon import REDUCTION_FACTOR, Horizon
-from segadapt.platform.search.study import Spaces, study_name, values_by_step
+from segadapt.platform.search.study import Spaces, is_infeasible, study_name, values_by_step
 from segadapt.platform.settings.config import Values
 from segadapt.platform.settings.objective import Objective
 
@@ -139,7 +139,11 @@ class PriorBandSampler(BaseSampler):  # type: ignore[misc]
 
     def before_trial(self, study: Any, trial: FrozenTrial) -> None:
         """Weigh the three origins by the study, and draw one of them."""
-        trials = [other for other in study.get_trials(deepcopy=False) if other.state != TrialState.FAIL]
+        trials = [
+            other
+            for other in study.get_trials(deepcopy=False)
+            if other.state != TrialState.FAIL and not is_infeasible(other)
+        ]
         completed = [other for other in trials if other.state == TrialState.COMPLETE]
         self._ranked = self._best_first(completed, [self._end_values(other) for other in completed])
         self.proposal = self._weighed(trials)

@@ -12,6 +12,7 @@ from segadapt.platform.search.priorband import Prior
 from segadapt.platform.search.samplers import SAMPLERS, SamplerName, check_sampler, make_sampler
 from segadapt.platform.search.searcher import StudySearch
 from segadapt.platform.settings.objective import Objective
+from segadapt.platform.settings.reported import End, Reported
 
 MIOU = "target_val/miou"
 NUMBERS: dict[str, BaseDistribution] = {
@@ -76,6 +77,38 @@ def test_a_model_proposes_near_the_best(name: SamplerName) -> None:
 
 def test_auto_is_tpe() -> None:
     assert proposals("auto", 0, trials=12) == proposals("tpe", 0, trials=12)
+
+
+def test_tpe_learns_what_does_not_fit() -> None:
+    """The larger, the better; but what is larger than 0.5 ends out of memory."""
+    spaces = {"sdca": {"method.gain": FloatDistribution(0.0, 1.0)}}
+    start = {"sdca": {"method.gain": 0.2}}
+    horizon = Horizon(1, 1, 1)
+    searcher = StudySearch(
+        spaces=spaces,
+        first=start,
+        objective=Objective(),
+        sampler=make_sampler(
+            "tpe", seed=0, joint=False, horizon=horizon, prior=Prior.of(spaces, start), objective=Objective()
+        ),
+        seed=0,
+        concurrent=1,
+        study_name="study",
+        storage=optuna.storages.InMemoryStorage(),
+    )
+    gains = []
+    for number in map(str, range(60)):
+        values = searcher.suggest(number)
+        assert values is not None
+        gains.append(values["method.gain"])
+        if gains[-1] > 0.5:
+            searcher.on_trial_result(number, Reported(end=End.INFEASIBLE, reason="too large").as_result())
+            searcher.on_trial_complete(number, error=True)
+        else:
+            searcher.on_trial_complete(number, {MIOU: gains[-1], "step": 1, "finished": True})
+    late = sum(gain > 0.5 for gain in gains[30:]) / 30
+    assert late < 0.6, "not learnt from, every one of them would be too large"
+    assert max(gain for gain in gains if gain <= 0.5) > 0.45
 
 
 @pytest.mark.parametrize(
