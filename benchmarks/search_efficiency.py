@@ -1,6 +1,6 @@
 """Training steps until a search finds what 64 full random trials find, on the surrogate of streets trials.
 
-    python benchmarks/search_efficiency.py [--seeds 10] [--arms random plain segadapt ...] [--json PATH]
+    python benchmarks/search_efficiency.py [--seeds 10] [--preset streets] [--arms random plain ...] [--json PATH]
     python benchmarks/search_efficiency.py --check          # the simulator against real Ray Tune
 
 The searchers and schedulers are the real objects; what is simulated is Tune's side of the protocol (proposal, results,
@@ -10,7 +10,9 @@ every proposal and every stop with the simulator's.
 
 A search has *matched* when a trial whose expected (noise-free) mIoU at full length is at least the target has run to
 full length. The target is the median, over many seeds, of the best expected mIoU among 64 random settings; random
-search thus needs 64 full trials at the median. Counted are the steps that all trials have taken by then.
+search thus needs 64 full trials at the median. Counted are the steps that all trials have taken by then. At equal
+budgets the incumbent is judged by its expected mIoU: the trial with the best reported one among those that came
+furthest. Arms are compared seed by seed, since trainings of one seed share their noise, with bootstrapped intervals.
 """
 
 import argparse
@@ -35,6 +37,10 @@ METRIC = "target_val/miou"
 RANDOM_TRIALS = 64
 PATIENCE = 2
 """A search that has not matched after PATIENCE times the steps of 64 full trials is given up."""
+BUDGETS = (4, 8, 16, 32)
+"""Full trials' worth of steps at which incumbents are compared; a search that has not matched by the last missed."""
+REFERENCE = "segadapt"
+"""Arm that the others are compared with."""
 TARGET_SEEDS = 201
 Parts = tuple[Any, Any]
 """A searcher and a scheduler."""
@@ -49,7 +55,9 @@ def distributions(surrogate: Surrogate) -> dict[str, Any]:
     return search_spaces.load(surrogate.method)[0]
 
 
-def plain(surrogate: Surrogate, seed: int, workers: int, *, sampler: Any = None, scheduler: Any = None) -> Parts:
+def plain(
+    surrogate: Surrogate, seed: int, workers: int, *, preset: str, sampler: Any = None, scheduler: Any = None
+) -> Parts:
     """Ray Tune as its documentation writes it: `OptunaSearch` with its own TPE, `ASHAScheduler` as in its example."""
     import optuna
     from ray.tune.schedulers import ASHAScheduler
@@ -60,7 +68,7 @@ def plain(surrogate: Surrogate, seed: int, workers: int, *, sampler: Any = None,
         space=distributions(surrogate),
         metric=METRIC,
         mode="max",
-        points_to_evaluate=[published(surrogate)],
+        points_to_evaluate=[start(surrogate, preset)],
         **({"sampler": sampler} if sampler else {"seed": seed}),
     )
     found._study_name = f"{optuna.__name__}-{seed}"
@@ -72,58 +80,77 @@ def plain(surrogate: Surrogate, seed: int, workers: int, *, sampler: Any = None,
     return ConcurrencyLimiter(found, max_concurrent=workers), scheduler
 
 
-def random_search(surrogate: Surrogate, seed: int, workers: int) -> Parts:
+def random_search(surrogate: Surrogate, seed: int, workers: int, *, preset: str) -> Parts:
     """Random settings to the end, from Optuna."""
     from optuna.samplers import RandomSampler
     from ray.tune.schedulers import FIFOScheduler
 
-    return plain(surrogate, seed, workers, sampler=RandomSampler(seed=seed), scheduler=FIFOScheduler())
+    return plain(surrogate, seed, workers, preset=preset, sampler=RandomSampler(seed=seed), scheduler=FIFOScheduler())
 
 
-def segadapt(surrogate: Surrogate, seed: int, workers: int, *, sampler: str, scheduler: str) -> Parts:
-    """A search of the platform, as its command makes it, with the study in memory."""
+def segadapt(surrogate: Surrogate, seed: int, workers: int, *, preset: str, sampler: Any, scheduler: str) -> Parts:
+    """A search of the platform, as its command makes it, with the study in memory; or with a sampler made elsewhere."""
     import optuna
 
+    from segadapt.platform.search.horizon import Horizon
+    from segadapt.platform.search.priorband import Prior
     from segadapt.platform.search.samplers import make_sampler
-    from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
+    from segadapt.platform.search.schedulers import SCHEDULERS
     from segadapt.platform.search.searcher import StudySearch
     from segadapt.platform.settings.objective import Objective
 
     objective = Objective((METRIC,))
+    spaces, first = {surrogate.method: distributions(surrogate)}, {surrogate.method: start(surrogate, preset)}
+    horizon = Horizon(surrogate.steps[0], surrogate.steps[-1], workers)
+    if not callable(sampler):
+        prior = Prior.of(spaces, first)
+        sampler = make_sampler(sampler, seed=seed, joint=False, horizon=horizon, prior=prior, objective=objective)
     searcher = StudySearch(
-        spaces={surrogate.method: distributions(surrogate)},
-        first={surrogate.method: published(surrogate)},
+        spaces=spaces,
+        first=first,
         objective=objective,
-        sampler=make_sampler(sampler, seed=seed, joint=False, concurrent=workers),
+        sampler=sampler,
         seed=seed,
         concurrent=workers,
         study_name="search",
         storage=optuna.storages.InMemoryStorage(),
     )
-    horizon = Horizon(surrogate.steps[0], surrogate.steps[-1], workers)
     return searcher, SCHEDULERS[scheduler].of(searcher.study, objective, horizon)
 
 
-def published(surrogate: Surrogate) -> dict[str, Any]:
+def with_floor(seed: int) -> Any:
+    """Return TPE, but a fifth of its proposals are uniform; made anew for each proposal, from its seed."""
+    from optuna.samplers import RandomSampler, TPESampler
+
+    if np.random.default_rng(seed).random() < 0.2:
+        return RandomSampler(seed=seed)
+    return TPESampler(multivariate=True, constant_liar=True, seed=seed)
+
+
+def start(surrogate: Surrogate, preset: str) -> dict[str, Any]:
+    """Return what every search tries first."""
     from segadapt import search_spaces
 
-    return search_spaces.load(surrogate.method)[1]["paper"]
+    return search_spaces.load(surrogate.method)[1][preset]
 
 
-def arms() -> dict[str, Callable[[Surrogate, int, int], Parts]]:
-    """Return what is compared, by name."""
+def arms(preset: str = "paper") -> dict[str, Callable[[Surrogate, int, int], Parts]]:
+    """Return what is compared, by name; all try a preset first."""
     from functools import partial
 
-    found: dict[str, Callable[[Surrogate, int, int], Parts]] = {
-        "random": random_search,
-        "plain": plain,
-        "segadapt": partial(segadapt, sampler="auto", scheduler="asha"),
+    ours = partial(segadapt, preset=preset)
+    made: dict[str, Callable[[Surrogate, int, int], Parts]] = {
+        "random": partial(random_search, preset=preset),
+        "plain": partial(plain, preset=preset),
+        "segadapt": partial(ours, sampler="auto", scheduler="asha"),
+        "segadapt tpe with a floor asha": partial(ours, sampler=with_floor, scheduler="asha"),
+        "segadapt priorband asha-promote": partial(ours, sampler="priorband", scheduler="asha-promote"),
     }
-    for sampler in ("tpe", "gp", "random", "qmc"):
-        found[f"segadapt {sampler} asha"] = partial(segadapt, sampler=sampler, scheduler="asha")
+    for sampler in ("tpe", "gp", "random", "qmc", "priorband"):
+        made[f"segadapt {sampler} asha"] = partial(ours, sampler=sampler, scheduler="asha")
     for scheduler in ("asha-promote", "median", "hyperband", "none"):
-        found[f"segadapt auto {scheduler}"] = partial(segadapt, sampler="auto", scheduler=scheduler)
-    return found
+        made[f"segadapt auto {scheduler}"] = partial(ours, sampler="auto", scheduler=scheduler)
+    return made
 
 
 # Tune's side of the protocol.
@@ -173,7 +200,7 @@ class Simulation:
         return [trial for trial in self.trials if not trial.is_finished()]
 
     def run(self) -> Iterator[Any]:
-        """Yield each trial that runs to full length, when it does."""
+        """Yield a trial after each of its evaluations."""
         from ray.tune.experiment import Trial
         from ray.tune.schedulers import TrialScheduler
 
@@ -194,12 +221,11 @@ class Simulation:
             trial.update_last_result(result)
             if result["finished"] or decision == TrialScheduler.STOP:
                 self._end(trial, result)
-                if result["finished"]:
-                    yield trial
             elif decision == TrialScheduler.PAUSE:
                 trial.set_status(Trial.PAUSED)
             else:
                 heapq.heappush(running, (clock + self._stretch(trial), next(order), trial))
+            yield trial
 
     def stop_trial(self, trial: Any) -> None:
         """End a paused trial, as schedulers may ask for."""
@@ -272,31 +298,46 @@ def target_of(surrogate: Surrogate) -> tuple[float, list[float]]:
     return statistics.median(best), [float(quartile) for quartile in quartiles]
 
 
-def steps_to_match(surrogate: Surrogate, parts: Parts, target: float, *, seed: int, workers: int, trials: int) -> Any:
-    """Return the steps, and trials begun, until a search has matched; None if it was given up or ran out of trials."""
+def follow(surrogate: Surrogate, parts: Parts, target: float, *, seed: int, workers: int, trials: int) -> Any:
+    """Run a search until it has matched and spent all budgets, was given up, or ran out of trials.
+
+    Returns:
+        Steps, and trials begun, until it matched, None if it did not; and the expected mIoU of its incumbent at each of
+        `BUDGETS`.
+    """
     simulation = Simulation(surrogate, *parts, seed=seed, workers=workers, trials=trials)
+    full = surrogate.steps[-1]
+    budgets = [count * full for count in BUDGETS]
+    matched: dict[str, int | None] = {"steps": None, "trials": None}
+    incumbents: list[float] = []
+    best, incumbent = (0, 0.0), 0.0
     for trial in simulation.run():
-        if simulation.steps > PATIENCE * RANDOM_TRIALS * surrogate.steps[-1]:
-            return None
-        if surrogate.final(trial.config) >= target:
-            return {"steps": simulation.steps, "trials": len(simulation.trials)}
-    return None
+        while len(incumbents) < len(budgets) and simulation.steps > budgets[len(incumbents)]:
+            incumbents.append(incumbent)
+        reached = (trial.last_result["step"], trial.last_result[METRIC])
+        if reached > best:
+            best, incumbent = reached, surrogate.final(trial.config)
+        if simulation.steps > PATIENCE * RANDOM_TRIALS * full:
+            break
+        if trial.last_result["finished"] and matched["steps"] is None and surrogate.final(trial.config) >= target:
+            matched = {"steps": simulation.steps, "trials": len(simulation.trials)}
+        if matched["steps"] is not None and len(incumbents) == len(budgets):
+            break
+    return {**matched, "incumbents": incumbents + [incumbent] * (len(budgets) - len(incumbents))}
 
 
-def measure(surrogate: Surrogate, names: list[str], seeds: int, workers: int, trials: int) -> dict[str, Any]:
+def measure(surrogate: Surrogate, makers: Mapping[str, Any], seeds: int, workers: int, trials: int) -> dict[str, Any]:
     target, quartiles = target_of(surrogate)
     full = surrogate.steps[-1]
     print(f"target {target:.4f} (quartiles {quartiles[0]:.4f}, {quartiles[1]:.4f}), 64 full trials {64 * full} steps")
     rows: dict[str, Any] = {}
-    for name in names:
+    for name, make in makers.items():
         started = time.process_time()
-        found = [
-            steps_to_match(
-                surrogate, arms()[name](surrogate, seed, workers), target, seed=seed, workers=workers, trials=trials
-            )
+        searches = [
+            follow(surrogate, make(surrogate, seed, workers), target, seed=seed, workers=workers, trials=trials)
             for seed in range(seeds)
         ]
-        rows[name] = row(found, full) | {"cpu_s": round(time.process_time() - started, 1), "seeds": found}
+        rows[name] = row(searches, full) | {"cpu_s": round(time.process_time() - started, 1), "seeds": searches}
         print(
             f"{name:24}" + ", ".join(f"{key} {value}" for key, value in rows[name].items() if key != "seeds"),
             flush=True,
@@ -304,16 +345,52 @@ def measure(surrogate: Surrogate, names: list[str], seeds: int, workers: int, tr
     return {"target": target, "target_quartiles": quartiles, "full_steps": full, "arms": rows}
 
 
-def row(found: list[Any], full: int) -> dict[str, Any]:
+def compared(found: dict[str, Any], reference: str = REFERENCE) -> dict[str, Any]:
+    """Return how each arm differs from the reference on the same seeds: mean and 95 % interval, by bootstrap.
+
+    Steps of a search that never matched count as those after which it was given up.
+    """
+    arms_found, full = found["arms"], found["full_steps"]
+    if reference not in arms_found:
+        return {}
+    limit = PATIENCE * RANDOM_TRIALS * full
+
+    def figures(name: str) -> dict[str, Any]:
+        searches = arms_found[name]["seeds"]
+        steps = np.array([limit if entry["steps"] is None else min(entry["steps"], limit) for entry in searches])
+        values = np.array([entry["incumbents"] for entry in searches])
+        named = {f"incumbent at {count * full}": values[:, i] for i, count in enumerate(BUDGETS)}
+        return {"steps": steps, "missed": (steps > BUDGETS[-1] * full).astype(float), **named}
+
+    base = figures(reference)
+    return {
+        name: {key: interval(values - base[key]) for key, values in figures(name).items()}
+        for name in arms_found
+        if name != reference
+    }
+
+
+def interval(differences: Any) -> list[float]:
+    """Return the mean of paired differences and its 95 % interval, from 10,000 bootstrap samples."""
+    count = len(differences)
+    drawn = np.random.default_rng(0).integers(count, size=(10_000, count))
+    lower, upper = np.quantile(differences[drawn].mean(axis=1), [0.025, 0.975])
+    return [round(float(value), 4) for value in (differences.mean(), lower, upper)]
+
+
+def row(searches: list[Any], full: int) -> dict[str, Any]:
     """Return median and quartiles of the steps over seeds; a search that never matched counts as infinite."""
-    steps = sorted(entry["steps"] if entry else float("inf") for entry in found)
+    steps = sorted(float("inf") if entry["steps"] is None else entry["steps"] for entry in searches)
     quartiles = np.quantile(steps, [0.25, 0.5, 0.75], method="inverted_cdf")
     lower, median, upper = (None if np.isinf(value) else int(value) for value in quartiles)
+    incumbents = np.array([entry["incumbents"] for entry in searches])
     return {
         "median_steps": median,
         "quartiles": [lower, upper],
         "part_of_64_trials": None if median is None else round(median / (RANDOM_TRIALS * full), 3),
-        "not_matched": sum(entry is None for entry in found),
+        "missed": sum(value > BUDGETS[-1] * full for value in steps),
+        "not_matched": steps.count(float("inf")),
+        "incumbents": [round(float(value), 4) for value in incumbents.mean(axis=0)],
     }
 
 
@@ -362,6 +439,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--trials", type=int, default=400, help="of a search that does not match")
     parser.add_argument("--arms", nargs="+", default=list(arms()))
+    parser.add_argument("--preset", default="paper", help="what every search tries first")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -377,10 +455,18 @@ def main() -> None:
             for name in options.arms:
                 check(surrogate, name, 0, 30)
         return
-    found = measure(surrogate, options.arms, options.seeds, options.workers, options.trials)
+    makers = {name: make for name, make in arms(options.preset).items() if name in options.arms}
+    found = measure(surrogate, makers, options.seeds, options.workers, options.trials)
+    for name, differences in compared(found).items():
+        print(f"{name} less {REFERENCE}: {differences}")
     if options.json:
-        setting = {"seeds": options.seeds, "workers": options.workers, "trials": options.trials}
-        record = {"setting": setting, "environment": machine(), **found}
+        setting = {
+            "seeds": options.seeds,
+            "workers": options.workers,
+            "trials": options.trials,
+            "preset": options.preset,
+        }
+        record = {"setting": setting, "environment": machine(), "compared": compared(found), **found}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

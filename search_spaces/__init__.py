@@ -2,13 +2,19 @@
 
 `SPACE` maps dotted configuration keys to Optuna distributions. `PAPER` is the published setting of the same keys,
 `STREETS` one that a search on the streets benchmark found, `PRESETS` those of several papers by name. Such settings to
-start from are called presets.
+start from are called presets. `CONFIDENCE` says of each key how sure its published value is: `high` where the paper or
+its code states it, `medium` where it was stated for another method or depends on the network, `low` where it is ours.
 """
 
 import importlib
-from typing import Any
+from typing import Any, Literal
 
 from optuna.distributions import BaseDistribution
+
+Confidence = Literal["low", "medium", "high"]
+
+DEFAULT_CONFIDENCE: Confidence = "medium"
+"""Confidence in the default of a setting that is searched though its method's space leaves it out."""
 
 DEFAULT_PRESET = "paper"
 
@@ -33,3 +39,9 @@ def load(method: str) -> tuple[dict[str, BaseDistribution], dict[str, dict[str, 
         presets["streets"] = dict(module.STREETS)
     presets |= {name: dict(settings) for name, settings in getattr(module, "PRESETS", {}).items()}
     return dict(module.SPACE), presets
+
+
+def confidence(method: str) -> dict[str, Confidence]:
+    """Return how sure the published value of each setting in a method's space is."""
+    stated: dict[str, Confidence] = importlib.import_module(f"{__name__}.{method}").CONFIDENCE
+    return dict(stated)

@@ -8,6 +8,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from segadapt.search_spaces import Confidence
+
 SPACE: dict[str, BaseDistribution] = {
     "method.temperature": FloatDistribution(0.03, 0.5, log=True),
     "method.forward_weight": FloatDistribution(0.01, 1.0, log=True),
@@ -39,4 +41,20 @@ PAPER: dict[str, Any] = {
     "method.round_lr_factor": 0.5,
     "optimizer.lr_factor": 1.0,
     "optimizer.head_lr_factor": None,  # 10 with pretrained weights
+}
+CONFIDENCE: dict[str, Confidence] = {
+    "method.temperature": "high",
+    "method.forward_weight": "high",
+    "method.backward_weight": "high",
+    "method.target_weight": "high",
+    "method.entropy_weight": "high",
+    "method.entropy": "high",
+    "method.share": "high",
+    "method.share_step": "high",
+    "method.dynamic_threshold": "low",
+    "method.calibration_momentum": "low",
+    "method.feature": "high",
+    "method.round_lr_factor": "high",
+    "optimizer.lr_factor": "medium",
+    "optimizer.head_lr_factor": "medium",
 }

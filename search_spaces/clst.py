@@ -8,6 +8,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from segadapt.search_spaces import Confidence
+
 SPACE: dict[str, BaseDistribution] = {
     "method.temperature": FloatDistribution(0.03, 1.0, log=True),
     "method.contrast_weight": FloatDistribution(1e-3, 1.0, log=True),
@@ -35,4 +37,18 @@ PAPER: dict[str, Any] = {
     "method.kept_share": 0.5,
     "method.confidence_cap": 0.9,
     "optimizer.lr_factor": 1.0,
+}
+CONFIDENCE: dict[str, Confidence] = {
+    "method.temperature": "medium",
+    "method.contrast_weight": "low",
+    "method.target_weight": "medium",
+    "method.source_share": "low",
+    "method.centroid_momentum": "low",
+    "method.ensemble": "low",
+    "method.ensemble_momentum": "low",
+    "method.teacher_momentum": "medium",
+    "method.threshold": "low",
+    "method.kept_share": "low",
+    "method.confidence_cap": "low",
+    "optimizer.lr_factor": "medium",
 }

@@ -8,6 +8,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from segadapt.search_spaces import Confidence
+
 SPACE: dict[str, BaseDistribution] = {
     "method.metric_weight": FloatDistribution(1e-3, 1.0, log=True),
     "method.alignment_weight": FloatDistribution(1e-3, 1.0, log=True),
@@ -35,4 +37,18 @@ PAPER: dict[str, Any] = {
     "method.portion_cap": 0.5,
     "method.rare_crop_chance": 0.8,
     "optimizer.lr_factor": 1.0,
+}
+CONFIDENCE: dict[str, Confidence] = {
+    "method.metric_weight": "low",
+    "method.alignment_weight": "low",
+    "method.target_weight": "medium",
+    "method.modes_per_class": "medium",
+    "method.margin": "medium",
+    "method.embedding_channels": "medium",
+    "method.stop_source": "low",
+    "method.portion": "medium",
+    "method.portion_step": "medium",
+    "method.portion_cap": "medium",
+    "method.rare_crop_chance": "medium",
+    "optimizer.lr_factor": "medium",
 }

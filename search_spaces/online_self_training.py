@@ -10,6 +10,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from segadapt.search_spaces import Confidence
+
 SPACE: dict[str, BaseDistribution] = {
     "online.teacher_rate": FloatDistribution(1e-4, 3e-2, log=True),
     "online.threshold": FloatDistribution(0.8, 0.99),
@@ -29,6 +31,16 @@ PAPER: dict[str, Any] = {
     "online.jitter": 0.2,
     "online.rare_class_temperature": None,
     "optimizer.lr_factor": 1.0,
+}
+CONFIDENCE: dict[str, Confidence] = {
+    "online.teacher_rate": "high",
+    "online.threshold": "high",
+    "online.mask_weight": "high",
+    "online.mask_ratio": "high",
+    "online.mask_block": "high",
+    "online.jitter": "high",
+    "online.rare_class_temperature": "low",
+    "optimizer.lr_factor": "medium",
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "dacs": {"online.teacher_rate": 0.01, "online.mask": "none"},

@@ -8,6 +8,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from segadapt.search_spaces import Confidence
+
 SPACE: dict[str, BaseDistribution] = {
     "method.feature_association_weight": FloatDistribution(0.01, 2.0, log=True),
     "method.output_association_weight": FloatDistribution(0.01, 2.0, log=True),
@@ -29,6 +31,17 @@ PAPER: dict[str, Any] = {
     "method.aggregation_weight": 0.5,
     "method.temperature_factor": 1.0,
     "optimizer.lr_factor": 1.0,
+}
+CONFIDENCE: dict[str, Confidence] = {
+    "method.feature_association_weight": "high",
+    "method.output_association_weight": "high",
+    "method.output_level": "high",
+    "method.lovasz_weight": "high",
+    "method.regulariser_weight": "high",
+    "method.regulariser_level": "high",
+    "method.aggregation_weight": "high",
+    "method.temperature_factor": "low",
+    "optimizer.lr_factor": "medium",
 }
 STREETS: dict[str, Any] = {
     "method.feature_association_weight": 0.18,

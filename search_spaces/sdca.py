@@ -7,6 +7,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, FloatDistribution
 
+from segadapt.search_spaces import Confidence
+
 SPACE: dict[str, BaseDistribution] = {
     "method.temperature": FloatDistribution(0.3, 100.0, log=True),
     "method.feature_gain": FloatDistribution(3e-3, 3.0, log=True),
@@ -22,4 +24,12 @@ PAPER: dict[str, Any] = {
     "method.confidence_threshold": 0.9,
     "method.lovasz_weight": 0.75,
     "optimizer.lr_factor": 1.0,
+}
+CONFIDENCE: dict[str, Confidence] = {
+    "method.temperature": "high",
+    "method.feature_gain": "high",
+    "method.output_gain": "high",
+    "method.confidence_threshold": "high",
+    "method.lovasz_weight": "high",
+    "optimizer.lr_factor": "medium",
 }

@@ -4,6 +4,8 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
+from segadapt.search_spaces import Confidence
+
 SPACE: dict[str, BaseDistribution] = {
     "method.rounds": IntDistribution(1, 3),
     "method.quantile": FloatDistribution(0.2, 0.8),
@@ -17,4 +19,11 @@ PAPER: dict[str, Any] = {
     "method.confidence_cap": 0.9,
     "method.target_weight": 1.0,
     "optimizer.lr_factor": 1.0,
+}
+CONFIDENCE: dict[str, Confidence] = {
+    "method.rounds": "high",
+    "method.quantile": "high",
+    "method.confidence_cap": "high",
+    "method.target_weight": "high",
+    "optimizer.lr_factor": "medium",
 }

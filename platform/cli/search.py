@@ -63,7 +63,11 @@ _TrainObjective = Annotated[
 ]
 _Sampler = Annotated[
     str | None,
-    typer.Option(help="What proposes, all Optuna's: {samplers}; default: auto, which is tpe.", rich_help_panel=RARE),
+    typer.Option(
+        help="What proposes: {samplers}; default: auto, which is tpe. priorband draws anywhere, around the published "
+        "setting and around the best trial.",
+        rich_help_panel=RARE,
+    ),
 ]
 _Scheduler = Annotated[
     str | None,

@@ -14,6 +14,7 @@ from segadapt.platform.experiment.tune_state import is_begun
 from segadapt.platform.search.study import (
     LOST,
     RUNG,
+    TOO_LARGE,
     TRIAL_ID,
     study_name,
     study_point,
@@ -84,6 +85,8 @@ def study_ends(ledgers: Ledgers) -> Iterator[Finding]:
 
 
 def _agree(state: str, trial: RayTrial) -> bool:
+    if trial.state is TrialState.INFEASIBLE:
+        return state in ("PRUNED", "FAIL")  # an earlier version told the study that it failed
     if trial.status == "ERROR":
         return state == "FAIL"
     if state == "FAIL":
@@ -111,6 +114,10 @@ def _tell(ledgers: Ledgers, proposal: Any, trial: RayTrial) -> None:
     values = [trial.metrics[goal] for goal in goals if goal in trial.metrics]
     if trial.state is TrialState.FINISHED and len(values) == len(goals):
         study.tell(proposal.number, values)
+    elif trial.state is TrialState.INFEASIBLE:
+        for constraint, violation in TOO_LARGE.items():
+            trial_handle(study, proposal).set_constraint(constraint, violation)
+        study.tell(proposal.number, state=OptunaState.PRUNED)
     elif trial.status != "ERROR" and values_by_step(proposal, goals):
         study.tell(proposal.number, state=OptunaState.PRUNED)
     else:
@@ -204,9 +211,10 @@ def _add_proposal(ledgers: Ledgers, record: Record, trial: RayTrial) -> None:
     goals = ledgers.objective(ledgers.name).goals
     reached = [trial.metrics[goal] for goal in goals if goal in trial.metrics]
     state = OptunaState[(trial.state or TrialState.RUNNING).optuna]
-    if len(reached) < len(goals) and trial.state is not None:
+    infeasible = trial.state is TrialState.INFEASIBLE
+    if len(reached) < len(goals) and trial.state is not None and not infeasible:
         state = OptunaState.FAIL
-    pruned = state == OptunaState.PRUNED
+    pruned = state == OptunaState.PRUNED and len(reached) == len(goals)
     by_step = _history(ledgers, trial)
     intermediate, attributes = values_as_kept(by_step, goals)
     ledgers.study.add_trial(
@@ -217,6 +225,7 @@ def _add_proposal(ledgers: Ledgers, record: Record, trial: RayTrial) -> None:
             distributions=distributions,
             user_attrs={TRIAL_ID: trial.trial_id, **attributes, **_decisions(ledgers, record, trial, by_step)},
             intermediate_values=intermediate,
+            constraints=dict(TOO_LARGE) if infeasible else None,
         )
     )
 
@@ -238,7 +247,8 @@ def _decisions(
     ledgers: Ledgers, record: Record, trial: RayTrial, by_step: Mapping[int, Mapping[str, float]]
 ) -> dict[str, Any]:
     """Return what was decided about a trial at each rung, as it followed from that: it went on, or its steps end."""
-    from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
+    from segadapt.platform.search.horizon import Horizon
+    from segadapt.platform.search.schedulers import SCHEDULERS
 
     horizon = Horizon(record.grace_steps, record.steps, record.concurrent or 1)
     scheduler = SCHEDULERS[record.scheduler].of(ledgers.study, ledgers.objective(ledgers.name), horizon)

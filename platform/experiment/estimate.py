@@ -16,7 +16,8 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.probe import PROBE_STEPS, Probe, run_probe
 from segadapt.platform.experiment.record import Options, Record
 from segadapt.platform.experiment.session import check_gpu_hours, check_workers
-from segadapt.platform.search.schedulers import SCHEDULERS, levels
+from segadapt.platform.search.horizon import REDUCTION_FACTOR, levels
+from segadapt.platform.search.schedulers import SCHEDULERS
 from segadapt.platform.settings.config import TrialConfig
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.resources import Allocation
@@ -236,8 +237,6 @@ def _rungs(configs: Mapping[str, TrialConfig]) -> list[int]:
 
 def _early_stopped(seconds: Sequence[float]) -> float:
     """Return the mean time of a trial; `seconds` is what it takes to reach each rung and the end."""
-    from segadapt.platform.search.schedulers import REDUCTION_FACTOR
-
     parts = [after - before for before, after in zip((0.0, *seconds), seconds, strict=False)]
     return sum((part / REDUCTION_FACTOR**passed for passed, part in enumerate(parts)), 0.0)
 

@@ -13,10 +13,12 @@ from segadapt.platform.experiment.progress import Progress
 from segadapt.platform.experiment.trial_runs import Receivers
 from segadapt.platform.experiment.tune_state import TUNER, StateArchive, next_session, note_tuner
 from segadapt.platform.ray_internals.tune import saving_as, set_tune_config, trials_of
+from segadapt.platform.search.horizon import Horizon
+from segadapt.platform.search.priorband import Prior
 from segadapt.platform.search.samplers import SamplerName, make_sampler
-from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
+from segadapt.platform.search.schedulers import SCHEDULERS
 from segadapt.platform.search.searcher import ListedTrials, Proposals, StudySearch
-from segadapt.platform.search.study import LOST, TRIAL_ID, Spaces, values_by_step
+from segadapt.platform.search.study import LOST, TRIAL_ID, Spaces, is_infeasible, values_by_step
 from segadapt.platform.search.study_storage import open_study_storage, trial_handle
 from segadapt.platform.search.warm_start import Inheritance
 from segadapt.platform.settings.config import Values
@@ -52,6 +54,11 @@ class SearchPlan:
     """What is known from earlier searches, if the study is new."""
     time_budget_s: float | None = None
     max_gpu_hours: float | None = None
+
+    @property
+    def horizon(self) -> Horizon:
+        """How long its trials run."""
+        return Horizon(self.grace_steps, self.steps, self.concurrent)
 
 
 @dataclass(frozen=True)
@@ -239,8 +246,7 @@ def _tune_config(spec: TrialSpec, plan: "SearchPlan | ListPlan | None", searcher
         case SearchPlan():
             assert searcher is not None
             config.search_alg = Proposals(searcher, plan.trials, spec.storage.experiments)
-            horizon = Horizon(plan.grace_steps, plan.steps, plan.concurrent)
-            config.scheduler = SCHEDULERS[plan.scheduler].of(searcher.study, spec.objective, horizon)
+            config.scheduler = SCHEDULERS[plan.scheduler].of(searcher.study, spec.objective, plan.horizon)
             config.num_samples = plan.trials
         case ListPlan():
             listed = ListedTrials(plan.values, plan.concurrent)
@@ -278,7 +284,14 @@ def open_study(spec: TrialSpec, plan: SearchPlan) -> StudySearch:
         spaces=plan.spaces,
         first=plan.first,
         objective=spec.objective,
-        sampler=make_sampler(plan.sampler, seed=plan.seed, joint=len(plan.spaces) > 1, concurrent=plan.concurrent),
+        sampler=make_sampler(
+            plan.sampler,
+            seed=plan.seed,
+            joint=len(plan.spaces) > 1,
+            horizon=plan.horizon,
+            prior=Prior.of(plan.spaces, plan.first),
+            objective=spec.objective,
+        ),
         seed=plan.seed,
         concurrent=plan.concurrent,
         study_name=spec.experiment,
@@ -319,5 +332,5 @@ def _close_unfinished(searcher: StudySearch, goals: Sequence[str]) -> None:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if TRIAL_ID not in trial.user_attrs:  # made twice, since the answer of the database was lost
             trial_handle(study, trial).set_user_attr(LOST, True)
-        reported = values_by_step(trial, goals)
-        study.tell(trial.number, state=TrialState.PRUNED if reported else TrialState.FAIL)
+        says_something = values_by_step(trial, goals) or is_infeasible(trial)
+        study.tell(trial.number, state=TrialState.PRUNED if says_something else TrialState.FAIL)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from segadapt.platform.results.plots import importances
+from segadapt.platform.results.proposals import origins
 from segadapt.platform.results.report_figures import (
     Curve,
     class_bars,
@@ -51,7 +52,7 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
         board: Leaderboard of the search, with the judgement of label-free scores.
         entries: MLflow runs of the search.
         client: MLflow client, for histories and artifacts.
-        study: Optuna study of the search, for parameter importance; None leaves that out.
+        study: Optuna study of the search, for importance and the origin of proposals; None leaves them out.
         place: Where the search is kept and tracked, for the commands that come next.
     """
     import jinja2
@@ -98,6 +99,7 @@ def render(board: "Leaderboard", entries: Sequence[Any], client: Any, study: Any
             for importance in (importances(study, objective) if study is not None else ())
         },
         goals=objective.goals,
+        origins=origins(study) if study is not None else None,
         weights=_weights(entries),
         costs=_costs(client, entries),
         advice=advice(board, best, curves, parent.data.tags.get(STATE_TAG, ""), place),

@@ -1,4 +1,4 @@
-"""Optuna's samplers by name."""
+"""Samplers by name: Optuna's, and PriorBand."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,10 +8,12 @@ from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 
 from segadapt.platform.errors import UsageError
+from segadapt.platform.search.horizon import Horizon
+from segadapt.platform.search.priorband import Prior, PriorBandSampler
 from segadapt.platform.search.study import Spaces
 from segadapt.platform.settings.objective import Objective
 
-SamplerName = Literal["auto", "tpe", "gp", "cmaes", "random", "qmc"]
+SamplerName = Literal["auto", "tpe", "gp", "cmaes", "random", "qmc", "priorband"]
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 
@@ -42,16 +44,25 @@ def check_sampler(name: str, spaces: Spaces, objective: Objective) -> None:
         )
     if name == "cmaes" and len(objective.goals) > 1:
         raise UsageError(f"--sampler cmaes must have one goal, but got {objective}. Use tpe or gp.")
+    if name == "priorband" and objective.is_front:
+        raise UsageError(
+            f"--sampler priorband must have one best trial, but got the Pareto front of {objective}. Join the goals by "
+            "'+' to rank trials, or use tpe or gp."
+        )
 
 
-def make_sampler(name: SamplerName, *, seed: int, joint: bool, concurrent: int) -> Callable[..., BaseSampler]:
+def make_sampler(
+    name: SamplerName, *, seed: int, joint: bool, horizon: Horizon, prior: Prior, objective: Objective
+) -> Callable[..., BaseSampler]:
     """Return what makes a sampler from the `seed` of one proposal.
 
     Args:
         name: One of `SAMPLERS`; `auto` is `tpe`.
         seed: Of the search.
         joint: Whether methods with settings of their own are searched together.
-        concurrent: Trials at a time.
+        horizon: How long trials run, and how many at a time.
+        prior: What is believed of the settings before any trial.
+        objective: What trials are compared by.
     """
     match name:
         case "auto" | "tpe":
@@ -59,7 +70,7 @@ def make_sampler(name: SamplerName, *, seed: int, joint: bool, concurrent: int) 
                 TPESampler,
                 multivariate=True,
                 group=joint,  # a method's settings are modelled on the trials that have them
-                constant_liar=concurrent > 1,
+                constant_liar=horizon.concurrent > 1,
             )
         case "gp":
             return partial(GPSampler, deterministic_objective=False)
@@ -69,6 +80,8 @@ def make_sampler(name: SamplerName, *, seed: int, joint: bool, concurrent: int) 
             return RandomSampler
         case "qmc":
             return partial(_sequence, seed)
+        case "priorband":
+            return partial(PriorBandSampler, prior=prior, objective=objective, horizon=horizon)
 
 
 def _sequence(search_seed: int, *, seed: int) -> BaseSampler:

@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from optuna.trial import FrozenTrial
@@ -11,38 +10,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
 from segadapt.platform.ray_internals.tune import pace
+from segadapt.platform.search.horizon import REDUCTION_FACTOR, Horizon
 from segadapt.platform.search.study import RUNG, TRIAL_ID, decisions, record_values
 from segadapt.platform.search.study_storage import read_trial, trial_handle
 from segadapt.platform.settings.objective import Objective
 from segadapt.platform.settings.reported import End, Reported
-
-REDUCTION_FACTOR = 2
-"""The better 1/REDUCTION_FACTOR of the trials that reached a rung go on."""
-
-
-def levels(grace_steps: int, steps: int) -> list[int]:
-    """Return the steps at which ASHA compares trials: the first evaluation, then REDUCTION_FACTOR times as many."""
-    rungs = [grace_steps]
-    while rungs[-1] * REDUCTION_FACTOR < steps:
-        rungs.append(rungs[-1] * REDUCTION_FACTOR)
-    return [level for level in rungs if level < steps]
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """How long trials run, and how many at a time."""
-
-    grace_steps: int
-    """Steps before a trial may be stopped."""
-    steps: int
-    """Steps of the longest trial."""
-    concurrent: int
-    """Trials at a time."""
-
-    @property
-    def rungs(self) -> list[int]:
-        """Training steps at which trials are compared, rising."""
-        return levels(self.grace_steps, self.steps)
 
 
 class StudyScheduler(FIFOScheduler):

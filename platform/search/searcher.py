@@ -16,7 +16,18 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from ray.tune.search import Searcher, SearchGenerator
 
 from segadapt.platform.ray_internals.tune import begin_trials_in
-from segadapt.platform.search.study import LOST, PRIOR, TRIAL_ID, Spaces, choice_of, propose, study_point
+from segadapt.platform.search.priorband import PROPOSAL, PriorBandSampler
+from segadapt.platform.search.study import (
+    LOST,
+    PRIOR,
+    TOO_LARGE,
+    TRIAL_ID,
+    Spaces,
+    choice_of,
+    is_infeasible,
+    propose,
+    study_point,
+)
 from segadapt.platform.search.study_storage import trial_handle
 from segadapt.platform.settings.config import METHOD, Values
 from segadapt.platform.settings.objective import Objective
@@ -133,7 +144,10 @@ class StudySearch(Searcher):
         trial.set_user_attr(TRIAL_ID, trial_id)
         self._handles[trial_id] = trial
         self._live.add(trial_id)
-        return propose(self._spaces, trial)
+        values = propose(self._spaces, trial)
+        if isinstance(self._study.sampler, PriorBandSampler):
+            trial.set_user_attr(PROPOSAL, self._study.sampler.proposal.as_dict())
+        return values
 
     def on_pause(self, trial_id: str) -> None:
         """Let another trial run while this one waits at a rung."""
@@ -161,12 +175,17 @@ class StudySearch(Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Note a trial that can never fit; values are recorded by the scheduler, which Tune asks first."""
-        if Reported.from_result(result).end is End.INFEASIBLE:  # fails, without a value that the sampler would learn
-            self._handle(trial_id).set_user_attr("infeasible", True)
+        if Reported.from_result(result).end is End.INFEASIBLE:
+            for constraint, violation in TOO_LARGE.items():
+                self._handle(trial_id).set_constraint(constraint, violation)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study how the trial ended: complete, pruned or failed."""
-        state, values = TrialState.FAIL if error else TrialState.PRUNED, None
+        """Tell the study how the trial ended: complete, pruned or failed.
+
+        One that can never fit is pruned there: samplers do not look at failed trials, and would not learn from it.
+        """
+        is_failed = error and not is_infeasible(self._handle(trial_id))
+        state, values = TrialState.FAIL if is_failed else TrialState.PRUNED, None
         is_finished = result is not None and not error and Reported.from_result(result).end is End.FINISHED
         if result is not None and is_finished and all(goal in result for goal in self._goals):
             state, values = TrialState.COMPLETE, [result[goal] for goal in self._goals]

@@ -17,6 +17,9 @@ LOST = "lost"
 PRIOR = "prior"
 """Attribute of trials that were taken over from an earlier search, which it names."""
 
+TOO_LARGE = {"memory": 1.0}
+"""Constraint, and by how much it is violated, of a trial that can never fit its device."""
+
 RUNG = "rung_"
 """Attributes that hold what was decided about a trial, `rung_STEP`: its values there, and whether it goes on."""
 
@@ -60,6 +63,11 @@ def values_by_step(trial: FrozenTrial, goals: Sequence[str]) -> dict[int, Mappin
     return {
         int(name.removeprefix(_VALUES)): value for name, value in trial.user_attrs.items() if name.startswith(_VALUES)
     }
+
+
+def is_infeasible(trial: Any) -> bool:
+    """Return whether a trial of the study, or the study's handle of it, broke a constraint."""
+    return any(violation > 0 for violation in trial.constraints.values())
 
 
 def decisions(trial: FrozenTrial) -> dict[int, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from segadapt.platform.search.study import PRIOR, TRIAL_ID, Spaces, study_name, study_point
+from segadapt.platform.search.study import PRIOR, TRIAL_ID, Spaces, is_infeasible, study_name, study_point
 from segadapt.platform.settings.config import METHOD, Values, keys
 from segadapt.platform.settings.objective import Objective
 
@@ -61,8 +61,8 @@ def inherit(name: str, earlier: SearchSettings, new: SearchSettings, trials: Col
     leading = objective.goals.index(objective.leading)
     best: dict[str, tuple[float, Values]] = {}
     for trial in trials:
-        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
-            continue
+        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or is_infeasible(trial):
+            continue  # whether a trial fits depends on the device, which may be another one
         method, values = _values(earlier, trial)
         if method not in new.spaces:
             inheritance.mismatches[f"{method} is not searched"] += 1

@@ -81,5 +81,5 @@ _STATUS: dict[TrialState, tuple[MlflowStatus, OptunaState]] = {
     TrialState.OUT_OF_TIME: ("KILLED", "PRUNED"),
     TrialState.OUT_OF_GPU_HOURS: ("KILLED", "PRUNED"),
     TrialState.FAILED: ("FAILED", "FAIL"),
-    TrialState.INFEASIBLE: ("FAILED", "FAIL"),
+    TrialState.INFEASIBLE: ("FAILED", "PRUNED"),
 }

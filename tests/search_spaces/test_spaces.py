@@ -48,3 +48,11 @@ def test_the_published_setting_lies_in_the_space_and_equals_the_defaults(method:
     assert published == default
     for key, value in paper.items():
         assert space[key]._contains(space[key].to_internal_repr(value))
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_every_published_value_says_how_sure_it_is(method: str) -> None:
+    space, _ = search_spaces.load(method)
+    confidence = search_spaces.confidence(method)
+    assert list(confidence) == list(space)
+    assert set(confidence.values()) <= {"low", "medium", "high"}

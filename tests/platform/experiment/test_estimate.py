@@ -218,8 +218,8 @@ def test_a_trial_that_never_fits_fails_as_infeasible_everywhere(short: tuple[Pat
     assert (run.info.status, run.data.tags["segadapt.state"]) == ("FAILED", "infeasible")
     assert run.data.tags["segadapt.failure"].startswith("infeasible: One image of each domain must fit the device")
     study = optuna.load_study(study_name="short", storage=f"sqlite:///{folder}/runs/optuna.db")
-    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.FAIL]
-    assert [trial.user_attrs.get("infeasible", False) for trial in study.trials] == [False, True]
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, TrialState.PRUNED]
+    assert [trial.constraints for trial in study.trials] == [{}, {"memory": 1.0}], "samplers learn from it"
     rows = {row.name: row for row in api.runs("short", place=Place(str(folder / "runs"))).rows}
     assert (rows["sdca-001"].state, rows["sdca-002"].state) == ("finished", "infeasible")
     assert runs["sdca-001"].data.metrics["memory/micro_batch"] == 4

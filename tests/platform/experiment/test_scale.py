@@ -18,8 +18,10 @@ from rich.console import Console
 from segadapt.platform.experiment.ledger import LEDGER, Ledger
 from segadapt.platform.experiment.progress import Progress
 from segadapt.platform.ray_internals.tune import pace
+from segadapt.platform.search.horizon import Horizon
+from segadapt.platform.search.priorband import Prior
 from segadapt.platform.search.samplers import make_sampler
-from segadapt.platform.search.schedulers import SCHEDULERS, Horizon
+from segadapt.platform.search.schedulers import SCHEDULERS
 from segadapt.platform.search.searcher import StudySearch
 from segadapt.platform.search.study import RUNG, TRIAL_ID
 from segadapt.platform.search.study_storage import open_study_storage
@@ -40,17 +42,25 @@ class Study:
         storage = open_study_storage("sqlite:///:memory:")
         fill(storage, ended)
         self._count(monkeypatch)
+        horizon = Horizon(2, 8, running + 1)
         self.searcher = StudySearch(
             spaces=SPACE,
             first={"sdca": {"optimizer.lr_factor": 1.0}},
             objective=Objective(),
-            sampler=make_sampler("auto", seed=0, joint=False, concurrent=running + 1),
+            sampler=make_sampler(
+                "auto",
+                seed=0,
+                joint=False,
+                horizon=horizon,
+                prior=Prior({}),
+                objective=Objective(),
+            ),
             seed=0,
             concurrent=running + 1,
             study_name="scale",
             storage=storage,
         )
-        self.scheduler: Any = SCHEDULERS["asha"].of(self.searcher.study, Objective(), Horizon(2, 8, running + 1))
+        self.scheduler: Any = SCHEDULERS["asha"].of(self.searcher.study, Objective(), horizon)
         for number in range(running):
             self.searcher.suggest(f"running-{number}")
         self.run_trial("first")  # reads what there is

@@ -23,6 +23,7 @@ import segadapt as api
 from segadapt.platform.results import status
 from segadapt.platform.results.report import render
 from segadapt.platform.results.seeds import rerank, verdict
+from segadapt.platform.search.priorband import PROPOSAL, Proposal
 from segadapt.platform.settings.states import TrialState
 from segadapt.platform.storage.folders import Place
 
@@ -210,7 +211,9 @@ def test_a_report_shows_importance_and_the_verdict_over_seeds(told: Path) -> Non
     for number in range(6):
         distributions = {"optimizer.lr": FloatDistribution(0, 1)}
         params = {"optimizer.lr": number / 6}
-        study.add_trial(create_trial(value=number / 10, params=params, distributions=distributions))
+        attributes = {PROPOSAL: Proposal(0.5, 0.01, 0.49, 250.0, is_published=True, origin="prior").as_dict()}
+        trial = create_trial(value=number / 10, params=params, distributions=distributions, user_attrs=attributes)
+        study.add_trial(trial)
     board = api.runs(NAME, selection=True, place=Place(str(told / "runs")))
     first, second = (row.name for row in board.rows[:2])
     ranking = rerank({first: {1: 0.5, 2: 0.6}, second: {1: 0.4, 2: 0.41}})
@@ -221,6 +224,7 @@ def test_a_report_shows_importance_and_the_verdict_over_seeds(told: Path) -> Non
     assert all(f">{name}</text>" in page for name in ("fANOVA", "PED-ANOVA"))
     assert "Share of the differences between trials in target_val/miou" in page
     assert board.verdict in html.unescape(page)
+    assert "The published setting does not transfer to your data" in page
     assert f"search --resume {NAME} --rerank" not in page, "it is done"
 
 

@@ -11,7 +11,8 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from segadapt.platform.search.schedulers import SCHEDULERS, Horizon, PromotingRungs, StudyRungs, StudyScheduler, levels
+from segadapt.platform.search.horizon import Horizon, levels
+from segadapt.platform.search.schedulers import SCHEDULERS, PromotingRungs, StudyRungs, StudyScheduler
 from segadapt.platform.search.study import TRIAL_ID
 from segadapt.platform.settings.objective import Objective
 

@@ -52,6 +52,12 @@ def test_trials_that_the_new_search_could_have_run_count_with_values_and_rungs(t
     assert study.best_value == 0.6
 
 
+def test_what_did_not_fit_one_device_is_not_held_against_another(trials: list[Any]) -> None:
+    trials[2].set_constraint("memory", 1.0)
+    assert [trial.number for trial in inherit("old", search({}), search({}), trials[2:3]).trials] == []
+    assert len(inherit("old", search({}), search({}), trials).trials) == 2
+
+
 def test_trials_outside_a_changed_range_are_left_out_and_named(trials: list[Any]) -> None:
     narrower = search({}, {"method.temperature": FloatDistribution(0.1, 2.0, log=True)})
     found = inherit("old", search({}), narrower, trials)
