@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from segadapt.platform.deployment import evaluation as evaluating
 from segadapt.platform.deployment import registry
 from segadapt.platform.deployment.card import Card
+from segadapt.platform.deployment.deployed import AGGREGATION, Deployed, load_deployed
 from segadapt.platform.errors import UsageError
 from segadapt.platform.ray_internals.start import variables_set
 from segadapt.platform.results.leaderboard import find_run, open_client, run_tags
@@ -88,16 +89,16 @@ def load_network(origin: Origin, device: torch.device) -> tuple[DeployedNetwork,
     Raises:
         UsageError: If its checkpoint is missing or damaged.
     """
-    deployed = evaluating.load_deployed(origin.checkpoint, {}, device, origin.storage)
+    deployed = load_deployed(origin.checkpoint, {}, device, origin.storage)
     size, interpolation = deployed.config.augmentation.target_size, deployed.config.augmentation.interpolation
     return DeployedNetwork(deployed.network, size, interpolation).to(device), _card(deployed, origin)
 
 
-def _card(deployed: evaluating.Deployed, origin: Origin) -> Card:
+def _card(deployed: Deployed, origin: Origin) -> Card:
     """Return what is known of a run's network."""
     network, config = deployed.network, deployed.config
     metrics = read_metrics(origin.checkpoint)
-    aggregation = float(getattr(config.method, evaluating.AGGREGATION.removeprefix("method."), 0.0))
+    aggregation = float(getattr(config.method, AGGREGATION.removeprefix("method."), 0.0))
     size = config.augmentation.target_size
     pixels = _WHOLE_PIXELS
     if aggregation and size is None:
@@ -147,7 +148,7 @@ def from_run(
     Raises:
         UsageError: If the checkpoint is missing or damaged, or a setting is not as it must be.
     """
-    deployed = evaluating.load_deployed(origin.checkpoint, settings, device, origin.storage)
+    deployed = load_deployed(origin.checkpoint, settings, device, origin.storage)
     inference = evaluating.in_windows(deployed, inference)
     size, interpolation = deployed.config.augmentation.target_size, deployed.config.augmentation.interpolation
     network = DeployedNetwork(deployed.network, size, interpolation, inference).to(device)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from segadapt.platform.errors import UsageError
-from segadapt.platform.experiment.planning import check_labels, checked_config
+from segadapt.platform.experiment.planning import check_labels
 from segadapt.platform.experiment.record import RECORD, Candidate, Options, Outcome, Record
 from segadapt.platform.experiment.session import run
 from segadapt.platform.results.leaderboard import Row, leaderboard, open_client, pick_run, run_tags, runs_of
@@ -29,6 +29,7 @@ from segadapt.platform.storage.driving import driving
 from segadapt.platform.storage.folders import Place
 from segadapt.platform.tracking.metric_names import true_names
 from segadapt.platform.tracking.tags import CHECKPOINT_TAG, EXPERIMENT_TAG, KEY_TAG, SEED_TAG, STATE_TAG, TRIAL_ID_TAG
+from segadapt.platform.trial.checking import checked_config
 from segadapt.trainables import method_class
 from segadapt.trainables.core.networks import NetworkConfig
 from segadapt.trainables.self_training import SelfTraining
@@ -114,7 +115,7 @@ def plan_finish(request: FinishRequest, place: Place) -> tuple[Record, Row]:
         ) from error
     values = request.settings if request.rounds is None else {**request.settings, "method.rounds": request.rounds}
     settings = finish_settings(row.method, trained, anchored(values), keep_losses=request.keep_losses)
-    check_tuning(checked_config("self_training", settings, place), trained, request.seeds)
+    check_tuning(checked_config("self_training", settings, place.folders), trained, request.seeds)
     noted = checkpoint_name(place.folders, start)
     name = _finish_name(request, row, settings, noted)
     former_name = _finish_name(request, row, settings, row.checkpoint)  # an earlier version may have begun it

@@ -20,16 +20,10 @@ from segadapt.platform.experiment.naming import free_name, usual_name
 from segadapt.platform.experiment.record import Candidate, Record
 from segadapt.platform.search.samplers import check_sampler
 from segadapt.platform.search.schedulers import SCHEDULERS
-from segadapt.platform.settings.config import TrialConfig, Values, anchored, read_experiment, resolve
+from segadapt.platform.settings.config import Values, anchored, read_experiment, resolve
 from segadapt.platform.settings.objective import LABEL_FREE, TARGET, Objective
 from segadapt.platform.storage.folders import Place
-from segadapt.platform.storage.weights import with_stored_weights
-from segadapt.platform.trial.training import build_method
-from segadapt.trainables.core.data.batch import TargetImages
-from segadapt.trainables.core.data.transforms import Domain
-from segadapt.trainables.core.networks import NETWORKS, build_segmenter, least_side
-from segadapt.trainables.core.online.fitting import check_online
-from segadapt.trainables.core.validation import check
+from segadapt.platform.trial.checking import checked_config
 
 
 class SearchChoices(TypedDict, total=False):
@@ -186,7 +180,7 @@ def plan_training(request: TrainRequest, place: Place) -> Record:
     preset = search_spaces.DEFAULT_PRESET if request.preset is None else request.preset
     base = preset_settings(request.method, preset) if preset != search_spaces.DEFAULT_PRESET else {}
     settings = with_packed_sizes(anchored({**base, **_settings(request)}))
-    config = checked_config(request.method, settings, place)
+    config = checked_config(request.method, settings, place.folders)
     record = Record(
         kind="train",
         name=free_name(place, request.name, usual_name("train", [request.method], config.data.name)),
@@ -289,11 +283,12 @@ def _new_search(request: SearchRequest, place: Place) -> Record:
     objective = Objective.parse(base.objective if request.objective is None else request.objective)
     scheduler = "none" if objective.is_front else base.scheduler
     configs = {
-        method: checked_config(method, {**each.fixed, **each.first}, place) for method, each in candidates.items()
+        method: checked_config(method, {**each.fixed, **each.first}, place.folders)
+        for method, each in candidates.items()
     }
     for method, each in candidates.items():
         if "online.enabled" in each.space:  # only some trials have what must fit then
-            checked_config(method, {**each.fixed, **each.first, "online.enabled": True}, place)
+            checked_config(method, {**each.fixed, **each.first, "online.enabled": True}, place.folders)
     usual = usual_name("search", candidates, next(iter(configs.values())).data.name)
     earlier_searches = dict.fromkeys([*([request.fork] if request.fork is not None else []), *request.warm_start])
     seeds = _DEFAULT_SEEDS if request.seeds is None else request.seeds
@@ -360,67 +355,6 @@ def search_only(record: Record, option: str) -> Record:
     if record.kind != "search":
         raise UsageError(f"{option} must name a search, but {record.name!r} is a {record.kind}.")
     return record
-
-
-def checked_config(method: str, values: Values, place: Place) -> TrialConfig:
-    """Return the configuration, having looked at everything that can be wrong before a process is started.
-
-    Args:
-        method: Name of the method.
-        values: Settings by dotted key.
-        place: Where pretrained weights may be kept.
-
-    Raises:
-        UsageError: If something is wrong.
-    """
-    from segadapt.trainables.core.data.datasets import load_data
-
-    config = resolve(method, values)
-    try:
-        images: dict[Domain, TargetImages] = {}
-        if config.data.name != "streets":  # generated, nothing can be missing
-            data, _ = load_data(config.data)
-            images = {"source": data.source, "target": data.target}
-        network = with_stored_weights(config.network, place.folders)
-        if config.online.enabled:
-            data, _ = load_data(config.data)
-            built = build_method(replace(config, network=network), len(data.classes))
-            if built.online is not None:
-                check_online(built.online, data, config.augmentation)
-            _check_sizes(config, least_side(built.segmenter), images)
-        elif network.weights is not None or network.name not in NETWORKS:
-            _check_sizes(config, least_side(build_segmenter(num_classes=2, **vars(network))), images)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return config
-
-
-def _check_sizes(config: TrialConfig, least: int, images: Mapping[Domain, TargetImages]) -> None:
-    """Make sure that the network is shown no image that is smaller than its patches.
-
-    Args:
-        config: Configuration of the trial.
-        least: Least height and width of an image that the network takes.
-        images: Training images by domain, the first of which is looked at; none if they are generated.
-
-    Raises:
-        ValueError: If it is.
-    """
-    augmentation, streets = config.augmentation, config.data.streets
-    sizes = {f"augmentation.{name}": getattr(augmentation, name) for name in ("crop", "source_size", "target_size")}
-    sizes["trainer.eval_window"] = config.trainer.eval_window
-    if not images:
-        sizes["data.streets.height, data.streets.width"] = (streets.height, streets.width)
-    for domain, images_of_domain in images.items() if least > 1 else ():
-        if augmentation.crop is None and augmentation.size(domain) is None:
-            sizes[f"the first {domain} image"] = tuple(images_of_domain.image(0).shape[-2:])
-    for name, size in sizes.items():
-        check(
-            size is None or min(size) >= least,
-            f"{name} must have sides of at least {least} pixels, a patch of {config.network.name}",
-            list(size or ()),
-            "Show larger images, or choose a network of smaller patches.",
-        )
 
 
 def check_labels(record: Record) -> None:

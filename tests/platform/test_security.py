@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import segadapt as api
 from segadapt.platform.cli.main import app
 from segadapt.platform.cluster.connection import connect
-from segadapt.platform.deployment.evaluation import load_deployed
+from segadapt.platform.deployment.deployed import load_deployed
 from segadapt.platform.doctor.ray_state import ray_trials
 from segadapt.platform.errors import UsageError, redacted
 from segadapt.platform.experiment.finishing import FinishRequest, plan_finish

@@ -176,7 +176,7 @@ def test_a_finish_starts_from_the_teacher_where_it_is_deployed(keep: bool, tmp_p
 
 
 def test_the_deployed_teacher_is_what_is_loaded_for_use(tmp_path: Path) -> None:
-    from segadapt.platform.deployment.evaluation import load_deployed
+    from segadapt.platform.deployment.deployed import load_deployed
     from segadapt.platform.storage.checkpoints import write_configuration
 
     config = toy_config("plca", **SMALL, online__deploys="teacher")
@@ -326,11 +326,14 @@ def test_settings_that_cannot_be_are_refused(method: str, settings: dict[str, An
         ({"augmentation.source_size": [32, 48]}, r"source images have 32 x 48 pixels and target images 64 x 128"),
     ],
 )
-def test_what_does_not_fit_is_refused_when_it_is_planned(settings: dict[str, Any], message: str) -> None:
-    from segadapt.platform.experiment.planning import checked_config
+def test_what_does_not_fit_is_refused_when_it_is_planned(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    from segadapt.platform.storage.folders import Storage
+    from segadapt.platform.trial.checking import checked_config
 
     with pytest.raises(UsageError, match=message):
-        checked_config("online_self_training", settings)
+        checked_config("online_self_training", settings, Storage(tmp_path))
 
 
 def test_features_of_things_stay_near_the_pretrained_ones(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from toy import Reports, keeping_losses, toy_config, toy_trainer
 
-from segadapt.platform.deployment.evaluation import load_deployed
+from segadapt.platform.deployment.deployed import load_deployed
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.finishing import finish_settings
 from segadapt.platform.settings.config import TrialConfig, flatten, resolve

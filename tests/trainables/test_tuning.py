@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from toy import keeping_losses, toy_config, toy_trainer
 
-from segadapt.platform.deployment.evaluation import load_deployed
+from segadapt.platform.deployment.deployed import load_deployed
 from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.finishing import check_tuning, finish_settings
 from segadapt.platform.settings.config import flatten, resolve

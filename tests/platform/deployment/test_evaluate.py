@@ -18,11 +18,11 @@ from torch import nn
 import segadapt as api
 from segadapt.platform.cli.main import main
 from segadapt.platform.deployment import evaluation as evaluating
+from segadapt.platform.deployment.deployed import AGGREGATION, _untrained, load_deployed
 from segadapt.platform.deployment.evaluation import (
     Deployed,
     Submission,
     evaluate_target,
-    load_deployed,
     protocol_of,
     target_images,
 )
@@ -196,7 +196,7 @@ def write_checkpoint(folder: Path, method: str, **values: Any) -> Path:
 
 def test_aggregation_is_switched_on_for_networks_that_offer_it(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "plca", "plca")
-    plain, aggregating = (load_deployed(checkpoint, settings, CPU) for settings in ({}, {evaluating.AGGREGATION: 0.5}))
+    plain, aggregating = (load_deployed(checkpoint, settings, CPU) for settings in ({}, {AGGREGATION: 0.5}))
     images = plain.network.normalise(torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8))
     with torch.no_grad():
         features = [deployed.network(images).features for deployed in (plain, aggregating)]
@@ -204,7 +204,7 @@ def test_aggregation_is_switched_on_for_networks_that_offer_it(tmp_path: Path) -
     assert evaluating.aggregation_text(plain.config) == "no aggregation"
     assert evaluating.aggregation_text(aggregating.config) == "aggregation 0.5"
     with pytest.raises(UsageError, match=r"must lie in \[0, 1\]"):
-        load_deployed(checkpoint, {evaluating.AGGREGATION: 1.5}, CPU)
+        load_deployed(checkpoint, {AGGREGATION: 1.5}, CPU)
 
 
 def test_a_network_keeps_the_kind_of_norm_it_was_trained_with(tmp_path: Path) -> None:
@@ -340,4 +340,4 @@ def test_predictions_of_other_classes_have_no_label_id(tmp_path: Path) -> None:
 
 def test_the_configuration_of_the_network_is_otherwise_kept() -> None:
     network = NetworkConfig(name="compact", align_corners=False)
-    assert evaluating._untrained(network, ["backbone.stem.0.weight"]) == dataclasses.replace(network, freeze_norm=False)
+    assert _untrained(network, ["backbone.stem.0.weight"]) == dataclasses.replace(network, freeze_norm=False)

@@ -31,7 +31,8 @@ import segadapt as api
 from segadapt.platform.cli.main import main
 from segadapt.platform.deployment import export, registry
 from segadapt.platform.deployment.card import Card
-from segadapt.platform.deployment.evaluation import evaluate_target, load_deployed, target_images
+from segadapt.platform.deployment.deployed import load_deployed
+from segadapt.platform.deployment.evaluation import evaluate_target, target_images
 from segadapt.platform.deployment.export import CARD, ONNX, PT2, ExportError, ExportResult, open_exported, write
 from segadapt.platform.deployment.prediction import Labeller, predict, spans
 from segadapt.platform.errors import UsageError
