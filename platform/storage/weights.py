@@ -184,6 +184,9 @@ def store_weights(storage: Storage, network: str, weights: str, licence: str | N
         weights: As `network.weights`: `pretrained`, a name that torchvision gives, or a file.
         licence: Under which they are; None: as timm or the hub says.
 
+    Returns:
+        What the storage has now.
+
     Raises:
         UsageError: If there is no such network, they cannot be had or do not fit it, it has others in this storage, or
             the disk is full.
@@ -192,7 +195,7 @@ def store_weights(storage: Storage, network: str, weights: str, licence: str | N
         raise UsageError(f"--licence must name a licence, such as apache-2.0, but got {licence!r}. Or leave it out.")
     present = find_weights(storage, network) if weights == PRETRAINED else None
     if present is not None:
-        return _recorded(storage, present if licence is None else dataclasses.replace(present, licence=licence))
+        return _recorded(storage, dataclasses.replace(present, licence=licence or present.licence), licence)
     if is_file(weights):
         weights = str(user_path("WEIGHTS", weights).absolute())
     try:
@@ -209,15 +212,16 @@ def store_weights(storage: Storage, network: str, weights: str, licence: str | N
         with whole.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         stored = StoredWeights(_with_tag(network), source, licence or stated, digest, whole.stat().st_size, time.time())
-        return _recorded(storage, stored, whole)
+        return _recorded(storage, stored, licence, whole)
 
 
-def _recorded(storage: Storage, stored: StoredWeights, whole: Path | None = None) -> StoredWeights:
+def _recorded(storage: Storage, stored: StoredWeights, licence: str | None, whole: Path | None = None) -> StoredWeights:
     """Put a file in its place and write its record, unless the network has other weights by now.
 
     Args:
         storage: The storage folder.
         stored: What is recorded.
+        licence: Given by the user; None leaves the record of weights that are there already as it is.
         whole: The file, which is moved; None if it is in its place.
     """
     record = _record_path(storage, stored.network)
@@ -231,6 +235,8 @@ def _recorded(storage: Storage, stored: StoredWeights, whole: Path | None = None
                 f"{present.source} ({present.sha256[:12]}). Use another --storage, or, once no experiment needs them, "
                 f"remove {record}."
             )
+        if present is not None and licence is None:
+            return present
         if whole is not None:
             whole.replace(stored.path(storage))
         write_whole(record, json.dumps(dataclasses.asdict(stored), indent=1))

@@ -129,6 +129,7 @@ def test_a_network_has_one_set_of_weights_and_a_licence_that_may_be_told_later(p
     first = api.weights_fetch(VIT, saved(tmp_path), place=place)
     assert first.licence == "unknown"
     assert api.weights_fetch(VIT, licence="mit", place=place).licence == "mit"
+    assert api.weights_fetch(VIT, saved(tmp_path), place=place).licence == "mit", "once told, it stays"
     assert [stored.licence for stored in api.weights_list(place=place)] == ["mit"]
     with pytest.raises(api.UsageError, match=r"must have one set of weights .* but timm:test_vit\.r160_in1k has those"):
         api.weights_fetch(TAGGED, saved(tmp_path, seed=1), place=place)
