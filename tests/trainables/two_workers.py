@@ -16,7 +16,13 @@ from toy import keeping_losses, toy_config, toy_trainer
 from segadapt.trainables import method_class
 from segadapt.trainables.core.method import SOURCE_ONLY
 
-LORA: dict[str, Any] = {"network__name": "timm:test_vit", "network__tune": "lora", "network__lora_rank": 4}
+LORA: dict[str, Any] = {
+    "network__name": "timm:test_vit",
+    "network__tune": "lora",
+    "network__lora_rank": 4,
+    "optimizer__name": "sgd",  # AdamW makes as much of a gradient of rounding errors as of any other
+    "optimizer__lr": 0.1,
+}
 ONLINE: dict[str, Any] = {
     "online__enabled": True,
     "online__mask": "token",
