@@ -38,7 +38,7 @@ def ranks_of(choices: Tensor) -> Tensor:
 
 def released_step(method: OnlineSelfTraining, batch: DomainBatch) -> dict[str, Tensor]:
     method.train()
-    return pass_step(method, method, iter([batch]), 0, 1, contextlib.nullcontext)
+    return pass_step(method, method, iter([batch]), 0, 1, precision=contextlib.nullcontext, scale=lambda loss: loss)
 
 
 class Convolutions(nn.Sequential):
