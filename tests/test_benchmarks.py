@@ -25,6 +25,7 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "input": ("--width=64", "--height=32", "--images=2", "--repeats=1"),
     "kernels": ("--grid", "4", "4", "--channels=32"),
     "memory": ("--methods", "sdca", "--sizes", "32x64", "--steps=2"),
+    "predicted": ("--methods", "plca", "--network", "compact", "--scale=0.1"),
     "overhead": (*SMALL, "--trials=1", "--steps=2"),
     "plca_loss": ("--images=1", *MAPS),
     "recovery": ("--turns=1", "--faults", "worker"),
