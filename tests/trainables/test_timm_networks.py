@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from simulated_device import SimulatedDevice
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from toy import toy_config, toy_trainer
@@ -27,6 +28,7 @@ from segadapt.trainables.core.networks import (
     recompute_blocks,
 )
 from segadapt.trainables.core.networks.heads import DecoderHead
+from segadapt.trainables.core.networks.resampling import Interpolation, resampled
 
 CLASSES = 5
 KINDS = {
@@ -74,6 +76,32 @@ def test_logits_and_features_lie_on_one_grid_and_every_parameter_learns(model: s
     assert torch.equal(segmenter.eval().classify(segmenter.features(shown)), segmenter(shown).logits)
     segmenter.upsample(output.logits, (97, 131)).square().sum().backward()
     assert [name for name, parameter in segmenter.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(9, 14), (3, 20), (7, 7)])
+def test_resizing_by_products_is_that_of_interpolation(mode: Interpolation, size: tuple[int, int]) -> None:
+    maps = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    expected = F.interpolate(maps, size=size, mode=mode, antialias=True)
+    torch.testing.assert_close(resampled(maps, size, mode), expected, rtol=0, atol=1e-5)
+
+
+def test_interpolated_positions_have_a_gradient_that_repeats_on_a_gpu() -> None:
+    segmenter = build("test_vit").train()
+    expected = segmenter(images()).logits
+    torch.use_deterministic_algorithms(True)
+    device = SimulatedDevice()
+    shown = images()
+    device.put(segmenter, shown)
+    try:
+        with device:
+            found = segmenter(shown).logits
+            torch.autograd.backward(found.square().sum())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not device.unrepeatable, device.unrepeatable
+    assert not device.waits, device.waits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_convnext", "pvt_v2_b0", "test_efficientnet"])

@@ -2,16 +2,13 @@
 
 # B images of H x W pixels, shown to the network at h x w, C classes.
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segadapt.trainables.core.evaluation.inference import ONCE, Inference, mean_probabilities, views
 from segadapt.trainables.core.networks import Segmenter, TimmBackbone, merged
-
-Interpolation = Literal["bilinear", "bicubic"]
+from segadapt.trainables.core.networks.resampling import Interpolation, resampling
 
 SMALLEST_SIDE = 32
 """Least height and width of an image."""
@@ -57,27 +54,10 @@ def resized_antialiased(images: Tensor, size: tuple[int, int], interpolation: In
     those it leaves out the rounding to whole numbers, which would let two runtimes differ by a level.
     """
     height, width = (
-        _resampling(before, after, interpolation, images.device)
+        resampling(before, after, interpolation, images.device)
         for before, after in zip(images.shape[-2:], size, strict=True)
     )
     return (height @ (images.float() @ width.T).clamp(0, 255)).clamp(0, 255)
-
-
-def _resampling(before: int, after: int, interpolation: Interpolation, device: torch.device) -> Tensor:
-    """Return the weight of each of the pixels `before` in each of the pixels `after`, (after, before)."""
-    scale = torch.full((1,), before / after, device=device)  # `max` on a number asks whether images shrink
-    centres = (torch.arange(after, device=device) + 0.5) * scale
-    distance = torch.arange(before, device=device) + 0.5 - centres[:, None]
-    weights = _kernel((distance / scale.clamp(min=1)).abs(), interpolation)
-    return weights / weights.sum(1, keepdim=True)
-
-
-def _kernel(x: Tensor, interpolation: Interpolation) -> Tensor:
-    """Return the weight at the distance `x`: a triangle, or the cubic of PIL (a = -0.5)."""
-    if interpolation == "bilinear":
-        return (1 - x).clamp(min=0)
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
 
 class _FlooringPool(nn.Module):

@@ -6,6 +6,7 @@ resolutions, the names of its stem and blocks, its normalisation.
 B images of H x W pixels, D channels, h x w cells of a map.
 """
 
+import contextlib
 import difflib
 import logging
 import re
@@ -24,6 +25,7 @@ from segadapt.trainables.core.networks.heads import HEADS, DecoderHead, exportab
 from segadapt.trainables.core.networks.hub import source_options
 from segadapt.trainables.core.networks.layers import Encoding, SummedDilatedHead
 from segadapt.trainables.core.networks.naming import timm_names
+from segadapt.trainables.core.networks.resampling import RepeatableResizing
 from segadapt.trainables.core.networks.segmenter import Normalisation, Segmenter
 from segadapt.trainables.core.networks.tuning import leave_frozen_out
 from segadapt.trainables.core.networks.weights import some
@@ -97,13 +99,16 @@ class TimmBackbone(Encoding):
         Raises:
             ValueError: If the image is smaller than a patch.
         """
-        maps = self.encoder.forward_intermediates(
-            self._fitted(images),
-            indices=list(self.levels),
-            norm=self._normed,
-            output_fmt="NCHW",
-            intermediates_only=True,
-        )
+        repeats = images.is_cuda and torch.are_deterministic_algorithms_enabled()
+        resizing: contextlib.AbstractContextManager[Any] = RepeatableResizing() if repeats else contextlib.nullcontext()
+        with resizing:  # of positions
+            maps = self.encoder.forward_intermediates(
+                self._fitted(images),
+                indices=list(self.levels),
+                norm=self._normed,
+                output_fmt="NCHW",
+                intermediates_only=True,
+            )
         maps = tuple(exportable(part) for part in maps)
         return maps[0] if len(maps) == 1 else maps
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch
+from segadapt.trainables.core.data.batch import IGNORE_INDEX, DomainBatch, to_device
 from segadapt.trainables.core.data.sampling import generator
 from segadapt.trainables.core.data.transforms import Size
 from segadapt.trainables.core.losses.feature_distance import feature_distance
@@ -230,8 +230,7 @@ class OnlineTerms(nn.Module):
     def drawn(self, name: str, batch: DomainBatch, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         """Return what is drawn for each image, on the batch's device, which nothing waits for."""
         draws = torch.stack([draw(generator(*batch.key, name, number)) for number in batch.numbers])
-        device = batch.source_images.device
-        return draws.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else draws
+        return to_device(draws, batch.source_images.device)
 
     def _probabilities(self, images: Tensor, precision: Precision) -> Tensor:
         for norm in self._norms:
