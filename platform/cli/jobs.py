@@ -115,7 +115,8 @@ def hand_over(address: str | None) -> None:
     from segadapt.platform.errors import redacted
 
     job = submit(without_option(sys.argv[1:], "--address"), address=address)
-    print(f"{job} runs on {redacted(address)}; Ctrl-C leaves it running, `segadapt stop {job}` ends it", flush=True)
+    print(f"{job} runs on {redacted(address)}; Ctrl-C leaves it running", flush=True)
+    show_next(after_submit(job, address))
     follow(job, address)
 
 

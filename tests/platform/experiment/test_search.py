@@ -508,8 +508,11 @@ _TIMES = ("time/", "best/time/", "cost/", "system/")
 def test_ray_train_and_the_trials_own_process_give_the_same_numbers(tmp_path: Path) -> None:
     numbers, noted = {}, {}
     for launcher in ("inprocess", "train"):
-        done = command(tmp_path, "train", "source_only", "--name", launcher, "--launcher", launcher, *TINY_WORDS)
+        words = ("--name", launcher, "--launcher", launcher, "--quiet")
+        done = command(tmp_path, "train", "source_only", *words, *TINY_WORDS)
         assert done.returncode == 0, done.stderr
+        assert f"{launcher}: target_val/miou" in done.stdout
+        assert not re.search("trials done|took|Next", done.stdout), "nothing but what came out was asked for"
         run = tracked(tmp_path, launcher)["source_only"]
         assert run.info.status == "FINISHED"
         assert gallery_steps(tmp_path, run) == steps_of(tmp_path, run)
