@@ -102,7 +102,7 @@ class Proposal:
         return dict(vars(self))
 
 
-class PriorBandSampler(BaseSampler):  # type: ignore[misc]
+class PriorBandSampler(BaseSampler):
     """Draw a proposal uniformly, around the start of the search, or around its best trial.
 
     The first two have half of the proposals each. When a trial has run to full length and the steps of one successive
@@ -292,6 +292,7 @@ def _to_unit(distribution: BaseDistribution, value: float) -> float:
 
 def _from_unit(distribution: BaseDistribution, part: float) -> Any:
     """Return the value at a part of its range, from 0 to 1."""
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
     low, high, is_log = _ends(distribution)
     value = low + part * (high - low)
     value = math.exp(value) if is_log else value
