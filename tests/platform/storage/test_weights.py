@@ -28,7 +28,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save
 
 import segadapt as api
-from segadapt.platform.deployment.export import CARD
+from segadapt.platform.deployment.export import CARD, Origin, load_network
 from segadapt.platform.doctor.findings import Examination
 from segadapt.platform.doctor.storage import storage_findings
 from segadapt.platform.experiment.estimate import weights_notes
@@ -37,11 +37,15 @@ from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.storage.stage_keys import stage_keys
 from segadapt.platform.storage.weights import (
     FETCHED,
+    WeightsOrigin,
     licence_note,
     weights_hash,
     weights_origin,
     with_stored_weights,
 )
+from segadapt.platform.tracking.descriptions import origin_of_tags, weights_tags
+from segadapt.platform.trial.spec import TrialSpec
+from segadapt.platform.trial.training import train
 from segadapt.trainables.core.networks import NetworkConfig, TimmBackbone, build_segmenter
 from segadapt.trainables.core.networks.hub import full_name, model_card
 
@@ -98,6 +102,37 @@ def test_pretrained_is_what_the_storage_has_wherever_it_lies(place: Place, tmp_p
     random = NetworkConfig(name=VIT)
     assert with_stored_weights(random, moved) == random
     assert weights_hash(random, moved) is None
+
+
+def test_a_trials_process_starts_from_them_and_what_it_deploys_names_them(place: Place, tmp_path: Path) -> None:
+    published = timm.create_model("test_resnet")
+    for buffer in published.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_()
+    torch.save(published.state_dict(), tmp_path / "resnet.pth")
+    stored = api.weights_fetch("timm:test_resnet", str(tmp_path / "resnet.pth"), licence="cc-by-nc-4.0", place=place)
+    settings = {"network.name": "timm:test_resnet", "network.weights": "pretrained", "trainer.steps": 1}
+    config = resolve("source_only", {**TINY, **settings})
+    checkpoint = tmp_path / "checkpoint"
+
+    def deliver(_reported: Any, write: Callable[[Path], None] | None) -> None:
+        assert write is not None
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        checkpoint.mkdir()
+        write(checkpoint)
+
+    train(TrialSpec(place.folders, "test", {"source_only": config}).trial("trial", {}), deliver, None)
+    origin = origin_of_tags(weights_tags(weights_origin(config.network, place.folders)))
+    assert origin == WeightsOrigin(stored.source, "cc-by-nc-4.0", stored.sha256)
+    deployed, card = load_network(Origin(checkpoint, weights=origin), torch.device("cpu"))
+    means = {name: tensor for name, tensor in published.state_dict().items() if name.endswith("running_mean")}
+    frozen = {name.rpartition("encoder.")[2]: tensor for name, tensor in deployed.state_dict().items()}
+    assert len(means.keys() & frozen.keys()) > 5
+    for name in means.keys() & frozen.keys():
+        assert torch.equal(frozen[name], means[name]), "frozen batch norm keeps what it started from"
+    assert (card.weights, card.weights_licence, card.weights_sha256) == (stored.source, "cc-by-nc-4.0", stored.sha256)
+    alone = load_network(Origin(checkpoint), torch.device("cpu"))[1]
+    assert (alone.weights, alone.weights_licence) == ("timm:test_resnet pretrained", "unknown")
 
 
 def test_the_papers_networks_start_from_stored_weights_too(place: Place, tmp_path: Path) -> None:
