@@ -6,7 +6,7 @@ labels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ class DomainBatch:
             for name, value in vars(self).items()
             if isinstance(value, Tensor) and name != "target_indices"  # numbers that seed random draws
         }
-        moved = {name: to_device(value, device) for name, value in tensors.items()}
+        moved: dict[str, Any] = {name: to_device(value, device) for name, value in tensors.items()}
         labels = {name: value.long() for name, value in moved.items() if name.endswith("labels")}
         return replace(self, **moved | labels)
 

@@ -160,7 +160,8 @@ def choose_kernels(device: torch.device, deterministic: bool) -> None:
     It holds for the whole process, which trains one trial after another.
     """
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it is for finding faults, and takes time
+    # Filling new memory is for finding faults, and takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
     if device.type == "cuda":  # cuBLAS reads it when it starts, for which there is but one time in a process
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -370,7 +370,8 @@ class Trainer:
     def _on_device(self, batch: DomainBatch) -> DomainBatch:
         moved = batch.to(self.device)
         images = {name: getattr(moved, name) for name in ("source_images", "target_images")}
-        return replace(moved, **{name: self._normalised(value) for name, value in images.items() if value is not None})
+        shown: dict[str, Any] = {n: self._normalised(value) for n, value in images.items() if value is not None}
+        return replace(moved, **shown)
 
     def stage_data(self, stage: Stage) -> StageData:
         """Return what the method may look at before a stage."""
