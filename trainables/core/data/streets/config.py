@@ -45,16 +45,16 @@ PARTS = ("geometry", "rendering", "content", "weather")
 class StreetsConfig:
     """Edition, size, amount, seed and difficulty of the generated benchmark."""
 
-    edition: Literal[1, 2] = 2
-    """2: eleven classes, a shift that no colour map removes. 1: streets_v1, eight classes, mostly a shift of colour."""
+    edition: Literal[1, 2] = 1
+    """1: streets_v1, eight classes, mostly a shift of colour. 2: streets_v2, eleven, a shift no colour map removes."""
     height: int | None = None
-    """Image height in pixels; a multiple of 8, at least 32. Null: 128, in edition 1 64."""
+    """Image height in pixels; a multiple of 8, at least 32. Null: 64, in edition 2 128."""
     width: int | None = None
-    """Image width in pixels; a multiple of 8, at least 32. Null: 256, in edition 1 128."""
+    """Image width in pixels; a multiple of 8, at least 32. Null: 128, in edition 2 256."""
     train_images: int = 160
     """Training images per domain."""
     val_images: int | None = None
-    """Validation images per domain. Null: 400, in edition 1 60."""
+    """Validation images per domain. Null: 60, in edition 2 400."""
     seed: int = 0
     """Seed of all scenes; not negative."""
     shift: float = 1.0
