@@ -36,7 +36,7 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "search_efficiency": ("--seeds=1", "--trials=2"),
     "search_efficiency_streets": (*WORLD, "--seeds", "0", "--steps=2", "--eval-every=1", "--random-trials=1"),
     "search_overhead": ("--trials=12", "--reports=2", "--samplers", "random", "--repeats=1"),
-    "shift": (*SMALL, "--seeds", "1000", "--processes=1"),
+    "shift": (*SMALL, "data.streets.edition=2", "--seeds", "1000", "--processes=1"),
     "stage_cache": (*TINY, "--methods", "sdca", "--trials=1"),
     "startup": ("--turns=1", "--trials=3"),
     "step": ("--setting=streets", "--methods", "sdca", "--steps=1", "--rounds=1", "--batch-size=1"),

@@ -91,7 +91,7 @@ class Plan:
 
     Example:
         >>> import segadapt
-        >>> few = {"data.streets.edition": 1, "data.streets.val_images": 6, "warmup.steps": 4, "trainer.steps": 8}
+        >>> few = {"data.streets.train_images": 16, "data.streets.val_images": 6, "warmup.steps": 4, "trainer.steps": 8}
         >>> planned = segadapt.plan("sdca", few, trials=40)
         >>> estimate = planned.estimate()
         measuring 4 steps of each stage of sdca ...
@@ -239,7 +239,7 @@ def search(
 
     Example:
         >>> import segadapt
-        >>> few = {"data.streets.edition": 1, "data.streets.val_images": 6, "warmup.steps": 4, "trainer.steps": 8}
+        >>> few = {"data.streets.train_images": 16, "data.streets.val_images": 6, "warmup.steps": 4, "trainer.steps": 8}
         >>> result = segadapt.search("sdca", few, trials=1, name="demo")
         shared stages source_only, statistics: 0/1 trials done, 4 steps each
         ...
@@ -326,7 +326,7 @@ def train(
 
     Example:
         >>> import segadapt
-        >>> few = {"data.streets.edition": 1, "data.streets.val_images": 6, "warmup.steps": 4, "trainer.steps": 8}
+        >>> few = {"data.streets.train_images": 16, "data.streets.val_images": 6, "warmup.steps": 4, "trainer.steps": 8}
         >>> single = segadapt.train("source_only", few, name="alone")
         train alone (source_only): 0/1 trials done, ...
         >>> single.failed, single.best.method

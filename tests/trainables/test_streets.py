@@ -154,7 +154,8 @@ def test_thin_classes_are_rare_in_both_domains() -> None:
 
 def test_the_default_sizes_are_those_of_the_edition() -> None:
     assert (StreetsConfig(edition=2).size, StreetsConfig(edition=2).count("val")) == ((128, 256), 400)
-    first = StreetsConfig(edition=1)
+    first = StreetsConfig()
+    assert (first.edition, first.height, first.width, first.val_images) == (1, 64, 128, 60)
     assert (first.size, first.count("train"), first.count("val")) == ((64, 128), 160, 60)
 
 

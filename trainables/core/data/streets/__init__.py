@@ -1,13 +1,13 @@
-"""Streets: the embedded benchmark, a procedural generator of driving scenes in two looks.
+"""Streets: the embedded benchmark, a procedural generator of driving scenes in two looks, in two editions.
 
-The source is a flat-shaded render of a straight street in clear weather. The target differs in four parts, each with
-a strength: geometry (camera and street plan), content (class balance, variants that the source never shows), rendering
-(textures, shadows, wet roads, blur, noise, JPEG) and weather (fog, low sun, dusk). No map of colours removes this.
-The first edition, streets_v1, has eight classes and a shift that is mostly one of colour.
+Streets_v1, the default, has eight classes and a shift that is mostly one of colour; it lies in `v1`. The rest is
+streets_v2, the second edition. Its source is a flat-shaded render of a straight street in clear weather. Its target
+differs in four parts, each with a strength: geometry (camera and street plan), content (class balance, variants that
+the source never shows), rendering (textures, shadows, wet roads, blur, noise, JPEG) and weather (fog, low sun, dusk).
 
-An image depends on the seed, its domain, split and index, the size, the edition and the strengths, and on nothing else.
-It is the same on every processor: what draws it uses sums, products, roots, comparisons and look-ups alone, none of the
-functions that processors round differently.
+An image depends on the seed, its domain, split and index, the size, the edition and the strengths, and on nothing
+else. One of streets_v2 is the same on every processor: what draws it uses sums, products, roots, comparisons and
+look-ups alone, none of the functions that processors round differently.
 
 Lengths in the scene are metres; x points right from the camera's axis and z along the street. H x W is the image.
 """

@@ -37,6 +37,9 @@ CLASSES = ClassList(
 
 ROAD, SIDEWALK, BUILDING, POLE, LIGHT, SIGN, VEGETATION, SKY, PERSON, CAR, BICYCLE = range(len(CLASSES))
 
+_SIZES = {"height": {1: 64, 2: 128}, "width": {1: 128, 2: 256}, "val_images": {1: 60, 2: 400}}
+"""What is filled in for each edition where nothing is given."""
+
 PARTS = ("geometry", "rendering", "content", "weather")
 """The parts of the second edition's shift, each a setting."""
 
@@ -45,16 +48,16 @@ PARTS = ("geometry", "rendering", "content", "weather")
 class StreetsConfig:
     """Edition, size, amount, seed and difficulty of the generated benchmark."""
 
-    edition: Literal[1, 2] = 2
-    """2: eleven classes, a shift that no colour map removes. 1: streets_v1, eight classes, mostly a shift of colour."""
+    edition: Literal[1, 2] = 1
+    """1: streets_v1, eight classes, mostly a shift of colour. 2: streets_v2, eleven, a shift no colour map removes."""
     height: int | None = None
-    """Image height in pixels; a multiple of 8, at least 32. Null: 128, in edition 1 64."""
+    """Image height in pixels; a multiple of 8, at least 32. Null: 64, in edition 2 128."""
     width: int | None = None
-    """Image width in pixels; a multiple of 8, at least 32. Null: 256, in edition 1 128."""
+    """Image width in pixels; a multiple of 8, at least 32. Null: 128, in edition 2 256."""
     train_images: int = 160
     """Training images per domain."""
     val_images: int | None = None
-    """Validation images per domain. Null: 400, in edition 1 60."""
+    """Validation images per domain. Null: 60, in edition 2 400."""
     seed: int = 0
     """Seed of all scenes; not negative."""
     shift: float = 1.0
@@ -69,6 +72,9 @@ class StreetsConfig:
     """Strength of fog, low sun, dusk and clouds, times `shift`. Edition 2 alone."""
 
     def __post_init__(self) -> None:
+        for name, of_editions in _SIZES.items():
+            if getattr(self, name) is None:  # what was chosen is what configurations show and records keep
+                object.__setattr__(self, name, of_editions[self.edition])
         problems = [
             f"{name} must be a multiple of 8 and at least 32, but got {size}; use {max(32, round(size / 8) * 8)}"
             for name, size in (("height", self.height), ("width", self.width))
@@ -97,14 +103,15 @@ class StreetsConfig:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
-        height, width = (128, 256) if self.edition == 2 else (64, 128)
-        return self.height or height, self.width or width
+        assert self.height is not None
+        assert self.width is not None
+        return self.height, self.width
 
     def count(self, split: str) -> int:
         """Return how many images `train` or `val` has in each domain."""
-        if split == "train":
-            return self.train_images
-        return self.val_images or (400 if self.edition == 2 else 60)
+        count = self.train_images if split == "train" else self.val_images
+        assert count is not None
+        return count
 
     def strength(self, part: str) -> float:
         """Return the target's strength of a part of the shift."""
