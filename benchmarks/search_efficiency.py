@@ -323,7 +323,8 @@ def follow(surrogate: Surrogate, parts: Parts, target: float, *, seed: int, work
             matched = {"steps": simulation.steps, "trials": len(simulation.trials)}
         if matched["steps"] is not None and len(incumbents) == len(budgets):
             break
-    return {**matched, "incumbents": incumbents + [incumbent] * (len(budgets) - len(incumbents))}
+    incumbents += [incumbent] * (len(budgets) - len(incumbents))
+    return {**matched, "incumbents": [round(value, 4) for value in incumbents]}
 
 
 def measure(surrogate: Surrogate, makers: Mapping[str, Any], seeds: int, workers: int, trials: int) -> dict[str, Any]:
@@ -467,7 +468,7 @@ def main() -> None:
             "preset": options.preset,
         }
         record = {"setting": setting, "environment": machine(), "compared": compared(found), **found}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        options.json.write_text(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
