@@ -18,7 +18,7 @@ _COLORS = ("#3b7dd8", "#d9822b", "#2f9e63", "#b84fb0", "#c0392b", "#7f8c3a", "#5
 _FAINT = "#808591"
 """Colour of text, axes and all that is compared with."""
 
-_STYLE = {
+_STYLE: Mapping[Any, Any] = {
     "svg.fonttype": "none",  # letters stay text
     "text.color": _FAINT,
     "axes.labelcolor": _FAINT,
