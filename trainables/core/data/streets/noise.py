@@ -32,7 +32,7 @@ def noise_table(cells: int, octaves: int) -> Floats:
         cells = min(2 * cells, SIDE)
     table -= table.mean(dtype=np.float64).astype(np.float32)
     spread = np.sqrt((table * table).mean(dtype=np.float64)).astype(np.float32)
-    flat = (table / spread).ravel()
+    flat: Floats = (table / spread).ravel()
     flat.flags.writeable = False
     return flat
 
