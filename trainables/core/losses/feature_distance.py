@@ -30,7 +30,7 @@ def pure_labels(labels: Tensor, size: tuple[int, int], num_classes: int, *, puri
     side = labels.shape[-1] // size[1]
     part = labels[:, : side * size[0], : side * size[1]]
     shown = F.one_hot(torch.where(part == IGNORE_INDEX, num_classes, part), num_classes + 1)[..., :num_classes]
-    counts = shown.unflatten(1, (size[0], side)).unflatten(3, (size[1], side)).sum((2, 4))
+    counts = shown.reshape(len(labels), size[0], side, size[1], side, num_classes).sum((2, 4))
     most, winners = counts.max(-1)
     return torch.where(most >= purity * side * side, winners, IGNORE_INDEX)
 

@@ -41,8 +41,13 @@ def draw_change(generator: torch.Generator, *, jitter: float, hue: float, blur: 
         Tranheden et al., DACS, WACV 2021; lhoyer/MIC@2f932a9, mmseg/models/utils/dacs_transforms.py.
     """
     brightness, contrast, saturation, turn, width = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-    factors = (1 + jitter * (2 * draw - 1) for draw in (brightness, contrast, saturation))
-    return Change(*factors, hue * (2 * turn - 1), LEAST_SIGMA + (blur - LEAST_SIGMA) * width)
+    return Change(
+        brightness=1 + jitter * (2 * brightness - 1),
+        contrast=1 + jitter * (2 * contrast - 1),
+        saturation=1 + jitter * (2 * saturation - 1),
+        hue=hue * (2 * turn - 1),
+        sigma=LEAST_SIGMA + (blur - LEAST_SIGMA) * width,
+    )
 
 
 def jittered(images: Tensor, changes: Sequence[Change | None]) -> Tensor:

@@ -363,9 +363,8 @@ class Trainer:
         torch.manual_seed(derived_seed(self.settings.seed, stage.name, step, distributed.rank()))
 
     def _normalised(self, images: Tensor) -> Tensor:
-        return self.method.segmenter.normalise(images.to(self.device, non_blocking=True)).contiguous(
-            memory_format=self.memory_format
-        )
+        images = images.to(self.device, non_blocking=True)
+        return self.method.segmenter.normalise(images).contiguous(memory_format=self.memory_format)
 
     def _on_device(self, batch: DomainBatch) -> DomainBatch:
         moved = batch.to(self.device)
