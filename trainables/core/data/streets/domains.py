@@ -14,6 +14,11 @@ Bytes = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 
+def floats(values: float | tuple[float, ...]) -> Floats:
+    """Return numbers as an array of float32: of no axis, or of one."""
+    return np.asarray(values, np.float32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
     """Camera and street plan; lengths in metres."""

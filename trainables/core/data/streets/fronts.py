@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from segadapt.trainables.core.data.streets.config import BUILDING, VEGETATION
-from segadapt.trainables.core.data.streets.domains import Floats, Mask
+from segadapt.trainables.core.data.streets.domains import Floats, Mask, floats
 from segadapt.trainables.core.data.streets.noise import noise_table, read_noise
 from segadapt.trainables.core.data.streets.palette import pick
 from segadapt.trainables.core.data.streets.scene import GLASS, LEAF, WALL, Conditions, Scene
@@ -45,7 +45,7 @@ class Fronts:
         away = np.abs(self.across[side] - across)
         # The light comes obliquely along the street: the house that shades lies half as far ahead as it is away.
         z_shading = np.clip((z + np.float32(0.5) * away) * 2, 0, 2 * STREET_END).astype(np.intp)
-        metres = np.arange(int(2 * STREET_END) + 1, dtype=np.float32) / 2
+        metres: Floats = np.arange(int(2 * STREET_END) + 1, dtype=np.float32) / np.float32(2)
         plots = self.plot_at(side, metres)
         heights = np.where(self.kinds[plots] == OPEN, np.float32(0), self.tops[plots])
         mask: Mask = heights[z_shading] < away * np.float32(conditions.sun_slope)
@@ -62,7 +62,7 @@ def draw_fronts(scene: Scene, across: tuple[float, float]) -> Fronts:
     kinds = np.where(chance < gaps, OPEN, np.where(chance < house, HEDGE, HOUSE))
     storeys = np.maximum(rng.poisson(content.storeys, 2 * _PLOTS), 1)
     hedges = rng.uniform(1.4, 3.6, 2 * _PLOTS)
-    styles = np.tile(np.float32((3.0, 3.0, 1.5, 1.6, 0.8, 0.0)), (2 * _PLOTS, 1))
+    styles = np.tile(floats((3.0, 3.0, 1.5, 1.6, 0.8, 0.0)), (2 * _PLOTS, 1))
     other = rng.random(2 * _PLOTS) < content.unseen
     drawn = np.stack(
         [
@@ -78,7 +78,7 @@ def draw_fronts(scene: Scene, across: tuple[float, float]) -> Fronts:
     drawn[:, 2] *= drawn[:, 1]
     styles[other] = drawn[other]
     tops = np.where(kinds == HOUSE, np.float32(0.6) + styles[:, 0] * (1 + storeys), hedges).astype(np.float32)
-    return Fronts(np.float32(across), ends, kinds.astype(np.float32), tops, styles)
+    return Fronts(floats(across), ends, kinds.astype(np.float32), tops, styles)
 
 
 def paint_street_end(scene: Scene) -> None:
@@ -88,10 +88,10 @@ def paint_street_end(scene: Scene) -> None:
     count = scene.width // 8 + 1
     built = np.repeat(rng.random(count) < 0.5, 8)[: scene.width]
     steps = np.repeat(rng.uniform(5, 11, count), 8)[: scene.width]
-    wood = 6 + 1.2 * read_noise(noise_table(16, 4), scene.columns[0] * 2, np.float32(rng.uniform(0, 256)))
+    wood = 6 + 1.2 * read_noise(noise_table(16, 4), scene.columns[0] * 2, floats(rng.uniform(0, 256)))
     top = ground - np.float32(scale) * np.where(built, steps, wood).astype(np.float32)[None, :]
     mask = (scene.rows < ground) & (scene.rows > top)
-    place = (np.float32(STREET_END), scene.columns / np.float32(scale), scene.rows / np.float32(scale))
+    place = (floats(STREET_END), scene.columns / floats(scale), scene.rows / floats(scale))
     scene.surface(mask & ~built, pick(rng, "leaf"), VEGETATION, LEAF, place)
     scene.surface(mask & built, pick(rng, "wall"), BUILDING, WALL, place)
 
@@ -143,7 +143,7 @@ def _paint_end_walls(scene: Scene, fronts: Fronts) -> None:
         house = fronts.kinds[index] == HOUSE
         colour = pick(scene.rng, "wall" if house else "leaf", scene.domain.content.unseen) * np.float32(0.85)
         place = (
-            np.float32(z),
+            floats(z),
             (scene.columns - np.float32(column)) / np.float32(scale) + 512,
             (np.float32(ground) - scene.rows) / np.float32(scale),
         )
@@ -159,9 +159,7 @@ def _paint_side(scene: Scene, fronts: Fronts, side: int, z: Floats) -> None:
     kinds, top = fronts.kinds[shown], fronts.tops[shown]
     lit_side = (side == 0) == (scene.conditions.sun_side > 0)
     light = np.float32(1.0 if lit_side else 0.84)
-    hedge_top = top + np.float32(0.35) * read_noise(noise_table(32, 3), z * 12, np.float32(side * 40)) * (
-        kinds == HEDGE
-    )
+    hedge_top = top + floats(0.35) * read_noise(noise_table(32, 3), z * 12, floats(side * 40)) * (kinds == HEDGE)
     visible = (z < STREET_END) & (level > 0) & (level < hedge_top) & (kinds != OPEN)
     walls = (
         np.stack(
@@ -192,7 +190,7 @@ def _paint_facade(scene: Scene, styles: Floats, houses: Mask, z: Floats, level: 
     storey = above % storey_height
     upstairs = (above > storey_height) & (level < top - 0.5)
     ground_floor = above < storey_height
-    shops = ground_floor & (read_noise(noise_table(16, 1), z * 1.2, np.float32(rng.uniform(0, 200))) > 0)
+    shops = ground_floor & (read_noise(noise_table(16, 1), z * 1.2, floats(rng.uniform(0, 200))) > 0)
     scene.tint(houses & shops, pick(rng, "shop", content.unseen))
     windows = pane & (storey > sill) & (storey < sill + window_height) & (upstairs | ground_floor & (level > 0.6))
     glass = pick(rng, "glass")

@@ -3,7 +3,7 @@
 import numpy as np
 
 from segadapt.trainables.core.data.streets.config import ROAD, SIDEWALK
-from segadapt.trainables.core.data.streets.domains import Floats, Mask
+from segadapt.trainables.core.data.streets.domains import Floats, Mask, floats
 from segadapt.trainables.core.data.streets.fronts import Fronts
 from segadapt.trainables.core.data.streets.noise import noise_table, read_noise
 from segadapt.trainables.core.data.streets.palette import pick
@@ -17,7 +17,7 @@ def paint_sky(scene: Scene) -> None:
     grey = np.float32(min(1.0, scene.domain.weather.clouds * rng.random()))
     top = top + grey * (np.float32(0.92) * bottom - top)
     if scene.conditions.dusk:
-        top, bottom = top * np.float32((0.3, 0.33, 0.45)), bottom * np.float32((0.62, 0.5, 0.5))
+        top, bottom = top * floats((0.3, 0.33, 0.45)), bottom * floats((0.62, 0.5, 0.5))
     part = np.clip(scene.rows / np.float32(max(camera.horizon, 1)), 0, 1)
     scene.colours[:] = top[:, None, None] + part * (bottom - top)[:, None, None]
     clouds = np.float32(scene.domain.weather.clouds * rng.uniform(0, 0.4))

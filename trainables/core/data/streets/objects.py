@@ -7,7 +7,7 @@ import numpy as np
 
 from segadapt.trainables.core.data.streets import sprites
 from segadapt.trainables.core.data.streets.config import POLE, VEGETATION
-from segadapt.trainables.core.data.streets.domains import Floats
+from segadapt.trainables.core.data.streets.domains import Floats, floats
 from segadapt.trainables.core.data.streets.noise import noise_table, read_noise
 from segadapt.trainables.core.data.streets.palette import pick
 from segadapt.trainables.core.data.streets.scene import BODY, LEAF, Lamp, Scene
@@ -141,7 +141,7 @@ def paint_pole(scene: Scene, across: float, z: float) -> None:
 
 def _glow(scene: Scene, column: float, row: float, radius: float) -> None:
     if scene.conditions.dusk:
-        scene.lamps.append(Lamp(column, row, max(radius, 2 * scene.pixel), np.float32((1.0, 0.86, 0.6))))
+        scene.lamps.append(Lamp(column, row, max(radius, 2 * scene.pixel), floats((1.0, 0.86, 0.6))))
 
 
 def paint_light(scene: Scene, across: float, z: float) -> None:
@@ -244,7 +244,7 @@ def _paint_car(scene: Scene, across: float, z: float, *, front: bool, lamps: boo
         scene.paste(shown, (column - half, column + half, ground - tall, ground), flank if step else colours, z)
     if lamps and scene.conditions.dusk:
         column, ground, scale = near
-        colour = np.float32((1.0, 0.95, 0.82)) if front else np.float32((1.0, 0.15, 0.1))
+        colour = floats((1.0, 0.95, 0.82)) if front else floats((1.0, 0.15, 0.1))
         for side in (-1, 1):
             place = column + side * 0.36 * sprite.width * scale
             scene.lamps.append(Lamp(place, ground - 0.7 * scale, max(0.28 * scale, scene.pixel), colour, floods=front))

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from segadapt.trainables.core.data.streets.config import SKY
-from segadapt.trainables.core.data.streets.domains import Bytes, Floats
+from segadapt.trainables.core.data.streets.domains import Bytes, Floats, floats
 from segadapt.trainables.core.data.streets.noise import noise_table, read_noise
 from segadapt.trainables.core.data.streets.scene import FAR, Scene
 
@@ -28,7 +28,7 @@ def photograph(scene: Scene) -> Bytes:
     _wet(scene)
     picture = scene.colours
     if scene.conditions.dusk:
-        picture = picture * np.float32((0.5, 0.5, 0.6))[:, None, None]
+        picture = picture * floats((0.5, 0.5, 0.6))[:, None, None]
         picture = _flood(scene, picture)
     picture = _fog(scene, picture)
     picture = _glare(scene, picture)
@@ -77,7 +77,8 @@ def _flood(scene: Scene, picture: Floats) -> Floats:
     down = (scene.rows - camera.horizon) / scene.height
     aside = (scene.columns - scene.width / 2) / (scene.width * (0.2 + np.clip(down, 0, 1)))
     cone = np.clip(down * 5, 0, 1) / (1 + aside * aside * aside * aside) / (1 + (scene.distance / 22) ** 2)
-    picture = picture * (1 + cone * np.float32((1.0, 0.95, 0.8))[:, None, None])
+    beam = 1 + cone * floats((1.0, 0.95, 0.8))[:, None, None]
+    picture = picture * beam.astype(np.float32, copy=False)
     for lamp in scene.lamps:
         reach = 6 * lamp.radius + 6 * scene.pixel
         rows, columns = scene.window(lamp.column - reach, lamp.column + reach, lamp.row - reach, lamp.row + reach)
@@ -106,9 +107,10 @@ def _glare(scene: Scene, picture: Floats) -> Floats:
     x = scene.width * (0.5 + scene.conditions.sun_side * rng.uniform(0.1, 0.45))
     y = scene.camera.horizon - scene.height * rng.uniform(0.05, 0.25)
     square = ((scene.columns - x) ** 2 + (scene.rows - y) ** 2) / (scene.height * scene.height)
-    halo = np.float32(rng.uniform(0.5, 0.9)) / (1 + 14 * square) - np.float32(0.04)
-    warm = np.float32((1.0, 0.9, 0.7))[:, None, None]
-    return picture * np.float32(0.88) + np.clip(halo, 0, None) * (warm - np.float32(0.45) * picture)
+    halo = (np.float32(rng.uniform(0.5, 0.9)) / (1 + 14 * square) - np.float32(0.04)).astype(np.float32, copy=False)
+    warm = floats((1.0, 0.9, 0.7))[:, None, None]
+    dazzled: Floats = picture * np.float32(0.88) + np.clip(halo, 0, None) * (warm - np.float32(0.45) * picture)
+    return dazzled
 
 
 def _blurred(scene: Scene, picture: Floats) -> Floats:
@@ -125,7 +127,8 @@ def _blurred(scene: Scene, picture: Floats) -> Floats:
     moved /= np.float32(reach + 1)
     # Things beside the camera pass faster than what lies ahead.
     aside = np.clip(np.abs(scene.columns - scene.camera.centre) / (0.35 * scene.width), 0, 1)
-    return picture + aside * (moved - picture)
+    blurred: Floats = picture + aside * (moved - picture)
+    return blurred
 
 
 def _gaussian(picture: Floats, sigma: float) -> Floats:
