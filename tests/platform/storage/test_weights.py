@@ -412,7 +412,7 @@ def test_a_licence_travels_from_the_storage_to_runs_report_exported_file_and_reg
     assert {run.data.tags["segadapt.kind"] for run in tagged} == {"trial", "stage"}
     assert {run.data.tags["segadapt.weights_sha256"] for run in tagged} == {stored.sha256}
 
-    page = api.report("licensed", place=place).read_text()
+    page = api.report("licensed", str(tmp_path / "page.html"), place=place).read_text()
     assert f"Networks began from the weights of {stored.source}, licence cc-by-nc-4.0" in page
 
     done = segadapt("export", "best", "--search", "licensed", "--out", "exported")
