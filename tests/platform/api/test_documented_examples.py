@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import segadapt
-from segadapt.platform.api import data, methods, models, operation, results, training
+from segadapt.platform.api import data, methods, models, operation, results, training, weights
 from segadapt.platform.settings import resources
 from segadapt.platform.storage import folders
 
-IN_ORDER = (segadapt, folders, resources, methods, data, training, results, models, operation)
+IN_ORDER = (segadapt, folders, resources, methods, data, training, results, models, operation, weights)
 """Modules with examples: those of a later one use what those before have made, such as the search `demo`."""
 
 SKIPPED = {"ui": "serves until it is interrupted"}
