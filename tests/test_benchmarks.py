@@ -27,6 +27,7 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "memory": ("--methods", "sdca", "--sizes", "32x64", "--steps=2", "--networks", "timm:test_resnet"),
     "networks": ("--networks", "timm:test_vit", "--sizes", "32x32", "--batch-size=1", "--repeats=1"),
     "predicted": ("--methods", "plca", "--network", "compact", "--scale=0.1"),
+    "online": ("--size=32x64", "--batch-size=1", "--steps=1", "--rounds=1"),
     "overhead": (*SMALL, "--trials=1", "--steps=2"),
     "plca_loss": ("--images=1", *MAPS),
     "recovery": ("--turns=1", "--faults", "worker"),

@@ -120,6 +120,9 @@ def show_leaderboard(board: "Leaderboard") -> None:
     if board.methods:
         compared = ", ".join(f"{method} {value:.3f}" for method, value in board.methods.items())
         screen.print(f"best of each method after {board.equal_steps} steps: {compared}", soft_wrap=True)
+    if board.additions:
+        shown = ", ".join(map(str, board.additions))
+        screen.print(f"what losses add to {board.ground}: {shown}", soft_wrap=True)
     if not as_columns:
         for line in _best_of_each_method(trials, board.kind):
             screen.print(line, markup=False, soft_wrap=True)

@@ -106,7 +106,7 @@ def estimate(record: Record, options: Options) -> Estimate:
     trial_s = mean(cost.trial_s for cost in methods.values())
     stopped_s = mean(cost.early_stopped_s for cost in methods.values())
     longest_s = max(cost.trial_s for cost in methods.values())
-    again = record.rerank * record.seeds
+    again = record.repetitions
     warm_ups_s = record.seeds * mean(_warm_ups(configs, probes))
     again_s = math.ceil(again / concurrent) * trial_s + warm_ups_s
     busy_s = shared_s + warm_ups_s + (record.trials + again) * trial_s
@@ -158,7 +158,7 @@ def _method_costs(record: Record, storage: Storage, probes: Mapping[str, Probe])
 
 def _storage_bytes(record: Record, concurrent: int, methods: Mapping[str, MethodCost]) -> int:
     """Return what the search leaves on the disk, the copy of the best checkpoint in MLflow included."""
-    trials_of_each = (record.trials + record.rerank * record.seeds) / len(methods)
+    trials_of_each = (record.trials + record.repetitions) / len(methods)
     removed = _removed(record, concurrent) * mean(cost.checkpoints_bytes for cost in methods.values())
     return round(
         sum(cost.shared_bytes + trials_of_each * cost.trial_bytes for cost in methods.values())
@@ -216,7 +216,7 @@ def _removed(record: Record, concurrent: int) -> int:
     ):
         return 0
     held = max(record.keep_top, record.rerank) + concurrent
-    return max(0, record.trials - held) + max(0, record.rerank * record.seeds - held)
+    return max(0, record.trials - held) + max(0, record.repetitions - held)
 
 
 def _warm_ups(configs: Mapping[str, TrialConfig], probes: Mapping[str, Probe]) -> list[float]:

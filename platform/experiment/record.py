@@ -20,7 +20,8 @@ from segadapt.platform.storage.files import write_whole
 from segadapt.platform.storage.folders import Place, Storage
 from segadapt.platform.storage.retention import locked
 from segadapt.platform.storage.stage_keys import own_steps
-from segadapt.platform.tracking.tags import FORKED_FROM_TAG, TRIALS_TAG, WARM_START_TAG
+from segadapt.platform.tracking.tags import FORKED_FROM_TAG, GROUND_TAG, TRIALS_TAG, WARM_START_TAG
+from segadapt.trainables import method_class
 
 RECORD = "record.json"
 
@@ -138,9 +139,25 @@ class Record:
         """The configuration of each method's first trial."""
         return {name: override(self.shared_configs[name], each.first) for name, each in self.candidates.items()}
 
+    @property
+    def ground(self) -> str | None:
+        """The method to whose training all others add their losses: online self-training, where each has its terms."""
+        alone = next((name for name in self.candidates if method_class(name).always_online), None)
+        if alone is None or len(self.candidates) == 1:
+            return None
+        varied = any("online.enabled" in candidate.space for candidate in self.candidates.values())
+        return alone if not varied and all(config.online.enabled for config in self.shared_configs.values()) else None
+
+    @property
+    def repetitions(self) -> int:
+        """How many trials `rerank` asks for at most."""
+        return (self.rerank + (self.ground is not None)) * self.seeds if self.rerank else 0
+
     def lineage(self) -> dict[str, str]:
         """Return tags that say what a search builds on."""
         tags = {TRIALS_TAG: str(self.trials)}
+        if (ground := self.ground) is not None:
+            tags[GROUND_TAG] = ground
         if self.forked_from is not None:
             tags[FORKED_FROM_TAG] = self.forked_from
         if self.warm_start:

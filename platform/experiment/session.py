@@ -357,6 +357,13 @@ class _Session:
         order = sorted(zip(scores, reached, strict=True), key=lambda entry: (-entry[0], entry[1].name))
         return {result: reached[result] for _, result in order}
 
+    def _to_train_again(self, ordered: "list[TrialResult]") -> "list[TrialResult]":
+        """Return the best configurations, and the best one of the method that all others add their losses to."""
+        chosen, ground = ordered[: self.record.rerank], self.record.ground
+        if ground is None or any(self.spec.method(result.values) == ground for result in chosen):
+            return chosen
+        return chosen + [result for result in ordered if self.spec.method(result.values) == ground][:1]
+
     def _rerank(self, results: "list[TrialResult]") -> tuple[list[Reranked], bool]:
         """Train the best configurations again, on seeds the search has not used; returns also whether some did not end.
 
@@ -366,7 +373,7 @@ class _Session:
         from segadapt.platform.experiment.tuning import ListPlan, run_experiment
 
         record = self.record
-        chosen = list(self._ordered(results))[: record.rerank]
+        chosen = self._to_train_again(list(self._ordered(results)))
         runs = [(result, seed) for result in chosen for seed in record.fresh_seeds()]
         methods = dict.fromkeys(self.spec.method(result.values) for result in chosen)
         if not self._shared_stages.ensure(record.fresh_seeds(), methods):

@@ -7,6 +7,7 @@ from typing import Any
 
 from segadapt.platform.errors import UsageError
 from segadapt.platform.results.label_free import Choice, compare
+from segadapt.platform.results.methods import Addition, additions
 from segadapt.platform.results.seeds import Reranked, rerank, verdict
 from segadapt.platform.search.study_storage import database_file, file_fault, open_study_storage
 from segadapt.platform.settings.objective import GOALS, LABEL_FREE, TARGET, Objective
@@ -19,6 +20,7 @@ from segadapt.platform.tracking.tags import (
     BEST_STEP_TAG,
     CHECKPOINT_TAG,
     FAILURE_TAG,
+    GROUND_TAG,
     KEY_TAG,
     KIND_TAG,
     METHOD_TAG,
@@ -77,6 +79,10 @@ class Leaderboard:
     """The best configurations over several seeds, if they were trained again."""
     verdict: str | None = None
     """Whether the first of them is better beyond the noise of seeds."""
+    ground: str | None = None
+    """Method to whose training all others of a joint search add their losses."""
+    additions: Sequence[Addition] = ()
+    """What the losses of each of them add."""
     unknown: str | None = None
     """What could not be measured, in a sentence; None if the target has validation labels."""
     kind: str = "search"
@@ -285,6 +291,8 @@ def leaderboard(search_name: str, place: Place, *, selection: bool = False) -> L
     }
     steps = reached.pop("steps", None)
     ranking = rerank(values_by_seed(runs, objective))
+    ground = parent.tags.get(GROUND_TAG) if parent else None
+    method_of = {row.name: row.method for row in rows if row.kind == "trial"}
     return Leaderboard(
         search=search_name,
         objective=str(objective),
@@ -295,6 +303,8 @@ def leaderboard(search_name: str, place: Place, *, selection: bool = False) -> L
         equal_steps=int(steps) if steps is not None else None,
         reranked=ranking,
         verdict=verdict(ranking) if ranking else None,
+        ground=ground,
+        additions=additions(ground, reached, ranking, method_of) if ground is not None else (),
         unknown=_unknown(runs),
         kind=str(parent.tags[KIND_TAG]) if parent else "search",
     )

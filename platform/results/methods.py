@@ -1,12 +1,14 @@
 """Methods of one search, compared at equal budget: what each had reached when all had spent the same training steps."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from segadapt.platform.results.seeds import Reranked, paired_difference
 from segadapt.platform.search.study import PRIOR, values_by_step
 from segadapt.platform.settings.config import METHOD
 from segadapt.platform.settings.objective import Objective
+from segadapt.platform.settings.text import number_text
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,52 @@ def compare_methods(trials: Sequence[Any], objective: Objective) -> list[MethodR
         for method, history in histories.items()
     ]
     return sorted(results, key=lambda result: (-result.best_at_budget, result.method))
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What the losses of a method add to a training that all methods of a search share."""
+
+    method: str
+    at_budget: float | None
+    """Its best minus that of the shared training alone, when both had spent the same steps; None if one is unknown."""
+    trial: str | None = None
+    """Name of the trial whose configuration was trained again; None if none of the method was."""
+    mean: float | None = None
+    """Mean difference over the seeds on which both were trained."""
+    half_width: float | None = None
+    """Half the width of the 95 % confidence interval of that difference, paired by seed (Student's t)."""
+
+    def __str__(self) -> str:
+        """Return the method, and what its losses add."""
+        if self.mean is not None:
+            return f"{self.method} {self.mean:+.3f} ± {number_text(self.half_width)}"
+        return f"{self.method} {'-' if self.at_budget is None else f'{self.at_budget:+.3f} (one seed)'}"
+
+
+def additions(
+    ground: str, at_budget: Mapping[str, float], reranked: Sequence[Reranked], method_of: Mapping[str, str]
+) -> list[Addition]:
+    """Return what the losses of each other method add, by its best configuration; the largest first.
+
+    Args:
+        ground: The method that is the shared training alone.
+        at_budget: Best of each method when all had spent the same steps.
+        reranked: Configurations that were trained again, best first.
+        method_of: Method of each trial by its name.
+    """
+    repeated: dict[str, Reranked] = {}
+    for configuration in reranked:
+        repeated.setdefault(method_of.get(configuration.name, ""), configuration)
+    alone, results = repeated.get(ground), []
+    for method in sorted(set(method_of.values()) - {ground}):
+        known = method in at_budget and ground in at_budget
+        result = Addition(method, at_budget[method] - at_budget[ground] if known else None)
+        if alone is not None and (again := repeated.get(method)) is not None:
+            mean, half_width = paired_difference(again.values, alone.values)
+            result = replace(result, trial=again.name, mean=mean, half_width=half_width)
+        results.append(result)
+    return sorted(results, key=lambda result: -(result.mean or result.at_budget or 0.0))
 
 
 def _best_within(history: Sequence[dict[int, float]], budget: int) -> float:

@@ -144,10 +144,11 @@ def advice(
             )
         )
     if not board.reranked:
+        count = len(names) if board.ground is not None else 3  # so that every method is among them
         suggestions.append(
             (
                 "Every trial ran on one seed: the best of many is in part the luckiest.",
-                command_line("search", "--resume", name, "--rerank", 3, "--seeds", 3, place=place),
+                command_line("search", "--resume", name, "--rerank", count, "--seeds", 3, place=place),
             )
         )
     if best.checkpoint is not None:

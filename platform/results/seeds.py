@@ -63,6 +63,12 @@ def rerank(runs: Mapping[str, Mapping[int, float]]) -> list[Reranked]:
     return ranking
 
 
+def paired_difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean of `values - others`, of the same seeds, and half the width of its 95 % confidence interval."""
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    return _mean(differences), _half_width(differences)
+
+
 def verdict(ranking: Sequence[Reranked]) -> str:
     """Return in a sentence whether the first is better than the others beyond the noise of seeds."""
     first, *others = ranking

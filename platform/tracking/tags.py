@@ -33,6 +33,7 @@ ROUND_TAGS = "segadapt.round."  # a round's number follows
 TRIALS_TAG = "segadapt.trials"  # as many as are asked for; the param of this name keeps what the search began with
 FORKED_FROM_TAG = "segadapt.forked_from"
 WARM_START_TAG = "segadapt.warm_start"
+GROUND_TAG = "segadapt.ground"  # method whose training all others of a joint search add their losses to
 DATA_NOTES_TAG = "segadapt.data_notes"  # what was decided about the data; `segadapt.data` is a trial's fingerprint
 BEST_TRIAL_TAG = "segadapt.best_trial"  # its id in Ray
 BEST_NAME_TAG = "segadapt.best_name"

@@ -3,10 +3,13 @@
 from typing import Any
 
 import optuna
+import pytest
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
+from scipy import stats
 
-from segadapt.platform.results.methods import compare_methods
+from segadapt.platform.results.methods import additions, compare_methods
+from segadapt.platform.results.seeds import rerank
 from segadapt.platform.search.study import PRIOR
 from segadapt.platform.settings.objective import Objective
 
@@ -41,3 +44,29 @@ def test_methods_are_compared_at_the_steps_that_all_have_spent() -> None:
 def test_one_method_has_nobody_to_be_compared_with() -> None:
     study = optuna.create_study()
     assert compare_methods(study.trials, Objective()) == []
+
+
+def test_what_losses_add_is_paired_by_seed_where_both_were_trained_again() -> None:
+    methods = {
+        "o-1": "online_self_training",
+        "o-2": "online_self_training",
+        "s-1": "sdca",
+        "b-1": "bicl",
+        "p-1": "plca",
+    }
+    ranking = rerank(
+        {
+            "s-1": {1: 0.50, 2: 0.60, 3: 0.70},
+            "o-2": {1: 0.48, 2: 0.59, 3: 0.67},
+            "o-1": {1: 0.10, 2: 0.10, 3: 0.10},
+            "b-1": {1: 0.40, 2: 0.60, 3: 0.66},
+        }
+    )
+    at_budget = {"online_self_training": 0.6, "sdca": 0.65, "plca": 0.61}
+    sdca, plca, bicl = additions("online_self_training", at_budget, ranking, methods)
+    assert (sdca.method, sdca.trial) == ("sdca", "s-1")
+    assert (sdca.mean, sdca.at_budget) == (pytest.approx(0.02), pytest.approx(0.05))
+    assert sdca.half_width == pytest.approx(stats.t.interval(0.95, 2, scale=stats.sem([0.02, 0.01, 0.03]))[1])
+    assert str(sdca) == "sdca +0.020 ± 0.025", "beside the best of the shared training alone, not its first"
+    assert (plca.trial, plca.mean, str(plca)) == (None, None, "plca +0.010 (one seed)")
+    assert (bicl.at_budget, bicl.mean) == (None, pytest.approx(-0.08 / 3))
