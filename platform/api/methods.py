@@ -9,6 +9,8 @@ from segadapt.platform.errors import UsageError
 from segadapt.platform.experiment.candidates import space_of
 from segadapt.platform.search.ranges import show_range
 from segadapt.platform.settings.config import Key, anchored, keys, resolve
+from segadapt.platform.storage.folders import HERE, Place
+from segadapt.platform.storage.weights import weights_origin
 from segadapt.trainables import METHODS
 
 _RANDOM = (None, "none")
@@ -66,6 +68,10 @@ class NetworkSize:
     parameters: int
     trained: int
     """Parameters that training moves; the others are frozen (`network.tune`)."""
+    weights: str | None = None
+    """Where the weights come from that it starts from; None at random ones."""
+    licence: str | None = None
+    """Under which licence those are."""
 
     @property
     def trained_share(self) -> float:
@@ -73,12 +79,13 @@ class NetworkSize:
         return self.trained / self.parameters
 
 
-def network_size(method: str, settings: Mapping[str, Any]) -> NetworkSize:
+def network_size(method: str, settings: Mapping[str, Any], *, place: Place = HERE) -> NetworkSize:
     """Count the parameters of the network that trials with these settings train; its weights are not read.
 
     Args:
         method: Name of the method, as `list_methods` returns it.
         settings: By dotted key, such as `network.tune`; as `segadapt.train` takes them.
+        place: Where pretrained weights may be kept.
 
     Raises:
         UsageError: If a setting is wrong, the network cannot be built, or the data are missing.
@@ -105,6 +112,7 @@ def network_size(method: str, settings: Mapping[str, Any]) -> NetworkSize:
             segmenter = build_segmenter(num_classes=classes, **vars(start))
     except ValueError as error:
         raise UsageError(str(error)) from error
+    origin = weights_origin(config.network, place.folders)
     trained = {name: part for name, part in segmenter.named_parameters() if part.requires_grad}
     if config.network.freeze_norm or (config.network.freeze_norm is None and config.network.weights not in _RANDOM):
         for prefix, module in segmenter.backbone.named_modules(prefix="backbone"):
@@ -114,4 +122,6 @@ def network_size(method: str, settings: Mapping[str, Any]) -> NetworkSize:
         config.network.name,
         sum(part.numel() for part in (all_parameters | trained).values()),  # with what tuning adds
         sum(part.numel() for part in trained.values()),
+        weights=None if origin is None else origin.source,
+        licence=None if origin is None else origin.licence,
     )

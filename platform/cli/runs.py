@@ -52,6 +52,8 @@ def describe(
         size = methods.network_size(method, assignments(settings))
         share = f"{100 * size.trained_share:.3g} %"
         print(f"{size.name}: {size.parameters:,} parameters, of which {size.trained:,} are trained ({share})")
+        if size.weights is not None:
+            print(f"It starts from the weights of {size.weights}, licence {size.licence}.")
     show_next(after_describe(method))
 
 

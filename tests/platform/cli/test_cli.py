@@ -215,6 +215,9 @@ def test_list_and_describe_tell_what_there_is(segadapt: Call) -> None:
 def test_describe_tells_the_size_of_a_network_and_the_share_that_is_trained(segadapt: Call) -> None:
     shown = segadapt("describe", "sdca", "network.name=timm:test_vit", "network.tune=lora").stdout
     assert "timm:test_vit: 405,056 parameters, of which 98,816 are trained (24.4 %)" in shown
+    assert "weights" not in shown.splitlines()[-1], "it starts at random"
+    pretrained = segadapt("describe", "sdca", "network.name=timm:test_vit", "network.weights=pretrained").stdout
+    assert "It starts from the weights of timm/test_vit.r160_in1k, licence apache-2.0." in pretrained
     refused = segadapt("describe", "sdca", "network.name=timm:test_vit", "network.tune=lora", "network.lora_rank=0")
     assert "network.lora_rank must be at least 1, but got 0" in refused.stderr
 
