@@ -306,6 +306,14 @@ def test_backbone_file_leaves_the_head_fresh_and_says_so(tmp_path: Path) -> None
     torch.testing.assert_close(fresh.backbone.state_dict(), original.backbone.state_dict(), rtol=0, atol=0)
 
 
+def test_weights_of_another_network_are_refused_though_a_few_tensors_fit() -> None:
+    compact, other = build_segmenter("compact", CLASSES), build_segmenter("deeplabv3_resnet50", CLASSES)
+    names = [name for name in compact.backbone.state_dict() if not name.endswith("num_batches_tracked")]
+    few = {name: compact.backbone.state_dict()[name] for name in names[: len(names) // 2]}
+    with pytest.raises(ValueError, match=rf"fill {len(few)} of its {len(names)} tensors"):
+        load_weights(compact, {**other.head.state_dict(prefix="other."), **few})
+
+
 def test_head_of_another_class_count_is_reported() -> None:
     original, fresh = build_segmenter("compact", 19), build_segmenter("compact", CLASSES)
     report = load_weights(fresh, original.state_dict())
@@ -495,7 +503,7 @@ def test_safetensors_without_their_package_say_what_to_do(tmp_path: Path, monkey
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, {"encoder.weight": torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"none fits. Missing: .* Unexpected: encoder.weight"):
+    with pytest.raises(ValueError, match=r"fill 0 of its \d+ tensors. Missing: .* Unexpected: encoder.weight"):
         build_segmenter("compact", CLASSES, weights=path)
 
 

@@ -44,7 +44,7 @@ def load_weights(segmenter: Segmenter, state: Mapping[str, Tensor]) -> WeightsRe
         What was copied and what was not.
 
     Raises:
-        ValueError: If nothing has a place, or a tensor of the backbone has another shape.
+        ValueError: If less than half of the backbone has a place, or a tensor of it has another shape.
     """
     places = {_canonical(name): (name, value) for name, value in segmenter.state_dict().items()}
     fitting: dict[str, Tensor] = {}
@@ -60,10 +60,12 @@ def load_weights(segmenter: Segmenter, state: Mapping[str, Tensor]) -> WeightsRe
             unexpected.append(key)
     missing = [name for name, _ in places.values() if name not in fitting and not name.endswith("num_batches_tracked")]
     report = WeightsReport(len(fitting), tuple(missing), tuple(unexpected))
-    if not fitting:
+    filled, empty = (sum(name.startswith("backbone.") for name in names) for names in (fitting, missing))
+    if not misfits and filled <= empty:
         raise ValueError(
-            f"The weights must share tensors with the network, but none fits. Missing: {some(report.missing)}. "
-            f"Unexpected: {some(report.unexpected)}. Check that both are of the same architecture."
+            f"The weights must be those of the network's backbone, but fill {filled} of its {filled + empty} tensors. "
+            f"Missing: {some(report.missing)}. Unexpected: {some(report.unexpected)}. "
+            "Choose the network.name they were trained with."
         )
     if misfits:
         raise ValueError(
