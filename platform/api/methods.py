@@ -23,7 +23,7 @@ def list_methods() -> list[tuple[str, str]]:
     Example:
         >>> import segadapt
         >>> [name for name, description in segadapt.list_methods()]
-        ['source_only', 'self_training', 'sdca', ...]
+        ['source_only', 'self_training', 'online_self_training', 'sdca', ...]
     """
     return [(method.name, (method.__doc__ or "").strip().splitlines()[0]) for method in METHODS]
 
@@ -87,6 +87,9 @@ def network_size(method: str, settings: Mapping[str, Any], *, place: Place = HER
         settings: By dotted key, such as `network.tune`; as `segadapt.train` takes them.
         place: Where pretrained weights may be kept.
 
+    Returns:
+        How large it is, how much of it is trained, and what it starts from.
+
     Raises:
         UsageError: If a setting is wrong, the network cannot be built, or the data are missing.
 
@@ -94,7 +97,7 @@ def network_size(method: str, settings: Mapping[str, Any], *, place: Place = HER
         >>> import segadapt
         >>> size = segadapt.network_size("sdca", {"network.name": "timm:test_vit", "network.tune": "lora"})
         >>> f"{size.trained_share:.0%} of {size.parameters}"
-        '25% of 405144'
+        '24% of 405056'
     """
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm

@@ -90,11 +90,26 @@ def test_every_next_line_works_when_pasted(lines: list[str]) -> None:
     assert ("ui", Watched.NAME) in commands
 
 
+def hear_ctrl_c() -> None:
+    """Let a process end at Ctrl-C, which a shell's background jobs, such as these tests may be, ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def begin(line: str, folder: Path) -> int:
     """Paste a command that takes long into a shell, press Ctrl-C once it has begun, and return its exit status."""
     programs = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
-    shell = Popen(line, shell=True, cwd=folder, env=environment, stdout=PIPE, stderr=STDOUT, text=True, process_group=0)
+    shell = Popen(
+        line,
+        shell=True,
+        cwd=folder,
+        env=environment,
+        stdout=PIPE,
+        stderr=STDOUT,
+        text=True,
+        process_group=0,
+        preexec_fn=hear_ctrl_c,
+    )
     assert shell.stdout is not None
     shown = ""
     for text in shell.stdout:
