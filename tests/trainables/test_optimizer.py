@@ -172,6 +172,7 @@ class _Parts(Method):
         self.segmenter.head = nn.Module()
         self.segmenter.head.register_parameter("head", head)
         self.warmup = toy_config("source_only").warmup
+        self.online = None
 
     def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
         return {"sum": torch.stack([parameter.sum() for parameter in self.parameters()]).sum()}
