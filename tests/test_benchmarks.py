@@ -39,7 +39,7 @@ SMALLEST: dict[str, tuple[str, ...]] = {
     "search_overhead": ("--trials=12", "--reports=2", "--samplers", "random", "--repeats=1"),
     "shift": (*SMALL, "data.streets.edition=2", "--seeds", "1000", "--processes=1"),
     "stage_cache": (*TINY, "--methods", "sdca", "--trials=1"),
-    "startup": ("--turns=1", "--trials=3"),
+    "startup": ("--turns=1", "--trials=3", "--parts", "command", "single"),
     "step": ("--setting=streets", "--methods", "sdca", "--steps=1", "--rounds=1", "--batch-size=1"),
     "streets": (*TINY, "--methods", "sdca", "--seeds", "0", "--processes=1"),
     "surrogate/collect": (*TINY, "--trials=1", "--processes=1"),
