@@ -176,8 +176,8 @@ def kernels_equal_the_reference(level: str, device: torch.device) -> Figures:
     losses = [association(*maps, labels, kernels=form) for form in ("triton", "triton", "reference")]
     ours, again, theirs = (torch.autograd.grad(loss, maps) for loss in losses)
     value = float((losses[0] - losses[2]).abs() / losses[2].abs())
-    distance = max(float((own - other).norm() / other.norm()) for own, other in zip(ours, theirs, strict=True))
-    assert all(torch.equal(own, other) for own, other in zip(ours, again, strict=True)), "results do not repeat"
+    distance = max(float((our - other).norm() / other.norm()) for our, other in zip(ours, theirs, strict=True))
+    assert all(torch.equal(our, other) for our, other in zip(ours, again, strict=True)), "results do not repeat"
     assert value <= 1e-5, f"values differ by {value:.1e}"
     assert distance <= 1e-3, f"gradients differ by {distance:.1e} of their norm"
     return {"difference of the value": value, "difference of the gradient": distance}

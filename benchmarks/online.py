@@ -138,7 +138,7 @@ def main() -> None:
         rows = results[network] = measure(network, batch, options.steps, options.rounds)
         typical = {form: statistics.median(row["step_s"]) for form, row in rows.items()}
         ours, literal = rows["ours"], rows["literal"]
-        ratios = [own / other for own, other in zip(ours["step_s"], literal["step_s"], strict=True)]
+        ratios = [ours_s / literal_s for ours_s, literal_s in zip(ours["step_s"], literal["step_s"], strict=True)]
         print(f"{network} {options.size}, by the literal step's: ", end="")
         print(f"time {typical['ours'] / typical['literal']:.2f} ({min(ratios):.2f} to {max(ratios):.2f}),", end=" ")
         print(f"memory {ours['peak_bytes'] / literal['peak_bytes']:.2f}; of our step's time", end=" ")

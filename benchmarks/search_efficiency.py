@@ -346,18 +346,18 @@ def measure(surrogate: Surrogate, makers: Mapping[str, Any], seeds: int, workers
     return {"target": target, "target_quartiles": quartiles, "full_steps": full, "arms": rows}
 
 
-def compared(found: dict[str, Any], reference: str = REFERENCE) -> dict[str, Any]:
+def compared(measured: dict[str, Any], reference: str = REFERENCE) -> dict[str, Any]:
     """Return how each arm differs from the reference on the same seeds: mean and 95 % interval, by bootstrap.
 
     Steps of a search that never matched count as those after which it was given up.
     """
-    arms_found, full = found["arms"], found["full_steps"]
-    if reference not in arms_found:
+    arms_measured, full = measured["arms"], measured["full_steps"]
+    if reference not in arms_measured:
         return {}
     limit = PATIENCE * RANDOM_TRIALS * full
 
     def figures(name: str) -> dict[str, Any]:
-        searches = arms_found[name]["seeds"]
+        searches = arms_measured[name]["seeds"]
         steps = np.array([limit if entry["steps"] is None else min(entry["steps"], limit) for entry in searches])
         values = np.array([entry["incumbents"] for entry in searches])
         named = {f"incumbent at {count * full}": values[:, i] for i, count in enumerate(BUDGETS)}
@@ -366,7 +366,7 @@ def compared(found: dict[str, Any], reference: str = REFERENCE) -> dict[str, Any
     base = figures(reference)
     return {
         name: {key: interval(values - base[key]) for key, values in figures(name).items()}
-        for name in arms_found
+        for name in arms_measured
         if name != reference
     }
 
@@ -457,8 +457,8 @@ def main() -> None:
                 check(surrogate, name, 0, 30)
         return
     makers = {name: make for name, make in arms(options.preset).items() if name in options.arms}
-    found = measure(surrogate, makers, options.seeds, options.workers, options.trials)
-    for name, differences in compared(found).items():
+    measured = measure(surrogate, makers, options.seeds, options.workers, options.trials)
+    for name, differences in compared(measured).items():
         print(f"{name} less {REFERENCE}: {differences}")
     if options.json:
         setting = {
@@ -467,7 +467,7 @@ def main() -> None:
             "trials": options.trials,
             "preset": options.preset,
         }
-        record = {"setting": setting, "environment": machine(), "compared": compared(found), **found}
+        record = {"setting": setting, "environment": machine(), "compared": compared(measured), **measured}
         options.json.write_text(json.dumps(record) + "\n")
 
 

@@ -1,5 +1,6 @@
 """Methods of one search, compared at equal budget: what each had reached when all had spent the same training steps."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -102,7 +103,12 @@ def additions(
             mean, half_width = paired_difference(again.values, alone.values)
             result = replace(result, trial=again.name, mean=mean, half_width=half_width)
         results.append(result)
-    return sorted(results, key=lambda result: -(result.mean or result.at_budget or 0.0))
+    return sorted(results, key=lambda result: -_rank(result))
+
+
+def _rank(result: Addition) -> float:
+    """Return the best known difference; none counts as least."""
+    return next((known for known in (result.mean, result.at_budget) if known is not None), -math.inf)
 
 
 def _best_within(history: Sequence[dict[int, float]], budget: int) -> float:

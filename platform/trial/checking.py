@@ -29,13 +29,13 @@ def checked_config(method: str, values: Values, storage: Storage) -> TrialConfig
     """
     config = resolve(method, values)
     try:
+        generated = config.data.name == "streets"  # nothing of it can be missing
+        data = None if generated and not config.online.enabled else load_data(config.data)[0]
         images: dict[Domain, TargetImages] = {}
-        if config.data.name != "streets":  # generated, nothing can be missing
-            data, _ = load_data(config.data)
+        if data is not None and not generated:
             images = {"source": data.source, "target": data.target}
         network = with_stored_weights(config.network, storage)
-        if config.online.enabled:
-            data, _ = load_data(config.data)
+        if data is not None and config.online.enabled:
             built = build_method(replace(config, network=network), len(data.classes))
             if built.online is not None:
                 check_online(built.online, data, config.augmentation)
@@ -62,7 +62,7 @@ def _check_sizes(config: TrialConfig, least: int, images: Mapping[Domain, Target
     sizes = {f"augmentation.{name}": getattr(augmentation, name) for name in ("crop", "source_size", "target_size")}
     sizes["trainer.eval_window"] = config.trainer.eval_window
     if not images:
-        sizes["data.streets.height, data.streets.width"] = (streets.height, streets.width)
+        sizes["data.streets.height, data.streets.width"] = streets.size
     for domain, images_of_domain in images.items() if least > 1 else ():
         if augmentation.crop is None and augmentation.size(domain) is None:
             sizes[f"the first {domain} image"] = tuple(images_of_domain.image(0).shape[-2:])

@@ -78,9 +78,9 @@ def test_a_known_layout_is_told_and_becomes_own_data_without_a_fault(
     write: Callable[[Path], None], layout: str, classes: list[str], tmp_path: Path
 ) -> None:
     write(tmp_path / "root")
-    told = api.data_recognise(str(tmp_path / "root"))
-    assert (told.layout, told.kind, sorted(told.splits)) == (layout, None, ["train", "val"])
-    assert [name for name, _, _ in told.classes][: len(classes)] == classes
+    recognised = api.data_recognise(str(tmp_path / "root"))
+    assert (recognised.layout, recognised.kind, sorted(recognised.splits)) == (layout, None, ["train", "val"])
+    assert [name for name, _, _ in recognised.classes][: len(classes)] == classes
     api.data_adopt(str(tmp_path / "root"), str(tmp_path / "adopted"))
     report = api.data_check("folder", str(tmp_path / "adopted"))
     assert report.faults == ()
@@ -108,12 +108,12 @@ def test_datasets_that_have_a_reader_are_told_by_its_name(kind: str, tmp_path: P
 def test_the_command_tells_what_is_there_and_missing_and_what_to_do(segadapt: Call, tmp_path: Path) -> None:
     camvid(tmp_path / "my camvid")
     picture(tmp_path / "my camvid" / "train" / "0001TP_000020.png")
-    told = segadapt("data", "check", "my camvid")
-    assert told.returncode == 1, told.stderr
-    assert "my camvid has the layout of CamVid.\ntrain: 2 images, 1 labels\nval: 1 images, 1 labels" in told.stdout
-    assert "2 classes, from class_dict.csv: Road, Sky" in told.stdout
-    assert "1 of 2 images of train have no label, e.g. 0001TP_000020.png" in told.stdout
-    assert "segadapt data adopt 'my camvid' 'my camvid-adopted'" in told.stdout
+    checked = segadapt("data", "check", "my camvid")
+    assert checked.returncode == 1, checked.stderr
+    assert "my camvid has the layout of CamVid.\ntrain: 2 images, 1 labels\nval: 1 images, 1 labels" in checked.stdout
+    assert "2 classes, from class_dict.csv: Road, Sky" in checked.stdout
+    assert "1 of 2 images of train have no label, e.g. 0001TP_000020.png" in checked.stdout
+    assert "segadapt data adopt 'my camvid' 'my camvid-adopted'" in checked.stdout
     adopted = segadapt("data", "adopt", "my camvid", "my camvid-adopted")
     assert adopted.returncode == 0, adopted.stderr
     assert segadapt("data", "check", "my camvid-adopted").returncode == 1, "a label is missing in train"

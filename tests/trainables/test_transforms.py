@@ -669,5 +669,5 @@ during = len(os.listdir("/proc/self/task"))
 list(reading)
 print(during - before, torch.get_num_threads())
 """
-    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=300)
-    assert found.stdout.split() == ["3", "4"]
+    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=300)
+    assert printed.stdout.split() == ["3", "4"]

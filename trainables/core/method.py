@@ -147,9 +147,9 @@ class Method(nn.Module, ABC):
             state: Content of the checkpoint.
         """
         if state["method"] == self.name and state["stage"] != SOURCE_ONLY.name:
-            own = {name: value for name, value in self.state_dict().items() if name.startswith(_ONLINE)}
+            present = {name: value for name, value in self.state_dict().items() if name.startswith(_ONLINE)}
             self.load_state_dict(
-                own | {name: value for name, value in state["state"].items() if not name.startswith(_ONLINE)}
+                present | {name: value for name, value in state["state"].items() if not name.startswith(_ONLINE)}
             )
             if state["deployed"].startswith(_ONLINE):
                 self.deployed.load_state_dict(deployed_weights(state))

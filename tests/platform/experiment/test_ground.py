@@ -44,8 +44,8 @@ def test_a_search_of_methods_on_one_ground_says_what_each_adds(tmp_path: Path) -
     repeated = {entry.name: entry.values for entry in board.reranked}
     method_of = {row.name: row.method for row in board.rows}
     alone = next(values for name, values in repeated.items() if method_of[name] == board.ground)
-    own = next(values for name, values in repeated.items() if method_of[name] == "sdca")
-    assert sdca.mean == pytest.approx(sum(own) / 2 - sum(alone) / 2)
+    sdca_values = next(values for name, values in repeated.items() if method_of[name] == "sdca")
+    assert sdca.mean == pytest.approx(sum(sdca_values) / 2 - sum(alone) / 2)
     assert f"what losses add to online_self_training: {sdca}" in searched.stdout
     page = segadapt.report("ground", str(tmp_path / "page.html"), place=segadapt.Place(str(tmp_path / "runs")))
     assert "What the losses add" in page.read_text()

@@ -70,3 +70,12 @@ def test_what_losses_add_is_paired_by_seed_where_both_were_trained_again() -> No
     assert str(sdca) == "sdca +0.020 ± 0.025", "beside the best of the shared training alone, not its first"
     assert (plca.trial, plca.mean, str(plca)) == (None, None, "plca +0.010 (one seed)")
     assert (bicl.at_budget, bicl.mean) == (None, pytest.approx(-0.08 / 3))
+
+
+def test_a_difference_of_nothing_over_seeds_counts_and_not_that_of_one_seed() -> None:
+    methods = {"o-1": "online_self_training", "s-1": "sdca", "b-1": "bicl"}
+    ranking = rerank({"o-1": {1: 0.5, 2: 0.5}, "s-1": {1: 0.5, 2: 0.5}})
+    bicl, sdca = additions(
+        "online_self_training", {"online_self_training": 0.5, "sdca": 0.9, "bicl": 0.6}, ranking, methods
+    )
+    assert (bicl.method, sdca.method, sdca.mean) == ("bicl", "sdca", 0.0)

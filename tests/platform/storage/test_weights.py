@@ -362,7 +362,7 @@ def test_a_licence_is_what_timm_says_and_unknown_is_said_as_such(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("licence", "told"),
+    ("licence", "said"),
     [
         ("apache-2.0", None),
         ("mit", None),
@@ -374,9 +374,9 @@ def test_a_licence_is_what_timm_says_and_unknown_is_said_as_such(tmp_path: Path)
         ("unknown", "a licence that is unknown here"),
     ],
 )
-def test_one_sentence_tells_of_a_licence_that_not_everybody_may_use(licence: str, told: str | None) -> None:
+def test_one_sentence_tells_of_a_licence_that_not_everybody_may_use(licence: str, said: str | None) -> None:
     note = licence_note("timm/x", licence)
-    assert (note is None) if told is None else (note is not None and told in note and "timm/x" in note)
+    assert (note is None) if said is None else (note is not None and said in note and "timm/x" in note)
 
 
 def test_doctor_names_damaged_weights_and_removes_what_a_killed_fetch_left(place: Place, tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def feature_distance(
     counts = torch.zeros_like(cells, dtype=torch.bool)
     for thing in things:  # a tensor of them would have to be copied to a GPU, and waited for
         counts |= cells == thing
-    difference = (features - pretrained.detach()).to(torch.promote_types(features.dtype, torch.float32))
-    squared = difference.square().sum(1)
+    exact = torch.promote_types(features.dtype, torch.float32)
+    squared = (features.to(exact) - pretrained.detach().to(exact)).square().sum(1)
     distant = counts & (squared > 0)  # the root has no gradient at 0
     distances = torch.where(distant, squared, 1.0).sqrt() * distant
     return global_mean(distances.sum(), counts.sum())

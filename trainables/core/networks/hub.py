@@ -59,7 +59,7 @@ def model_card(model: str, *, ask: bool = False) -> ModelCard:
     try:
         _check_reachable()
         page = model_info(config.hf_hub_id, timeout=_ANSWER_S)
-    except Exception:
+    except Exception:  # its client's errors differ; what timm does not know stays unknown, and is said so
         return ModelCard(str(source), licence)
     on_page = page.card_data.get("license_name") or page.card_data.get("license") if page.card_data else None
     return ModelCard(str(source), licence if licence != UNKNOWN else str(on_page or UNKNOWN), bool(page.gated))

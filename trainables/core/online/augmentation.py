@@ -102,14 +102,14 @@ def blurred(images: Tensor, changes: Sequence[Change | None]) -> Tensor:
 
 
 def _smoothed(image: Tensor, sigma: float, *, rows: bool = False) -> Tensor:
-    """Blur an image, (3, H, W), along its rows' direction or across."""
-    along = image if rows is False else image.transpose(-1, -2)
+    """Blur an image, (3, H, W), over its columns, or over its rows."""
+    along = image.transpose(-1, -2) if rows else image
     reach = min(math.ceil(4 * sigma), along.shape[-1] - 1)
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-reach, reach + 1)]
     padded = F.pad(along, (reach, reach), mode="reflect")
     total = sum(weights)
     smoothed = cast(Tensor, sum(w / total * part for w, part in zip(weights, _shifted(padded, reach), strict=True)))
-    return smoothed if rows is False else smoothed.transpose(-1, -2)
+    return smoothed.transpose(-1, -2) if rows else smoothed
 
 
 def _shifted(padded: Tensor, reach: int) -> list[Tensor]:

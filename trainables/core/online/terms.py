@@ -37,7 +37,7 @@ from segadapt.trainables.core.online.pseudo_labels import WeightedLabels, weight
 from segadapt.trainables.core.state.mean_teacher import Buffers, MeanTeacher, warmed_momentum
 from segadapt.trainables.core.validation import check
 
-Precision = Callable[[], contextlib.AbstractContextManager[Any]]
+PrecisionContext = Callable[[], contextlib.AbstractContextManager[Any]]
 """Opens the context in which networks compute."""
 
 THINGS = frozenset(
@@ -131,7 +131,7 @@ class OnlineTerms(nn.Module):
         self.teacher.follow(network, momentum=momentum, buffers=_BUFFERS[self.config.teacher_norm])
 
     def terms(
-        self, network: Segmenter, batch: DomainBatch, step: int, precision: Precision
+        self, network: Segmenter, batch: DomainBatch, step: int, precision: PrecisionContext
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield `online_mix` and `online_mask`, weighted scalars, unless their weight is 0.
 
@@ -162,7 +162,7 @@ class OnlineTerms(nn.Module):
             yield "online_mask", config.mask_weight * self._masked_loss(network, batch, labelled, step, loss)
 
     @torch.no_grad()
-    def labelled(self, images: Tensor, trusted: Tensor | None, precision: Precision) -> WeightedLabels:
+    def labelled(self, images: Tensor, trusted: Tensor | None, precision: PrecisionContext) -> WeightedLabels:
         """Label target images with the teacher.
 
         Args:
@@ -199,7 +199,7 @@ class OnlineTerms(nn.Module):
                 hook.remove()
 
     def feature_term(
-        self, network: Segmenter, batch: DomainBatch, maps: Sequence[Tensor], precision: Precision
+        self, network: Segmenter, batch: DomainBatch, maps: Sequence[Tensor], precision: PrecisionContext
     ) -> dict[str, Tensor]:
         """Return `online_feature_distance`, weighted, unless its weight is 0 or the batch is of the source alone.
 
@@ -232,7 +232,7 @@ class OnlineTerms(nn.Module):
         draws = torch.stack([draw(generator(*batch.key, name, number)) for number in batch.numbers])
         return to_device(draws, batch.source_images.device)
 
-    def _probabilities(self, images: Tensor, precision: Precision) -> Tensor:
+    def _probabilities(self, images: Tensor, precision: PrecisionContext) -> Tensor:
         for norm in self._norms:
             norm.train()
         with precision():
@@ -243,13 +243,12 @@ class OnlineTerms(nn.Module):
         return network.upsample(logits, _size(images)).softmax(1)
 
     def _loss(
-        self, network: Segmenter, precision: Precision, images: Tensor, labels: Tensor, weights: Tensor
+        self, network: Segmenter, precision: PrecisionContext, images: Tensor, labels: Tensor, weights: Tensor
     ) -> Tensor:
         with precision():
             logits = network(images).logits
-        deployed = cast(
-            Segmenter, self.teacher.network
-        )  # its corner rule holds, but not what else it may do at the end
+        deployed = cast(Segmenter, self.teacher.network)
+        # Its corner rule holds, but not what else its class may do at the end.
         upsampled = Segmenter.upsample(deployed, logits, _size(labels))
         return weighted_cross_entropy(upsampled, labels, weights, mean_over=self.config.mean_over)
 

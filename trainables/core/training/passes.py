@@ -1,19 +1,17 @@
 """The passes of a training step forward and backward: one by one, each freed before the next one begins."""
 
-import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from segadapt.trainables.core.data.batch import DomainBatch
 from segadapt.trainables.core.method import Method
+from segadapt.trainables.core.online.terms import PrecisionContext
 from segadapt.trainables.core.training.gradients import batch_norm_explained, synchronised
 
-Precision = Callable[[], contextlib.AbstractContextManager[Any]]
-"""Opens the context in which networks compute."""
 Scale = Callable[[Tensor], Tensor]
+"""Raises a loss before it is passed back."""
 
 
 def pass_step(
@@ -23,7 +21,7 @@ def pass_step(
     step: int,
     parts: int,
     *,
-    precision: Precision,
+    precision: PrecisionContext,
     scale: Scale,
 ) -> dict[str, Tensor]:
     """Pass the micro-batches of a step forward and backward, which adds up their gradients.
@@ -58,7 +56,7 @@ def _pass_back(
     train_step: nn.Module,
     batch: DomainBatch,
     step: int,
-    precision: Precision,
+    precision: PrecisionContext,
     back: Callable[[Tensor], None],
 ) -> dict[str, Tensor]:
     """Pass a micro-batch forward and backward and return its terms.
