@@ -147,7 +147,10 @@ def _samples(study: Any, completed: Sequence[Any], objective: Objective) -> Iter
             continue
         part = study
         if method is not None:
+            verbosity = optuna.logging.get_verbosity()
+            optuna.logging.set_verbosity(optuna.logging.WARNING)  # else it tells of a new study
             part = optuna.create_study(directions=study.directions)
+            optuna.logging.set_verbosity(verbosity)
             part.add_trials(of_method)
         yield _Sample(method, part, settings)
 

@@ -12,7 +12,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from segadapt.platform.results.plots import study_figures
+from segadapt.platform.results.plots import importances, study_figures
 from segadapt.platform.settings.objective import Objective
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -93,6 +93,18 @@ def test_methods_of_a_joint_study_have_importances_of_their_own(tmp_path: Path) 
     started = time.perf_counter()
     assert draw(joint_study(20), "target_val/miou", tmp_path) == both(*COMPARED, *expected)
     print(f"{time.perf_counter() - started:.1f} s")
+
+
+def test_importances_of_methods_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    study = joint_study(8)
+    capfd.readouterr()
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    try:
+        assert [importance.method for importance in importances(study, Objective())] == ["sdca", "plca"]
+        assert optuna.logging.get_verbosity() == optuna.logging.INFO
+    finally:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+    assert "new study" not in "".join(capfd.readouterr())
 
 
 def test_rungs_show_who_went_on(tmp_path: Path) -> None:
